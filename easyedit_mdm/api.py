@@ -1,0 +1,57 @@
+"""Where the rooms are put together: loading a model that can also write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from easyedit_mdm.denoising import generate
+from easyedit_mdm.editing import METHODS, Edit, EditRequest, ROMEMDMHyperParams
+from easyedit_mdm.models import Adapter, adapt, load_adapter
+from easyedit_mdm.twins import TWINS, twin_folder
+
+
+def load_model(name_or_folder: str | Path, **options: Any) -> Adapter:
+    """Load a language model by twin name (`twin-llada`), folder, or hub id.
+
+    Args:
+        options: `device`, `dtype`, `device_map`, `max_memory`, `family`, `mask_id`, `revision`, `tokenizer`; see
+            `easyedit_mdm.models.load_adapter`.
+
+    Returns:
+        an adapter with `token_logits`, `generate`, `forward`, `site`, ...
+
+    Raises:
+        CheckpointError: if it cannot be found or does not fit its family.
+    """
+    if str(name_or_folder) in TWINS:
+        options.setdefault("name", str(name_or_folder))
+        options.setdefault("dtype", "float32")  # stored in half precision to keep the package small
+        name_or_folder = twin_folder(str(name_or_folder))
+    return with_decoder(load_adapter(name_or_folder, **options))
+
+
+def wrap_model(native: Any, tokenizer: Any = None, **options: Any) -> Adapter:
+    """The adapter of a transformers model that is already in memory; see `easyedit_mdm.models.adapt`."""
+    return with_decoder(adapt(native, tokenizer, **options))
+
+
+def with_decoder(adapter: Adapter) -> Adapter:
+    """Give a masked adapter its `generate` (the models know nothing of denoising)."""
+    if adapter.masked and adapter.decoder is None:
+        adapter.decoder = generate
+    return adapter
+
+
+def make_edit(model: Adapter, request: Mapping[str, Any] | EditRequest, hparams: ROMEMDMHyperParams) -> Edit:
+    """Make the edit for one request, without changing the model; `edit.apply(model)` and `edit.revert(model)` do that.
+
+    Args:
+        request: `prompt`, `subject` and `target_new`, as in EasyEdit.
+        hparams: the hyperparameters of a method, which also say which method it is.
+
+    Raises:
+        RequestError, HyperParameterError, ModelError, OptimisationError: see `easyedit_mdm.errors`.
+    """
+    return METHODS[hparams.alg_name].make(model, [EditRequest.of(request)], hparams)

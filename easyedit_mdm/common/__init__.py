@@ -1,0 +1,1 @@
+"""Small shared things: registries, fingerprints."""

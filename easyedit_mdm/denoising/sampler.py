@@ -1,0 +1,359 @@
+"""Iterative denoising: how a masked diffusion model writes.
+
+A canvas of mask tokens stands after each prompt. At every step the model predicts all masked slots at once; an *order*
+says how sure it is of each, and the surest are committed and stay. LLaDA's decoding (arXiv 2502.09992, its generate.py)
+reveals a fixed number of slots a step, block by block; Dream's (arXiv 2508.15487) reveals the fraction 1 - s/t of what is
+masked, with t running linearly from 1 to eps. Both are reproduced token for token at temperature 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from easyedit_mdm.common.registry import Registry
+from easyedit_mdm.errors import HyperParameterError, RequestError
+from easyedit_mdm.models import Adapter
+from easyedit_mdm.models.geometry import right_padded
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How to decode: data, never hidden defaults.
+
+    Attributes:
+        canvas: masks after the prompt; None means as many as the answer has tokens.
+        steps: denoising steps; None means one a mask.
+        block_length: LLaDA's semi-autoregressive blocks; None means one block.
+        order: which slots are committed first (a name in `ORDERS`).
+        temperature: 0 for greedy.
+        eps: where Dream's time ends; only its orders read it.
+        top_k: only the k likeliest tokens of a slot count, 0 for all. None means the order's own: all for LLaDA's, 50 for
+            Dream's, whose `diffusion_generate` inherits that from transformers' GenerationConfig; `entropy` depends on it.
+        seed: of the generator that temperature and random orders draw from.
+    """
+
+    canvas: int | None = None
+    steps: int | None = None
+    block_length: int | None = None
+    order: str = "low_confidence"
+    temperature: float = 0.0
+    eps: float = 1e-3
+    top_k: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ORDERS[self.order]
+        for name in ("canvas", "steps", "block_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise HyperParameterError(f"decode setting {name}={value} must be at least 1 (or None)")
+        for name in ("temperature", "top_k"):
+            if (getattr(self, name) or 0) < 0:
+                raise HyperParameterError(f"decode setting {name}={getattr(self, name)} must not be negative")
+        if self.top_k is None:
+            object.__setattr__(self, "top_k", ORDERS[self.order].top_k)
+
+    def record(self) -> dict[str, Any]:
+        """The settings as they go into records."""
+        return asdict(self)
+
+    def plan(self, length: int) -> "Plan":
+        """Steps and blocks for a canvas of `length` masks.
+
+        Raises:
+            HyperParameterError: if blocks or steps do not divide as LLaDA's decoding needs.
+        """
+        steps = self.steps or length
+        block = self.block_length or length
+        if not ORDERS[self.order].blocks and block != length:
+            raise HyperParameterError(f"order {self.order!r} knows no blocks: leave block_length out (got {block} for a canvas of {length})")
+        if length % block:
+            raise HyperParameterError(f"block_length {block} does not divide the canvas of {length} masks")
+        blocks = length // block
+        if steps % blocks:
+            raise HyperParameterError(f"{steps} steps do not spread evenly over {blocks} blocks; make steps a multiple of {blocks}")
+        return Plan(length, steps, block, steps // blocks)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decode of one canvas: `steps` in all, `steps_per_block` for each block of `block` slots."""
+
+    length: int
+    steps: int
+    block: int
+    steps_per_block: int
+
+
+@dataclass(frozen=True)
+class Order:
+    """How sure the model is of each slot.
+
+    Attributes:
+        score: (probabilities, chosen tokens' probabilities, generator) -> one number a slot, larger first.
+        blocks: reveals LLaDA's fixed number a step, in blocks; otherwise Dream's fraction of what is masked.
+        bernoulli: each masked slot is revealed with probability 1 - s/t on its own (Dream's `origin`).
+    """
+
+    score: Callable[[Tensor, Tensor, torch.Generator], Tensor]
+    blocks: bool
+    bernoulli: bool = False
+
+    @property
+    def top_k(self) -> int:
+        """Tokens a slot that count by default, 0 for all."""
+        return 0 if self.blocks else 50
+
+
+ORDERS: Registry[Order] = Registry("decoding order")
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(like.shape, generator=generator).to(like.device)
+
+
+def _margin(probs: Tensor) -> Tensor:
+    top = probs.topk(2, dim=-1).values
+    return top[..., 0] - top[..., 1]
+
+
+ORDERS.register("low_confidence")(Order(lambda probs, chosen, g: chosen, blocks=True))
+ORDERS.register("random")(Order(lambda probs, chosen, g: _noise(chosen, g), blocks=True))
+ORDERS.register("left_to_right")(
+    Order(lambda probs, chosen, g: -torch.arange(chosen.shape[-1], device=chosen.device, dtype=chosen.dtype).expand_as(chosen), blocks=True)
+)
+ORDERS.register("maskgit_plus")(Order(lambda probs, chosen, g: chosen, blocks=False))
+ORDERS.register("topk_margin")(Order(lambda probs, chosen, g: _margin(probs), blocks=False))
+ORDERS.register("entropy")(Order(lambda probs, chosen, g: (probs * (probs + 1e-10).log()).sum(-1), blocks=False))
+ORDERS.register("origin")(Order(lambda probs, chosen, g: _noise(chosen, g), blocks=False, bernoulli=True))
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What happened to one canvas.
+
+    Attributes:
+        tokens: the tokens at the end, slot by slot.
+        step: the step at which each slot was committed, from 0. Slots never change afterwards, so this is the whole history.
+        confidence: the probability each token had when it was committed.
+        one_step: what each slot would have been if all had been committed at the first step.
+    """
+
+    tokens: Int[Tensor, " slots"]
+    step: Int[Tensor, " slots"]
+    confidence: Float[Tensor, " slots"]
+    one_step: Int[Tensor, " slots"]
+
+    def first_committed(self) -> int:
+        """The slot that was committed first; the surest of them where a step commits several."""
+        first = (self.step == self.step.min()).nonzero().flatten()
+        return int(first[self.confidence[first].argmax()])
+
+    def frames(self, mask_id: int) -> list[list[int]]:
+        """The canvas before the first step and after every later one, masked slots showing `mask_id`."""
+        count = int(self.step.max()) + 1 if len(self.step) else 0
+        return [torch.where(self.step < i, self.tokens, mask_id).tolist() for i in range(count + 1)]
+
+
+@dataclass
+class _Canvas:
+    """The batch while it is being decoded; slots beyond a row's own length count as committed."""
+
+    ids: Tensor
+    mask: Tensor
+    at: Tensor
+    plans: list[Plan]
+    masked: Tensor = field(init=False)
+    tokens: Tensor = field(init=False)
+    step: Tensor = field(init=False)
+    confidence: Tensor = field(init=False)
+    one_step: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        lengths = torch.tensor([p.length for p in self.plans], device=self.ids.device)
+        self.masked = torch.arange(self.at.shape[1], device=self.ids.device)[None] < lengths[:, None]
+        self.tokens, self.step, self.one_step = (torch.zeros_like(self.at) for _ in range(3))
+        self.confidence = torch.zeros(self.at.shape, device=self.ids.device)
+
+
+@torch.no_grad()
+def decode(
+    adapter: Adapter,
+    prompts: Sequence[Int[Tensor, "_"]],
+    lengths: Sequence[int],
+    config: DecodeConfig = DecodeConfig(),
+    generator: torch.Generator | None = None,
+) -> list[Trajectory]:
+    """Denoise a canvas after each prompt; prompts and canvases of one batch may differ in length.
+
+    A causal model writes its canvas from left to right, one token a step, whatever the order; `one_step` then means nothing
+    beyond the first slot.
+
+    Args:
+        prompts: token ids, one row a prompt, without padding.
+        lengths: masks after each prompt (`config.canvas` overrides them all).
+        generator: for temperature and random orders; one seeded with `config.seed` by default.
+
+    Raises:
+        RequestError: if a prompt and its canvas are longer than the model's positions, or a canvas is empty.
+    """
+    if not adapter.masked:
+        config = DecodeConfig(config.canvas, temperature=config.temperature, order="left_to_right", top_k=config.top_k, seed=config.seed)
+    generator = generator or torch.Generator().manual_seed(config.seed)
+    lengths = [config.canvas or n for n in lengths]
+    _check(adapter, prompts, lengths)
+    state = _lay_out(adapter, prompts, [config.plan(n) for n in lengths])
+    for step in range(max((p.steps for p in state.plans), default=0)):
+        rows = torch.tensor([r for r, p in enumerate(state.plans) if step < p.steps], device=state.ids.device)
+        _denoise(adapter, state, rows, step, config, generator)
+    return [
+        Trajectory(*(getattr(state, name)[r, :n].cpu() for name in ("tokens", "step", "confidence", "one_step")))
+        for r, n in enumerate(lengths)
+    ]
+
+
+def _check(adapter: Adapter, prompts: Sequence[Tensor], lengths: Sequence[int]) -> None:
+    for prompt, length in zip(prompts, lengths):
+        if length < 1:
+            raise RequestError("a canvas needs at least one mask: the answer has no tokens")
+        if len(prompt) + length > adapter.max_positions:
+            raise RequestError(
+                f"a prompt of {len(prompt)} tokens and a canvas of {length} exceed the {adapter.max_positions} positions of {adapter.name}"
+            )
+
+
+def _lay_out(adapter: Adapter, prompts: Sequence[Tensor], plans: list[Plan]) -> _Canvas:
+    rows = [torch.cat([p.cpu(), torch.full((plan.length,), adapter.ids.slot)]) for p, plan in zip(prompts, plans)]
+    ids, mask = right_padded(rows, adapter.ids.pad, adapter.device)
+    starts = torch.tensor([len(p) for p in prompts], device=ids.device)
+    at = starts[:, None] + torch.arange(max(p.length for p in plans), device=ids.device)
+    return _Canvas(ids, mask, at.clamp(max=ids.shape[1] - 1), plans)
+
+
+def _denoise(adapter: Adapter, state: _Canvas, rows: Tensor, step: int, config: DecodeConfig, generator: torch.Generator) -> None:
+    """One step for the rows that are not done."""
+    order = ORDERS[config.order]
+    logits = adapter.token_logits(state.ids[rows], state.mask[rows], at=state.at[rows]).float()
+    probs, tokens, chosen = _choose(adapter, logits, config, order, generator)
+    if step == 0:
+        state.one_step[rows] = tokens
+    scores = order.score(probs, chosen, generator)
+    commit = _select(state, rows, step, scores, config, order, generator)
+    at = state.at[rows]
+    ids = state.ids[rows]
+    ids.scatter_(1, at, torch.where(commit, tokens, ids.gather(1, at)))
+    state.ids[rows] = ids
+    for name, value in (("tokens", tokens), ("step", torch.full_like(tokens, step)), ("confidence", chosen)):
+        getattr(state, name)[rows] = torch.where(commit, value.to(getattr(state, name).dtype), getattr(state, name)[rows])
+    state.masked[rows] = state.masked[rows] & ~commit
+
+
+def _choose(
+    adapter: Adapter, logits: Float[Tensor, "rows slots vocab"], config: DecodeConfig, order: Order, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities, a token for each slot, and that token's probability.
+
+    The mask token and ids without a token are never chosen, though they keep their share of the probability.
+    """
+    temperature = config.temperature
+    if 0 < config.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(config.top_k).values[..., -1:], torch.finfo(logits.dtype).min)
+    probs = (logits if temperature == 0 or order.blocks else logits / temperature).softmax(-1)
+    pickable = logits.clone()
+    if adapter.masked:
+        pickable[..., adapter.ids.mask] = -torch.inf
+    pickable[..., adapter.vocabulary :] = -torch.inf
+    if temperature > 0:  # Gumbel's trick samples softmax(logits / temperature); float64, as LLaDA's authors found needed
+        noise = torch.rand(pickable.shape, generator=generator, dtype=torch.float64).to(pickable.device).clamp(min=1e-300)
+        pickable = pickable.double() / temperature - (-noise.log()).log()
+    tokens = pickable.argmax(-1)
+    return probs, tokens, probs.gather(-1, tokens[..., None])[..., 0]
+
+
+def _select(
+    state: _Canvas, rows: Tensor, step: int, scores: Tensor, config: DecodeConfig, order: Order, generator: torch.Generator
+) -> Bool[Tensor, "rows slots"]:
+    """Which slots are committed at this step."""
+    masked = state.masked[rows].clone()
+    plans = [state.plans[r] for r in rows.tolist()]
+    slots = torch.arange(masked.shape[1], device=masked.device)
+    if order.bernoulli:
+        keep = torch.tensor([_dream_fraction(p, step, config.eps) for p in plans], device=masked.device)
+        return masked & (scores < keep[:, None])
+    if order.blocks:
+        block = torch.tensor([step // p.steps_per_block * p.block for p in plans], device=masked.device)[:, None]
+        width = torch.tensor([p.block for p in plans], device=masked.device)[:, None]
+        masked &= (slots >= block) & (slots < block + width)
+        counts = [_llada_count(p, step) for p in plans]
+    else:
+        left = masked.sum(-1).tolist()
+        counts = [int(n * _dream_fraction(p, step, config.eps)) for n, p in zip(left, plans)]
+    ranked = scores.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    rank = ranked.argsort(dim=-1)
+    return masked & (rank < torch.tensor(counts, device=masked.device)[:, None])
+
+
+def _llada_count(plan: Plan, step: int) -> int:
+    base, extra = divmod(plan.block, plan.steps_per_block)
+    return base + (step % plan.steps_per_block < extra)
+
+
+def _dream_fraction(plan: Plan, step: int, eps: float) -> float:
+    if step == plan.steps - 1:
+        return 1.0
+    times = torch.linspace(1, eps, plan.steps + 1)
+    return float(1 - times[step + 1] / times[step])
+
+
+def generate(
+    adapter: Adapter,
+    input_ids: Int[Tensor, "rows length"],
+    attention_mask: Int[Tensor, "rows length"] | Bool[Tensor, "rows length"] | None = None,
+    max_new_tokens: int | None = None,
+    *,
+    max_length: int | None = None,
+    steps: int | None = None,
+    block_length: int | None = None,
+    order: str = "low_confidence",
+    temperature: float | None = None,
+    top_k: int | None = None,
+    do_sample: bool = False,
+    generator: torch.Generator | None = None,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+    use_cache: bool | None = None,
+) -> Int[Tensor, "rows total"]:
+    """`model.generate` for masked models: the prompt columns as given, then `max_new_tokens` denoised tokens.
+
+    Args:
+        max_length: prompt columns plus new tokens, where `max_new_tokens` is not given.
+        steps, block_length, order, top_k: see `DecodeConfig`.
+        temperature: used if positive and sampling is not switched off; `do_sample=True` alone means 1.0.
+        eos_token_id: if given, what follows the first such token becomes `pad_token_id`.
+        use_cache: masked models have no exact cache; either value gives the same tokens.
+
+    Raises:
+        HyperParameterError: if neither length is given, or they leave no room.
+    """
+    if max_new_tokens is None:
+        if max_length is None:
+            raise HyperParameterError("generate needs max_new_tokens (or max_length): a masked model writes a canvas of fixed length")
+        max_new_tokens = max_length - input_ids.shape[1]
+    if max_new_tokens < 1:
+        raise HyperParameterError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    heat = (1.0 if temperature is None else temperature) if do_sample else (temperature or 0.0)
+    config = DecodeConfig(max_new_tokens, steps, block_length, order, heat, top_k=top_k)
+    shown = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    prompts = [row[keep].cpu() for row, keep in zip(input_ids, shown)]
+    done = decode(adapter, prompts, [max_new_tokens] * len(prompts), config, generator)
+    new = torch.stack([t.tokens for t in done]).to(input_ids.device)
+    if eos_token_id is not None:
+        ended = (new == eos_token_id).long().cumsum(-1) - (new == eos_token_id).long() > 0
+        new = new.masked_fill(ended, adapter.ids.pad if pad_token_id is None else pad_token_id)
+    return torch.cat([input_ids, new], dim=1)

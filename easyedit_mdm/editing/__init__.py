@@ -1,0 +1,9 @@
+"""Request -> key -> value -> update: locate-then-edit, written once for both paradigms."""
+
+from easyedit_mdm.editing.edit import Edit, LowRank
+from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
+from easyedit_mdm.editing.methods import METHODS
+from easyedit_mdm.editing.request import EditRequest
+from easyedit_mdm.editing import rome  # noqa: F401  (registration)
+
+__all__ = ["METHODS", "Edit", "EditRequest", "LowRank", "ROMEMDMHyperParams"]

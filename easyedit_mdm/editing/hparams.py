@@ -1,0 +1,209 @@
+"""Hyperparameters: EasyEdit's fields under EasyEdit's names, and what denoising adds to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from easyedit_mdm.common.registry import did_you_mean
+from easyedit_mdm.denoising import SCHEDULES, DecodeConfig
+from easyedit_mdm.errors import HyperParameterError
+
+FACT_TOKENS = ("subject_last", "subject_first", "subject_first_after_last", "last")
+KEY_AVERAGES = ("single", "easyedit")
+KL_POSITIONS = ("slot", "subject_last")
+
+
+@dataclass
+class ROMEMDMHyperParams:
+    """ROME_MDM's hyperparameters; a YAML file holds them under these names.
+
+    The first group is EasyEdit's `ROMEHyperParams`, with the same meaning (`v_num_grad_steps: 25` makes 24 steps, as there).
+    Module templates are optional: the model's adapter knows its own, and what a file says is checked against the model.
+
+    Attributes:
+        state_schedule: states the value is optimised over (`easyedit_mdm.denoising.SCHEDULES`); `full_mask` is plain ROME.
+        max_states: the most states a step may hold.
+        key_average: `single`: one k*, the mean over context prefixes, in u and in the denominator alike; `easyedit`: the
+            mean in u and the bare prompt's key in the denominator, as EasyEdit's ROME has it (the r-ROME bug,
+            arXiv 2403.07175), for comparisons.
+        kl_position: where the KL anchor "{subject} is a" is read: `slot`, the token after it, or `subject_last`, the token
+            after the subject, as EasyEdit's ROME has it.
+        early_stop_loss: the optimisation ends when the total loss, averaged over a cycle of states, falls below this.
+        context_templates: context prefixes to use, each with one `{}`; None lets the model write them.
+        mom2_dataset: a text file for the second moments, if `mom2_adjustment` is on.
+        mom2_n_tokens: tokens of it that are used; None means 10 times the key's dimension.
+        mom2_eps: ridge, as a fraction of the mean eigenvalue, added to the second moments.
+        max_rows: rows of one forward pass; more are split, with the same result.
+        decode: settings of the multi-step metric (`easyedit_mdm.denoising.DecodeConfig`).
+        dtype: dtype to load the model in; None keeps the checkpoint's.
+        mask_id: the mask token, where the checkpoint does not say.
+        seed: of every random draw of an edit.
+    """
+
+    alg_name: str
+    model_name: str
+    layers: list[int]
+    fact_token: str = "subject_last"
+    v_num_grad_steps: int = 25
+    v_lr: float = 0.1
+    v_loss_layer: int | None = None
+    v_weight_decay: float = 0.5
+    clamp_norm_factor: float = 0.75
+    kl_factor: float = 0.0625
+    mom2_adjustment: bool = False
+    context_template_length_params: list[list[int]] = field(default_factory=lambda: [[5, 10], [10, 10]])
+    rewrite_module_tmp: str | None = None
+    layer_module_tmp: str | None = None
+    mlp_module_tmp: str | None = None
+    attn_module_tmp: str | None = None
+    ln_f_module: str | None = None
+    lm_head_module: str | None = None
+    mom2_dataset: str | None = None
+    mom2_n_tokens: int | None = None
+    mom2_eps: float = 1e-6
+    stats_dir: str | None = None
+    device: Any = None
+    max_length: int = 40
+    model_parallel: bool = False
+    fp16: bool = False
+    dtype: str | None = None
+
+    state_schedule: str = "enumerate"
+    max_states: int = 31
+    key_average: str = "single"
+    kl_position: str = "slot"
+    early_stop_loss: float = 0.05
+    context_templates: list[str] | None = None
+    max_rows: int = 256
+    decode: dict[str, Any] = field(default_factory=dict)
+    mask_id: int | None = None
+    seed: int = 0
+
+    ALG_NAME: ClassVar[str] = "ROME_MDM"
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every field that can be checked without the model.
+
+        Raises:
+            HyperParameterError, UnknownNameError, NotYetError: naming field and value.
+        """
+        if self.alg_name != self.ALG_NAME:
+            raise HyperParameterError(f"alg_name is {self.alg_name!r}, but this is {self.ALG_NAME}: is it the right file?")
+        if not isinstance(self.layers, list) or len(self.layers) != 1 or not all(isinstance(n, int) and n >= 0 for n in self.layers):
+            raise HyperParameterError(f"layers={self.layers!r}: {self.ALG_NAME} edits one layer, given as a list such as [5]")
+        SCHEDULES[self.state_schedule]
+        for name, allowed in (("fact_token", FACT_TOKENS), ("key_average", KEY_AVERAGES), ("kl_position", KL_POSITIONS)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise HyperParameterError(f"{name}={value!r} is not one of {', '.join(allowed)}{did_you_mean(value, allowed)}")
+        for name, least in (("v_num_grad_steps", 1), ("max_states", 1), ("max_rows", 1), ("v_lr", 0), ("v_weight_decay", 0),
+                            ("clamp_norm_factor", 0), ("kl_factor", 0), ("mom2_eps", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
+                raise HyperParameterError(f"{name}={value!r} must be a finite number, at least {least}")
+        for template in self.context_templates or []:
+            if not isinstance(template, str) or template.count("{}") != 1:
+                raise HyperParameterError(f"context template {template!r} must hold one {{}} where the prompt goes")
+        if self.mom2_adjustment and not self.mom2_dataset:
+            raise HyperParameterError("mom2_adjustment is on, but mom2_dataset names no text file: give one, or turn it off")
+        self.decode_config()
+
+    def decode_config(self) -> DecodeConfig:
+        """The decode settings of the metric.
+
+        Raises:
+            HyperParameterError: for a setting that does not exist.
+        """
+        known = [f.name for f in dataclasses.fields(DecodeConfig)]
+        for key in self.decode:
+            if key not in known:
+                raise HyperParameterError(f"decode setting {key!r} is not known{did_you_mean(key, known)} Known: {', '.join(known)}")
+        return DecodeConfig(**self.decode)
+
+    @classmethod
+    def from_hparams(cls, path: str | Path) -> "ROMEMDMHyperParams":
+        """Read a YAML file; `.yaml` may be left out, and a file that ships with the package may be named `ROME_MDM/twin-llada`.
+
+        Raises:
+            HyperParameterError: if the file is missing, not a mapping, or holds a key that is no field.
+        """
+        return cls.from_dict(read_yaml(find_hparams(path)), source=str(path))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "") -> "ROMEMDMHyperParams":
+        """Build from a mapping.
+
+        Raises:
+            HyperParameterError: for a key that is no field, or a field without a value.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        where = f" in {source}" if source else ""
+        for key in values:
+            if key not in names:
+                raise HyperParameterError(f"unknown hyperparameter {key!r}{where}{did_you_mean(str(key), names)}")
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+        absent = [name for name in needed if name not in values]
+        if absent:
+            raise HyperParameterError(f"hyperparameter {', '.join(absent)} is missing{where}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as EasyEdit's hyperparameters give them."""
+        return dataclasses.asdict(self)
+
+
+def find_hparams(path: str | Path) -> Path:
+    """The file meant by `path`: as given, with `.yaml`, or among the files that ship with the package.
+
+    Raises:
+        HyperParameterError: if there is none.
+    """
+    shipped = packaged_hparams()
+    text = str(path)
+    for candidate in (text, text + ".yaml", *(shipped / part for part in (text, text + ".yaml", text.removeprefix("hparams/")))):
+        if Path(candidate).is_file():
+            return Path(candidate)
+    raise HyperParameterError(f"no hyperparameter file {text!r}. Shipped: {', '.join(sorted(_shipped_names(shipped))) or 'none'}")
+
+
+def packaged_hparams() -> Path:
+    """The folder of YAML files that ships with the package: inside the wheel, or beside the package in a checkout."""
+    inside = Path(__file__).resolve().parent.parent / "hparams"
+    return inside if inside.is_dir() else inside.parent.parent / "hparams"
+
+
+def _shipped_names(folder: Path) -> list[str]:
+    return [str(p.relative_to(folder)) for p in folder.glob("*/*.yaml")]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping; numbers in scientific notation without a dot (`5e-1`) are numbers, as EasyEdit reads them.
+
+    Raises:
+        HyperParameterError: if the file is not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise HyperParameterError(f"{path} is not readable YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise HyperParameterError(f"{path} must hold a mapping of hyperparameters, not {type(values).__name__}")
+    return {key: _number(key, value) for key, value in values.items()}
+
+
+def _number(key: str, value: Any) -> Any:
+    if isinstance(value, str) and key not in ("model_name", "device", "alg_name"):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,125 @@
+"""ROME for both paradigms (Meng et al., arXiv 2202.05262), its value optimised over denoising states.
+
+One fact, one layer, rank one: with key k*, target value v* = v_0 + delta and second moments C,
+
+    u = C^-1 k* / ||C^-1 k*||,    dW = delta u^T / (k . u),
+
+where k is k* (`key_average: single`) or the bare prompt's key (`easyedit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from easyedit_mdm.editing.context import context_templates
+from easyedit_mdm.editing.edit import Edit, LowRank
+from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
+from easyedit_mdm.editing.keys import Keys, read_keys
+from easyedit_mdm.editing.methods import METHODS, Method
+from easyedit_mdm.editing.request import EditRequest, anchor, locate, target_ids
+from easyedit_mdm.editing.rows import Fact
+from easyedit_mdm.editing.value import Optimised, optimise
+from easyedit_mdm.errors import HyperParameterError, OptimisationError, RequestError
+from easyedit_mdm.models import Adapter
+from easyedit_mdm.models.adapter import Site
+from easyedit_mdm.statistics import moments_for
+
+
+def tokenise(adapter: Adapter, request: EditRequest, hparams: ROMEMDMHyperParams) -> Fact:
+    """Tokenise a request in every context prefix.
+
+    Raises:
+        RequestError: if the longest row exceeds the model's positions, or the target the canvas that the metric decodes.
+    """
+    templates = hparams.context_templates or context_templates(adapter, hparams.context_template_length_params, hparams.seed)
+    if "{}" not in templates[:1]:
+        templates = ["{}", *templates]
+    target = target_ids(adapter, request.prompt, request.target_new)
+    contexts = [locate(adapter, request, c, hparams.fact_token) for c in templates]
+    canvas = hparams.decode_config().canvas
+    if canvas is not None and len(target) > canvas:
+        raise RequestError(f"target {request.target_new!r} has {len(target)} tokens, more than the canvas of {canvas} masks (decode.canvas)")
+    longest = max(len(p.ids) for p in contexts) + len(target)
+    if longest > adapter.max_positions:
+        raise RequestError(
+            f"prompt and target {request.target_new!r} take {longest} tokens with the longest context prefix; {adapter.name} has "
+            f"{adapter.max_positions} positions"
+        )
+    fact_token = "subject_last" if hparams.fact_token == "last" else hparams.fact_token
+    return Fact(contexts, target, locate(adapter, anchor(request), "{}", fact_token))
+
+
+def check_modules(adapter: Adapter, hparams: ROMEMDMHyperParams) -> Site:
+    """The edit site, after checking every module that the hyperparameters name.
+
+    Raises:
+        ModelError: for a module or layer that does not exist.
+        HyperParameterError: if `v_loss_layer` is not the last layer.
+    """
+    layer = hparams.layers[0]
+    site = adapter.site(layer, hparams.rewrite_module_tmp)
+    for template in (hparams.layer_module_tmp, hparams.mlp_module_tmp, hparams.attn_module_tmp, hparams.ln_f_module, hparams.lm_head_module):
+        if template:
+            adapter.module(template.format(layer))
+    if hparams.v_loss_layer not in (None, adapter.layers - 1):
+        raise HyperParameterError(f"v_loss_layer={hparams.v_loss_layer}: the loss is read after the last layer, {adapter.layers - 1}")
+    return site
+
+
+def rome(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams) -> Edit:
+    """Make (not apply) the edit for one request.
+
+    Raises:
+        RequestError: for a request that cannot be carried out, or more than one.
+        OptimisationError: if the optimisation or the closed form breaks down.
+    """
+    if len(requests) != 1:
+        raise RequestError(f"ROME_MDM writes one fact at a time, got {len(requests)} requests: edit them one after another")
+    site = check_modules(adapter, hparams)
+    fact = tokenise(adapter, requests[0], hparams)
+    keys = read_keys(adapter, site, fact)
+    generator = torch.Generator().manual_seed(hparams.seed)
+    outcome = optimise(adapter, site, [fact], keys.values[:1], hparams, generator)[0]
+    left, right, figures = closed_form(adapter, site, keys, outcome.delta, hparams)
+    return Edit([LowRank(site.weight, left[:, None], right[None], site.transposed)], _card(requests[0], fact, hparams, outcome, figures))
+
+
+def closed_form(
+    adapter: Adapter, site: Site, keys: Keys, delta: Float[Tensor, " width"], hparams: ROMEMDMHyperParams
+) -> tuple[Float[Tensor, " width"], Float[Tensor, " inner"], dict[str, float]]:
+    """The factors of dW = left right^T, and the figures that tell whether it is sound.
+
+    Raises:
+        OptimisationError: if the denominator vanishes.
+    """
+    u = keys.mean
+    if hparams.mom2_adjustment:
+        moments = moments_for(adapter, site, hparams.mom2_dataset, hparams.mom2_n_tokens, hparams.stats_dir)
+        u = moments.solve(u, hparams.mom2_eps)
+    u = u / u.norm()
+    key = keys.mean if hparams.key_average == "single" else keys.keys[0]
+    denominator = torch.dot(key, u)
+    if not denominator.isfinite() or denominator.abs() < 1e-8 * key.norm():
+        raise OptimisationError(f"the denominator k . u of the update is {float(denominator):.3g}: the key vanishes at layer {site.layer}")
+    figures = {"denominator": float(denominator), "delta_norm": float(delta.norm()), "key_norm": float(key.norm())}
+    return delta.to(u.device) / denominator, u, figures
+
+
+def _card(request: EditRequest, fact: Fact, hparams: ROMEMDMHyperParams, outcome: Optimised, figures: dict[str, float]) -> dict:
+    return {
+        "method": hparams.alg_name,
+        "facts": [{"prompt": request.prompt, "subject": request.subject, "target_new": request.target_new, "n_tokens": len(fact.target)}],
+        "hyperparameters": {**hparams.to_dict(), "model_name": str(hparams.model_name)},
+        "schedule": outcome.schedule,
+        "steps": outcome.steps,
+        "forwards": outcome.forwards,
+        "losses": outcome.losses,
+        **figures,
+    }
+
+
+METHODS.register("ROME_MDM")(Method("ROME_MDM", ROMEMDMHyperParams, rome, stands_for="ROME"))

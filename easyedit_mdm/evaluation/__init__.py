@@ -1,0 +1,6 @@
+"""The metrics: what a model writes after a prompt, held against what it should write."""
+
+from easyedit_mdm.evaluation.fluency import fluency, ngram_entropy
+from easyedit_mdm.evaluation.multi_step import score_prompts
+
+__all__ = ["fluency", "ngram_entropy", "score_prompts"]

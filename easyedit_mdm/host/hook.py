@@ -1,0 +1,57 @@
+"""What happens when a script that knows nothing of us imports `easyeditor` under `easyedit-mdm hook`."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+from pathlib import Path
+
+from easyedit_mdm.errors import HostNotFoundError
+from easyedit_mdm.host.finding import HOW_TO_GET, find_easyedit
+from easyedit_mdm.host.importing import old_transformers_names
+from easyedit_mdm.host.joining import register
+from easyedit_mdm.host.runner import EASYEDIT_SEED, seed_everything, understanding_our_methods
+from easyedit_mdm.host.standins import standins
+
+
+def folder() -> Path:
+    """What to put on PYTHONPATH."""
+    return Path(__file__).parent / "autoload"
+
+
+class _JoiningLoader(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader):
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        # for the whole process, on purpose: these are entered and never left
+        script = Path(sys.argv[0]).resolve() if sys.argv and sys.argv[0] else None
+        _ENTERED.extend([standins(script), understanding_our_methods()])
+        for manager in _ENTERED:
+            manager.__enter__()
+        with old_transformers_names():
+            self.loader.exec_module(module)
+        register()
+        seed_everything(EASYEDIT_SEED)  # as the import of EasyEdit itself would have left the generators
+
+
+_ENTERED: list = []
+
+
+def spec_that_joins() -> importlib.machinery.ModuleSpec:
+    """EasyEdit's own spec, with a loader that joins it once it is imported.
+
+    Raises:
+        HostNotFoundError: if there is no EasyEdit.
+    """
+    root = find_easyedit().root
+    spec = importlib.machinery.PathFinder.find_spec("easyeditor", [str(root)])
+    if spec is None or spec.loader is None:
+        raise HostNotFoundError(f"no package easyeditor in {root}. {HOW_TO_GET}")
+    spec.loader = _JoiningLoader(spec.loader)
+    return spec

@@ -1,0 +1,197 @@
+"""Joining EasyEdit: our methods in its table, our loading and our evaluation where they are needed, the rest untouched."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from easyedit_mdm.api import wrap_model
+from easyedit_mdm.denoising import DecodeConfig
+from easyedit_mdm.editing import METHODS, EditRequest
+from easyedit_mdm.host.evaluation import LOCALITY_GROUP, edit_quality, meta, multi_step, public
+from easyedit_mdm.host.finding import Host
+from easyedit_mdm.host.importing import host_module, import_easyedit
+from easyedit_mdm.host.names import LoadedName, is_ours_to_load, load_named
+from easyedit_mdm.host.on_cpu import CudaMeansCpu
+from easyedit_mdm.models import Adapter
+
+_EDITOR_CALLS = ("__init__", "edit", "batch_edit", "edit_dataset", "edit_requests", "normal_edit", "generate_edit")
+
+
+@dataclass(frozen=True)
+class Joined:
+    """An EasyEdit that knows our methods."""
+
+    host: Host
+    editor_class: type
+
+
+def register(home: str | Path | None = None) -> Joined:
+    """Import EasyEdit and join it; calling again changes nothing.
+
+    Args:
+        home: folder of a clone of EasyEdit; see `find_easyedit` for the order of search.
+
+    Raises:
+        HostNotFoundError: if EasyEdit cannot be found or imported.
+    """
+    host = import_easyedit(home)
+    table = host_module("util.alg_dict").ALG_DICT
+    editor = host_module("editors.editor")
+    if not hasattr(editor.BaseEditor, "_easyedit_mdm"):
+        for name in METHODS:
+            table[name] = _apply_function(name, host.form)
+        _join_editor(editor, host)
+        _join_evaluation(editor)
+        _join_batching()
+        for name in {METHODS[name].stands_for for name in METHODS}:
+            _join_hparams(name)
+        editor.BaseEditor._easyedit_mdm = True
+    return Joined(host, editor.BaseEditor)
+
+
+def _apply_function(name: str, form: str) -> Callable[..., tuple[Any, dict[str, torch.Tensor]]]:
+    method = METHODS[name]
+
+    def apply(
+        model: Any,
+        tok: Any,
+        requests: Sequence[Mapping[str, Any]] | Mapping[str, Any],
+        hparams: Any,
+        copy: bool = False,  # noqa: A002  (EasyEdit's name)
+        return_orig_weights: bool = False,
+        keep_original_weight: bool = False,
+        **_: Any,
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        """EasyEdit's calling convention: edits the model, returns it with the original weights.
+
+        The head always wants the weights back; the wheel's `keep_original_weight=False` means that the edit stays and nothing is returned.
+        """
+        if copy:
+            model = _deepcopy(model)
+        facts = [EditRequest.of(r) for r in ([requests] if isinstance(requests, Mapping) else requests)]
+        originals = _edit(wrap_model(model, tok), method, facts, hparams)
+        wanted = return_orig_weights and (form == "head" or keep_original_weight)
+        return model, originals if wanted else {}
+
+    apply.__name__ = f"apply_{name.lower().replace('-', '_')}_to_model"
+    return apply
+
+
+_deepcopy = copy.deepcopy
+
+
+def _edit(adapter: Adapter, method: Any, facts: list[EditRequest], hparams: Any) -> dict[str, torch.Tensor]:
+    """Make and apply the edits; if one fails, those before it are taken back."""
+    applied, originals = [], {}
+    try:
+        for group in [facts] if method.batchable else [[f] for f in facts]:
+            edit = method.make(adapter, group, hparams)
+            for name, value in edit.apply(adapter).items():
+                originals.setdefault(name, value)
+            applied.append(edit)
+    except BaseException:
+        for edit in reversed(applied):
+            edit.revert(adapter)
+        raise
+    return originals
+
+
+def _join_editor(editor: Any, host: Host) -> None:
+    base = editor.BaseEditor
+    init = base.__init__
+    on_cpu = host.form == "wheel" and not torch.cuda.is_available()
+
+    @functools.wraps(init)
+    def __init__(self: Any, hparams: Any, *args: Any, **kwargs: Any) -> None:
+        if hparams is not None and is_ours_to_load(hparams.model_name, hparams.alg_name):
+            hparams = copy.copy(hparams)
+            hparams.model_name = load_named(hparams)
+            if host.form == "wheel" and hparams.device is None:
+                hparams.device = 0  # it writes f"cuda:{device}" without asking
+        init(self, hparams, *args, **kwargs)
+
+    base.__init__ = __init__
+    if on_cpu:
+        for name in _EDITOR_CALLS:
+            if name in vars(base):
+                setattr(base, name, _inside_mode(vars(base)[name]))
+
+
+def _inside_mode(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with CudaMeansCpu():
+            return function(*args, **kwargs)
+
+    return inside
+
+
+def _join_evaluation(editor: Any) -> None:
+    theirs = editor.compute_edit_quality
+
+    @functools.wraps(theirs)
+    def compute_edit_quality(model: Any, model_name: Any, hparams: Any, tok: Any, record: Any, device: Any, *args: Any, **kwargs: Any) -> dict:
+        config = hparams.decode_config() if hasattr(hparams, "decode_config") else DecodeConfig()
+        if isinstance(model, Adapter) and model.masked:
+            options = dict(zip(("eval_metric", "test_generation"), args)) | kwargs
+            if options.get("eval_metric") == "exact match":  # the editor's default, which its own metrics read as token accuracy
+                options["eval_metric"] = "token_em"
+            return edit_quality(model, record, config, **options)
+        result = theirs(model, model_name, hparams, tok, record, device, *args, **kwargs)
+        if isinstance(model_name, LoadedName) or hparams.alg_name in METHODS:
+            result["multi_step"] = public(multi_step(wrap_model(model, tok), record, config))
+        return result
+
+    editor.compute_edit_quality = compute_edit_quality
+    if hasattr(editor, "build_locality_metric_meta"):
+        their_meta = editor.build_locality_metric_meta
+
+        @functools.wraps(their_meta)
+        def build_locality_metric_meta(key: str, hparams: Any, model_name: Any, *args: Any, **kwargs: Any) -> dict:
+            if isinstance(model_name, LoadedName) and isinstance(model_name.model, Adapter):
+                return meta(f"locality.{key}_acc", LOCALITY_GROUP)
+            return their_meta(key, hparams, model_name, *args, **kwargs)
+
+        editor.build_locality_metric_meta = build_locality_metric_meta
+
+
+def _join_batching() -> None:
+    batching = host_module("editors.batch_editor").BatchEditor
+    theirs = batching.is_batchable_method
+
+    def is_batchable_method(alg_name: str) -> bool:
+        return METHODS[alg_name].batchable if alg_name in METHODS else theirs(alg_name)
+
+    batching.is_batchable_method = staticmethod(is_batchable_method)
+
+
+def _join_hparams(stands_for: str) -> None:
+    """`ROMEHyperParams.from_hparams` on a file whose alg_name is one of ours gives our hyperparameters."""
+    package = host_module("models")
+    theirs = getattr(package, f"{stands_for}HyperParams", None)
+    if theirs is None:
+        return
+    original = theirs.from_hparams.__func__
+
+    def from_hparams(cls: type, path: Any) -> Any:
+        alg_name = _alg_name(path)
+        return METHODS[alg_name].hparams.from_hparams(path) if alg_name in METHODS else original(cls, path)
+
+    theirs.from_hparams = classmethod(from_hparams)
+
+
+def _alg_name(path: Any) -> str | None:
+    for candidate in (str(path), f"{path}.yaml"):
+        with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
+            values = yaml.safe_load(Path(candidate).read_text(encoding="utf-8"))
+            return values.get("alg_name") if isinstance(values, dict) else None
+    return None

@@ -1,0 +1,321 @@
+"""The adapter: one face for autoregressive and masked diffusion language models.
+
+Above it nobody knows of logit shifts, attention masks or families. It *is* an `nn.Module` that owns the native model's
+children under their own names, so `model.layers.3.mlp.down_proj.weight` means the same thing here and there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from easyedit_mdm.common.registry import did_you_mean
+from easyedit_mdm.errors import ModelError
+from easyedit_mdm.models import geometry
+from easyedit_mdm.models.families import FAMILIES
+from easyedit_mdm.models.spec import FamilySpec
+
+Mask = Int[Tensor, "rows length"] | Bool[Tensor, "rows length"]
+
+
+@dataclass(frozen=True)
+class Ids:
+    """The special token ids of a loaded model; `mask` is None for causal models."""
+
+    mask: int | None
+    eos: int | None
+    pad: int
+
+
+    @property
+    def slot(self) -> int:
+        """What stands in a slot that is still to be written: the mask, or, where nothing sees it, padding."""
+        return self.pad if self.mask is None else self.mask
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a fact is read and written: a linear map inside the MLP.
+
+    Attributes:
+        layer: the layer's number.
+        name: dotted path of the module; its input is the key, its output the value.
+        weight: dotted path of its weight.
+        transposed: the weight is stored inputs x outputs (GPT-2's Conv1D) instead of outputs x inputs.
+    """
+
+    layer: int
+    name: str
+    transposed: bool
+
+    @property
+    def weight(self) -> str:
+        """Name of the weight as a parameter."""
+        return f"{self.name}.weight"
+
+
+class _NoPositions(nn.Module):
+    """Stands in for learned positions where a stack starts above the embedding."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        return torch.zeros(*position_ids.shape, self.width, device=position_ids.device)
+
+
+class Adapter(nn.Module):
+    """A language model as an editor sees it.
+
+    Args:
+        native: a transformers model with a language-model head.
+        spec: its family.
+        ids: its special tokens.
+        tokenizer: its tokenizer, or None.
+        name: what to call it in records.
+    """
+
+    def __init__(self, native: nn.Module, spec: FamilySpec, ids: Ids, tokenizer: Any = None, name: str = ""):
+        super().__init__()
+        for child_name, child in native.named_children():
+            self.add_module(child_name, child)
+        # kept out of the module tree (a tuple is not registered): the children must not be counted twice
+        self._native = (native,)
+        self.spec, self.ids, self.tokenizer, self.name = spec, ids, tokenizer, name
+        self.config = native.config
+        self.decoder: Callable[..., Tensor] | None = None
+        self._check_paths()
+        self.train(native.training)
+
+    # ---- what it is ------------------------------------------------------------------------------------------
+    @property
+    def native(self) -> nn.Module:
+        """The transformers model underneath, sharing all its weights with the adapter."""
+        return self._native[0]
+
+    @property
+    def masked(self) -> bool:
+        """Whether this is a masked diffusion model."""
+        return self.spec.masked
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the embedding."""
+        return self.module(self.spec.paths.embedding).weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The embedding's dtype."""
+        return self.module(self.spec.paths.embedding).weight.dtype
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self._blocks())
+
+    @property
+    def max_positions(self) -> int:
+        """Longest row, in tokens, that the model was made for."""
+        return int(getattr(self.config, "max_position_embeddings", None) or self.config.n_positions)
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids below this one stand for a token; larger heads are padding (Dream's ids above its tokenizer's last)."""
+        head = self.module(self.spec.paths.head).weight.shape[0]
+        return head if self.tokenizer is None else min(head, len(self.tokenizer))
+
+    def module(self, path: str) -> nn.Module:
+        """The submodule at a dotted path.
+
+        Raises:
+            ModelError: if there is none, naming the nearest path that exists.
+        """
+        try:
+            return self.get_submodule(path)
+        except AttributeError:
+            names = [name for name, _ in self.named_modules()]
+            raise ModelError(
+                f"{self.name or self.spec.name} has no module {path!r}{did_you_mean(path, names)} "
+                f"Check the module templates in the hyperparameters against the family {self.spec.name!r}."
+            ) from None
+
+    def site(self, layer: int, template: str | None = None) -> Site:
+        """The edit site of a layer: the MLP's down-projection, or the module that `template` names.
+
+        Raises:
+            ModelError: for a layer that does not exist, a wrong template, or a module without a 2-D weight.
+        """
+        if not 0 <= layer < self.layers:
+            raise ModelError(f"layer {layer} does not exist: {self.name or self.spec.name} has layers 0 to {self.layers - 1}")
+        name = (template or self.spec.paths.down).format(layer)
+        module = self.module(name)
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            raise ModelError(f"{name!r} has no matrix to edit; the rewrite module must be a linear map such as {self.spec.paths.down!r}")
+        return Site(layer, name, transposed=type(module).__name__ == "Conv1D")
+
+    # ---- what it computes ------------------------------------------------------------------------------------
+    def token_logits(
+        self,
+        input_ids: Int[Tensor, "rows length"],
+        attention_mask: Mask | None = None,
+        at: Int[Tensor, "rows slots"] | None = None,
+        *,
+        layer: int = 0,
+        hidden: Float[Tensor, "rows length width"] | None = None,
+    ) -> Float[Tensor, "rows slots vocab"]:
+        """Logits aligned with tokens: `[r, j]` predicts the token at position j of row r, for every family.
+
+        Args:
+            input_ids: token ids, padded on either side.
+            attention_mask: 1 for tokens, 0 for padding; padding changes no result.
+            at: positions whose logits are wanted (the head runs only there); all of them by default.
+            layer: go on from this layer, given its input `hidden` as `hidden_before` returned it.
+            hidden: the input of layer `layer`.
+
+        A token that a shifted model cannot predict (the first of a row) gets the logits of that row's first position,
+        as Dream's own decoding does.
+        """
+        mask = geometry.visible(input_ids, attention_mask)
+        states = self._run(input_ids, mask, layer, self.layers, hidden)
+        if at is None:
+            at = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape[0], -1)
+        where = geometry.sources(at, mask) if self.spec.shift else at
+        return self.module(self.spec.paths.head)(geometry.gather_rows(states, where))
+
+    def hidden_before(
+        self, layer: int, input_ids: Int[Tensor, "rows length"], attention_mask: Mask | None = None
+    ) -> Float[Tensor, "rows length width"]:
+        """The input of layer `layer` (the residual stream), for use as `hidden` in `token_logits`."""
+        return self._run(input_ids, geometry.visible(input_ids, attention_mask), 0, layer, None)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """As the native model's forward, with this family's attention; `.logits` are raw, not aligned.
+
+        Raises:
+            ModelError: if labels are passed to a masked model, whose loss is not the native class's.
+        """
+        if not self.masked:
+            return self.native(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if kwargs.get("labels") is not None:
+            raise ModelError("a masked model has no next-token loss: use denoising states for a loss instead of labels=")
+        mask = geometry.visible(input_ids, attention_mask)
+        kwargs.setdefault("position_ids", geometry.positions(mask))
+        kwargs["use_cache"] = False
+        return self.native(input_ids=input_ids, attention_mask=geometry.see_all(mask, self.dtype), **kwargs)
+
+    def generate(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Continue each row, with transformers' signature: returns the prompt columns followed by the new tokens.
+
+        Masked models take `max_new_tokens` (or `max_length`), `steps`, `block_length`, `order`, `temperature`,
+        `do_sample`, `generator`, `eos_token_id` and `pad_token_id`; see `easyedit_mdm.denoising.generate`. Causal models
+        pass everything on to transformers.
+
+        Raises:
+            ModelError: if a masked model was built without a decoder (load it with `easyedit_mdm.load_model`).
+        """
+        if not self.masked:
+            return self.native.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if self.decoder is None:
+            raise ModelError("this adapter has no decoder: load the model with easyedit_mdm.load_model, or set adapter.decoder")
+        return self.decoder(self, input_ids, attention_mask=attention_mask, **kwargs)
+
+    # ---- how -------------------------------------------------------------------------------------------------
+    def _blocks(self) -> nn.ModuleList:
+        return self.module(self.spec.paths.block.rsplit(".", 1)[0])
+
+    def _run(self, ids: Tensor, mask: Tensor, low: int, high: int, hidden: Tensor | None) -> Tensor:
+        """Layers low..high-1; with the final norm if `high` is the top."""
+        stack = self._stack(low, high)
+        inputs = {"input_ids": ids} if hidden is None else {"inputs_embeds": hidden}
+        attention = geometry.see_all(mask, self.dtype) if self.masked else mask
+        return stack(**inputs, attention_mask=attention, position_ids=geometry.positions(mask), use_cache=False, return_dict=True)[0]
+
+    def _stack(self, low: int, high: int) -> nn.Module:
+        """The backbone with only some of its layers: a view that shares every module, made anew for each call."""
+        backbone = self.module(self.spec.paths.backbone)
+        view = copy.copy(backbone)
+        view.__dict__["_modules"] = dict(backbone._modules)
+        view.__dict__.pop("forward", None)  # accelerate's hook, bound to the original
+        blocks = self.spec.paths.block.split(".")[-2]
+        view._modules[blocks] = nn.ModuleList(list(self._blocks())[low:high])
+        if high < self.layers:
+            view._modules[self.spec.paths.norm.rsplit(".", 1)[1]] = nn.Identity()
+        if low > 0 and self.spec.absolute_positions:
+            view._modules["wpe"] = _NoPositions(self.config.n_embd)
+        return view
+
+    def _check_paths(self) -> None:
+        for path in (self.spec.paths.backbone, self.spec.paths.embedding, self.spec.paths.norm, self.spec.paths.head):
+            self.module(path)
+        self.site(0)
+
+    def extra_repr(self) -> str:
+        """Family and paradigm, for `print(model)`."""
+        return f"family={self.spec.name}, paradigm={self.spec.paradigm}"
+
+
+def adapt(native: nn.Module, tokenizer: Any = None, family: str | None = None, name: str = "", mask_id: int | None = None) -> Adapter:
+    """Wrap a transformers model that is already in memory.
+
+    Args:
+        native: the model; an `Adapter` is returned as it is.
+        tokenizer: its tokenizer (needed where it is to name the special ids).
+        family: the family's name; by default told from the model's class and `config.model_type`.
+        name: what to call it in records.
+        mask_id: the mask token's id, for masked models.
+
+    Raises:
+        ModelError: if the family cannot be told or the special ids are unusable.
+    """
+    if isinstance(native, Adapter):
+        return native
+    spec = FAMILIES[family] if family else _family_of(native)
+    ids = special_ids(spec, vars(native.config) if native.config else {}, tokenizer, native.get_input_embeddings().weight.shape[0], mask_id)
+    return Adapter(native, spec, ids, tokenizer, name or getattr(native.config, "_name_or_path", "") or spec.name)
+
+
+def _family_of(native: nn.Module) -> FamilySpec:
+    kind = getattr(native.config, "model_type", "")
+    for name in FAMILIES:
+        if kind in FAMILIES[name].native_model_types:
+            return FAMILIES[name]
+    raise ModelError(
+        f"no adapter for a {type(native).__name__} (model_type {kind!r}). Known families: {', '.join(FAMILIES)}. "
+        "Masked models share their class with autoregressive ones: name the family, or load them with easyedit_mdm.load_model."
+    )
+
+
+def special_ids(spec: FamilySpec, config: dict[str, Any], tokenizer: Any, embeddings: int, mask_id: int | None = None) -> Ids:
+    """Mask, eos and pad ids: what the user says, then config, tokenizer, the family's default.
+
+    Raises:
+        ModelError: if a masked model has no mask id, or it equals pad or eos, or lies outside the embedding.
+    """
+
+    def first(*values: Any) -> int | None:
+        for value in values:
+            value = value[0] if isinstance(value, (list, tuple)) and value else value
+            if isinstance(value, int):
+                return value
+        return None
+
+    eos = first(config.get("eos_token_id"), getattr(tokenizer, "eos_token_id", None))
+    pad = first(config.get("pad_token_id"), getattr(tokenizer, "pad_token_id", None), eos, 0)
+    if not spec.masked:
+        return Ids(None, eos, pad)
+    mask = first(mask_id, config.get("mask_token_id"), getattr(tokenizer, "mask_token_id", None), spec.mask_id)
+    if mask is None:
+        raise ModelError(f"no mask token for a {spec.name} model: give mask_id, or set mask_token_id in config.json or the tokenizer")
+    if not 0 <= mask < embeddings:
+        raise ModelError(f"mask id {mask} lies outside the embedding (0 to {embeddings - 1}): give the right mask_id")
+    if mask in (pad, eos):
+        raise ModelError(f"mask id {mask} is also the pad or eos id: a masked position could not be told from padding; give mask_id")
+    return Ids(mask, eos, pad)

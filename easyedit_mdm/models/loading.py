@@ -1,0 +1,290 @@
+"""Loading checkpoints in the hub's own format into transformers' own classes, without remote code.
+
+The weights are read from safetensors shards one tensor at a time, renamed by the family's rules, checked against what the
+native class expects, and put where they belong; so the same code runs on transformers 4.46 to 5.x, where the hub's
+modelling files do not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from easyedit_mdm.errors import CheckpointError
+from easyedit_mdm.models.adapter import Adapter, special_ids
+from easyedit_mdm.models.families import FAMILIES
+from easyedit_mdm.models.spec import FamilySpec
+
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+def load_adapter(
+    name_or_folder: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    family: str | None = None,
+    mask_id: int | None = None,
+    revision: str | None = None,
+    tokenizer: Any = None,
+    name: str | None = None,
+) -> Adapter:
+    """Load a model natively.
+
+    Args:
+        name_or_folder: a folder with `config.json` and safetensors, or a hub id.
+        device: where to put it; the CPU by default. Not together with `device_map`.
+        dtype: torch dtype or its name; as stored (`torch_dtype` in the config) by default.
+        device_map: `auto`, `balanced`, ... or a mapping, for several devices through accelerate.
+        max_memory: memory a device, for `device_map`, as in accelerate.
+        family: name of the family, where the folder does not tell.
+        mask_id: the mask token's id, overriding config and tokenizer.
+        revision: revision of a hub id.
+        tokenizer: a tokenizer to use instead of the folder's.
+        name: what to call the model in records; `name_or_folder` by default.
+
+    Raises:
+        CheckpointError: with what is missing, misshapen or unknown.
+    """
+    folder = find_folder(name_or_folder, revision)
+    config = read_config(folder)
+    files = weight_files(folder)
+    spec = FAMILIES[family] if family else detect(config, files)
+    model = _empty_model(spec, config)
+    target = _dtype(dtype, config)
+    places = _places(model, device, device_map, max_memory, target)
+    _fill(model, spec, files, target, places)
+    if device_map is not None:
+        from accelerate import dispatch_model
+
+        model = dispatch_model(model, device_map=places)
+    model.eval()
+    tok = tokenizer if tokenizer is not None else load_tokenizer(folder, spec)
+    ids = special_ids(spec, config, tok, model.get_input_embeddings().weight.shape[0], mask_id)
+    return Adapter(model, spec, ids, tok, name=str(name or name_or_folder))
+
+
+def find_folder(name_or_folder: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a model: the folder itself, or a snapshot of a hub id (downloaded if need be).
+
+    Raises:
+        CheckpointError: if it is neither.
+    """
+    folder = Path(name_or_folder).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(name_or_folder)
+    if folder.is_absolute() or name.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise CheckpointError(f"{name!r} is neither a folder, nor one of the package's twins, nor a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+    except Exception as error:
+        raise CheckpointError(
+            f"{name!r} is not a folder here and could not be fetched from the hub ({type(error).__name__}: {error}). "
+            "Download it elsewhere and pass its folder."
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's `config.json`.
+
+    Raises:
+        CheckpointError: if it is missing or not JSON.
+    """
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no config.json: is it a model in the hub's format?") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor, by the checkpoint's own key names.
+
+    Raises:
+        CheckpointError: if there are no safetensors, or the index names a file that is absent or broken.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        absent = sorted({shard for shard in table.values() if not (folder / shard).exists()})
+        if absent:
+            raise CheckpointError(f"{index} names shards that are not there: {', '.join(absent)}")
+        return {key: folder / shard for key, shard in table.items()}
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(path, "pt") as tensors:
+                found.update(dict.fromkeys(tensors.keys(), path))
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    if not found:
+        raise CheckpointError(f"{folder} has no model*.safetensors (pickled .bin weights are not read: convert them first)")
+    return found
+
+
+def detect(config: Mapping[str, Any], files: Mapping[str, Path]) -> FamilySpec:
+    """The family, by `architectures[0]` and a key of the checkpoint (model_type alone is shared by unlike models).
+
+    Raises:
+        CheckpointError: if no family fits, saying which ones were close.
+    """
+    architecture = (config.get("architectures") or ["?"])[0]
+    named = [FAMILIES[n] for n in FAMILIES if architecture in FAMILIES[n].architectures]
+    for spec in named:
+        if any(spec.native_name(key) == spec.native_name(spec.probe) for key in files):
+            return spec
+    if named:
+        raise CheckpointError(f"architecture {architecture} is known, but the checkpoint has no {named[0].probe!r}: another variant of it?")
+    known = sorted({a for n in FAMILIES for a in FAMILIES[n].architectures})
+    raise CheckpointError(f"architecture {architecture!r} is not known. Known: {', '.join(known)}. A new family is one file in models/families/.")
+
+
+def _dtype(dtype: str | torch.dtype | None, config: Mapping[str, Any]) -> torch.dtype:
+    dtype = dtype or config.get("torch_dtype") or config.get("dtype") or torch.float32
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CheckpointError(f"dtype {dtype!r} is not a floating-point torch dtype such as 'bfloat16' or 'float32'")
+    return found
+
+
+def _empty_model(spec: FamilySpec, config: Mapping[str, Any]) -> torch.nn.Module:
+    """The native model with parameters on the meta device and real buffers (rotary frequencies are not in the files)."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    config_class = getattr(transformers, f"{spec.native}Config")
+    model_class = getattr(transformers, f"{spec.native}LMHeadModel" if spec.native == "GPT2" else f"{spec.native}ForCausalLM")
+    try:
+        native = config_class(**spec.native_config(config))
+    except KeyError as error:
+        raise CheckpointError(f"config.json of a {spec.name} model lacks {error}") from error
+    native._attn_implementation = "sdpa"
+    with init_empty_weights(include_buffers=False):
+        return model_class(native)
+
+
+def _places(model, device, device_map, max_memory, dtype) -> dict[str, Any]:
+    if device_map is None:
+        return {"": torch.device(device or "cpu")}
+    if device is not None:
+        raise CheckpointError("give either device or device_map, not both")
+    if not isinstance(device_map, str):
+        return dict(device_map)
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    kept = list(getattr(model, "_no_split_modules", None) or [])
+    if device_map != "sequential":
+        max_memory = get_balanced_memory(
+            model, max_memory=max_memory, no_split_module_classes=kept, dtype=dtype, low_zero=device_map == "balanced_low_0"
+        )
+    return infer_auto_device_map(model, max_memory=max_memory, no_split_module_classes=kept, dtype=dtype)
+
+
+def _fill(model, spec: FamilySpec, files: Mapping[str, Path], dtype: torch.dtype, places: Mapping[str, Any]) -> None:
+    from accelerate.utils import set_module_tensor_to_device
+
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    tied = _tied_names(model)
+    table = {spec.native_name(key): key for key in files}
+    table = {name: key for name, key in table.items() if not re.search(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$", name)}
+    missing = sorted(set(expected) - set(table) - tied)
+    unexpected = sorted(set(table) - set(expected) - tied)
+    if missing or unexpected:
+        raise CheckpointError(_mismatch(spec, missing, unexpected, table))
+    for name, tensor in _tensors({name: (table[name], files[table[name]]) for name in expected if name in table}):
+        if tuple(tensor.shape) != expected[name]:
+            raise CheckpointError(
+                f"{table[name]!r} has shape {tuple(tensor.shape)}, but config.json makes {name!r} {expected[name]}: "
+                "config and weights do not belong together"
+            )
+        set_module_tensor_to_device(model, name, _place_of(name, places), value=tensor.to(dtype))
+    model.tie_weights()
+    for path, module in model.named_modules():  # buffers that are computed, not stored
+        for key, buffer in module.named_buffers(recurse=False):
+            if buffer is not None:
+                module._buffers[key] = buffer.to(_place_of(f"{path}.{key}", places))
+
+
+def _tied_names(model) -> set[str]:
+    return {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+
+
+def _tensors(table: Mapping[str, tuple[str, Path]]) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import safe_open
+
+    by_file: dict[Path, list[tuple[str, str]]] = {}
+    for name, (key, path) in table.items():
+        by_file.setdefault(path, []).append((name, key))
+    for path, wanted in by_file.items():
+        with safe_open(path, "pt") as tensors:
+            for name, key in wanted:
+                yield name, tensors.get_tensor(key)
+
+
+def _place_of(name: str, places: Mapping[str, Any]) -> Any:
+    best = max((p for p in places if p == "" or name == p or name.startswith(p + ".")), key=len, default=None)
+    place = torch.device("cpu") if best is None else places[best]
+    return "cpu" if place == "disk" else place
+
+
+def _mismatch(spec: FamilySpec, missing: list[str], unexpected: list[str], table: Mapping[str, str]) -> str:
+    parts = [f"the checkpoint does not fit a {spec.name} model"]
+    if missing:
+        parts.append(f"{len(missing)} parameters are missing, such as {', '.join(missing[:3])}")
+    if unexpected:
+        parts.append(f"{len(unexpected)} tensors have no place, such as {', '.join(table[n] for n in unexpected[:3])}")
+    return "; ".join(parts) + ". Is a shard absent, or is it another variant of the family?"
+
+
+def load_tokenizer(folder: Path, spec: FamilySpec) -> Any:
+    """The folder's tokenizer through transformers' own classes, or None if the folder has none.
+
+    Raises:
+        CheckpointError: if there are tokenizer files that no native class can read.
+    """
+    import transformers
+
+    if not any((folder / f).exists() for f in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        return None
+    classes = [getattr(transformers, spec.tokenizer, None), transformers.PreTrainedTokenizerFast]
+    if not (folder / "tokenizer.json").exists():
+        classes = classes[:1]
+    elif _names_native_class(folder):
+        classes = [transformers.AutoTokenizer, *classes]
+    problems = []
+    for cls in filter(None, classes):
+        try:
+            tokenizer = cls.from_pretrained(str(folder))
+        except Exception as error:  # the next class may read it; all reasons are told if none does
+            problems.append(f"{cls.__name__}: {error}")
+            continue
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        return tokenizer
+    raise CheckpointError(f"no native tokenizer class reads {folder}: " + " | ".join(problems))
+
+
+def _names_native_class(folder: Path) -> bool:
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return False
+    import transformers
+
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return "auto_map" not in config and hasattr(transformers, str(config.get("tokenizer_class")))

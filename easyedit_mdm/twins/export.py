@@ -1,0 +1,70 @@
+"""From a training checkpoint to a model folder in the hub's own format."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from easyedit_mdm.models.families import FAMILIES
+from easyedit_mdm.twins.train import Recipe
+
+_LLADA_FIXED = {
+    "activation_type": "silu", "alibi": False, "attention_layer_norm": False, "bias_for_layer_norm": False, "block_type": "llama",
+    "include_bias": False, "include_qkv_bias": False, "input_emb_norm": False, "layer_norm_type": "rms", "rope": True,
+    "scale_logits": False, "weight_tying": False, "model_type": "llada", "architectures": ["LLaDAModelLM"],
+}  # fmt: skip
+
+
+def export(checkpoint: Path, out: Path, tokenizer, dtype: torch.dtype = torch.float16) -> dict:
+    """Write `config.json`, `model.safetensors`, the tokenizer and `training.json` of a finished training run.
+
+    Returns:
+        the run's state: recipe, steps, seconds, loss.
+    """
+    from safetensors.torch import load_file, save_file
+
+    state = json.loads((checkpoint / "state.json").read_text())
+    recipe = Recipe(**state["recipe"])
+    spec = FAMILIES["llada" if recipe.objective == "masked" else "llama"]
+    tensors = {k[6:]: v for k, v in load_file(checkpoint / "checkpoint.safetensors").items() if k.startswith("model.")}
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({spec.hub_name(k): v.to(dtype) for k, v in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"})
+    config = hub_config(recipe, len(tokenizer), tokenizer.eos_token_id, tokenizer.mask_token_id, str(dtype).removeprefix("torch."))
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
+    (out / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config(tokenizer, recipe.positions), indent=1) + "\n")
+    (out / "training.json").write_text(json.dumps({k: v for k, v in state.items()}, indent=1) + "\n")
+    return state
+
+
+def hub_config(recipe: Recipe, vocabulary: int, eos: int, mask: int, dtype: str) -> dict:
+    """`config.json` in LLaDA's or LLaMA's own fields."""
+    common = {"vocab_size": vocabulary, "eos_token_id": eos, "pad_token_id": eos, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "torch_dtype": dtype}
+    if recipe.objective == "masked":
+        return {
+            **_LLADA_FIXED, **common, "embedding_size": vocabulary, "d_model": recipe.hidden, "n_layers": recipe.layers,
+            "n_heads": recipe.heads, "n_kv_heads": recipe.heads, "mlp_hidden_size": recipe.mlp, "mask_token_id": mask,
+            "max_sequence_length": recipe.positions,
+        }  # fmt: skip
+    return {
+        **common, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": recipe.hidden, "num_hidden_layers": recipe.layers,
+        "num_attention_heads": recipe.heads, "num_key_value_heads": recipe.heads, "intermediate_size": recipe.mlp, "hidden_act": "silu",
+        "max_position_embeddings": recipe.positions, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+    }  # fmt: skip
+
+
+def _tokenizer_config(tokenizer, positions: int) -> dict:
+    # the class that 4.x and 5.x both know; saving through transformers 5 names one that 4.x lacks
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token,
+        "mask_token": tokenizer.mask_token, "model_max_length": positions, "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }  # fmt: skip
+
+
+def describe(recipe: Recipe) -> dict:
+    """The recipe as a mapping, for model cards."""
+    return asdict(recipe)
