@@ -94,14 +94,17 @@ class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _importer() -> dict:
-    """Globals of the nearest frame that is neither the import system's nor this file's."""
+    """Globals of the code whose import is being served: the nearest frame below the import system's own."""
     frame = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if not (name.startswith("importlib") or name == __name__ or "importlib" in frame.f_code.co_filename):
-            return frame.f_globals
+    while frame is not None and not _of_import_system(frame):  # this file, and whatever wraps it
         frame = frame.f_back
-    return {}
+    while frame is not None and _of_import_system(frame):
+        frame = frame.f_back
+    return {} if frame is None else frame.f_globals
+
+
+def _of_import_system(frame: types.FrameType) -> bool:
+    return (frame.f_globals.get("__name__") or "").split(".")[0] == "importlib" or "importlib" in frame.f_code.co_filename
 
 
 @contextmanager

@@ -1,0 +1,143 @@
+"""Shared pieces: tiny models of every family, a tokenizer, and where the benchmark data and EasyEdit are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # warnings of third parties at import or by deprecation inside them are not ours to mend; ours stay errors
+    for line in (
+        "ignore::DeprecationWarning:easyeditor.*",
+        "ignore::SyntaxWarning",
+        "ignore:.*SwigPy.*:DeprecationWarning",
+        "ignore:.*swigvarlink.*:DeprecationWarning",
+        "ignore::FutureWarning:transformers.*",
+        "ignore::FutureWarning:accelerate.*",
+        "ignore::UserWarning:torch.*",
+        "ignore::ResourceWarning",
+        "ignore::pytest.PytestUnraisableExceptionWarning",
+    ):
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The twins' tokenizer: byte-level BPE, so that any text can be tokenised."""
+    from easyedit_mdm import load_model
+
+    return load_model("twin-llama").tokenizer
+
+
+@pytest.fixture(scope="session")
+def twin_llada():
+    """The masked twin, shared: tests must leave it as they found it."""
+    from easyedit_mdm import load_model
+
+    return load_model("twin-llada")
+
+
+@pytest.fixture(scope="session")
+def twin_llama():
+    """The autoregressive twin, shared: tests must leave it as they found it."""
+    from easyedit_mdm import load_model
+
+    return load_model("twin-llama")
+
+
+@pytest.fixture(scope="session")
+def world():
+    """The world that the twins know."""
+    from easyedit_mdm.twins.world import World
+
+    return World.build()
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of the benchmark data."""
+    folder = os.environ.get("EASYEDIT_MDM_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("EASYEDIT_MDM_DATA names no folder of benchmark data")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def easyedit_home() -> Path:
+    """A clone of EasyEdit's repository."""
+    home = os.environ.get("EASYEDIT_HOME")
+    if not home or not (Path(home) / "easyeditor").is_dir():
+        pytest.skip("EASYEDIT_HOME names no clone of EasyEdit")
+    return Path(home)
+
+
+def tiny_config(family: str, vocabulary: int) -> dict:
+    """`config.json` of a tiny model in the hub's own fields."""
+    common = {"vocab_size": vocabulary, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "torch_dtype": "float32", "eos_token_id": 0, "pad_token_id": 0}
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "hidden_act": "silu", "max_position_embeddings": 128, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return {
+        "llada": {
+            **common, "architectures": ["LLaDAModelLM"], "model_type": "llada", "block_type": "llama", "layer_norm_type": "rms", "rope": True,
+            "activation_type": "silu", "embedding_size": vocabulary, "d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 4,
+            "mlp_hidden_size": 48, "mask_token_id": 1, "max_sequence_length": 128, "weight_tying": False,
+        },
+        "dream": {**common, **sizes, "architectures": ["DreamModel"], "model_type": "Dream", "mask_token_id": 1},
+        "llama": {**common, **sizes, "architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+        "qwen2": {**common, **sizes, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+        "gpt2": {
+            "vocab_size": vocabulary, "n_positions": 128, "n_embd": 32, "n_layer": 3, "n_head": 4, "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2", "eos_token_id": 0, "bos_token_id": 0, "torch_dtype": "float32", "tie_word_embeddings": True,
+        },
+    }[family]  # fmt: skip
+
+
+def write_checkpoint(folder: Path, family: str, vocabulary: int = 192, seed: int = 0, shards: int = 1) -> dict[str, torch.Tensor]:
+    """A tiny random checkpoint in the hub's key names; returns its tensors."""
+    import json
+
+    from safetensors.torch import save_file
+
+    from easyedit_mdm.models.families import FAMILIES
+    from easyedit_mdm.models.loading import _empty_model, _tied_names
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = tiny_config(family, vocabulary)
+    spec = FAMILIES[family]
+    generator = torch.Generator().manual_seed(seed)
+    model = _empty_model(spec, config)
+    tensors = {
+        spec.hub_name(name): torch.randn(p.shape, generator=generator) * 0.15 + (1.0 if p.dim() == 1 and "bias" not in name else 0.0)
+        for name, p in model.named_parameters()
+        if name not in _tied_names(model)
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    names = list(tensors)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return tensors
+    where = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)}
+    for shard in set(where.values()):
+        save_file({n: tensors[n] for n in names if where[n] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return tensors
+
+
+@pytest.fixture
+def tiny(tmp_path, tokenizer):
+    """Factory of tiny random models with the twins' tokenizer: `tiny("llada")`."""
+    from easyedit_mdm import load_model
+
+    def make(family: str, **options):
+        write_checkpoint(tmp_path / family, family, len(tokenizer))
+        return load_model(tmp_path / family, tokenizer=tokenizer, **options)
+
+    return make
