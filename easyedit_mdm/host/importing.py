@@ -49,11 +49,13 @@ def _as_before() -> Iterator[None]:
 
     seeds = (random.getstate(), numpy.random.get_state(), torch.get_rng_state())
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    environment, filters = dict(os.environ), list(warnings.filters)
+    environment = dict(os.environ)
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # third parties' own, at import
+            yield
     finally:
         random.setstate(seeds[0])
         numpy.random.set_state(seeds[1])
@@ -63,7 +65,6 @@ def _as_before() -> Iterator[None]:
         for key in set(os.environ) - set(environment):
             del os.environ[key]
         os.environ.update(environment)
-        warnings.filters[:] = filters
         root.handlers[:] = handlers
         root.setLevel(level)
 

@@ -233,13 +233,16 @@ class Adapter(nn.Module):
 
     def _run(self, ids: Tensor, mask: Tensor, low: int, high: int, hidden: Tensor | None) -> Tensor:
         """Layers low..high-1; with the final norm if `high` is the top."""
-        stack = self._stack(low, high)
+        stack = self._stack(low, high, entered=hidden is not None)
         inputs = {"input_ids": ids} if hidden is None else {"inputs_embeds": hidden}
         attention = geometry.see_all(mask, self.dtype) if self.masked else mask
         return stack(**inputs, attention_mask=attention, position_ids=geometry.positions(mask), use_cache=False, return_dict=True)[0]
 
-    def _stack(self, low: int, high: int) -> nn.Module:
-        """The backbone with only some of its layers: a view that shares every module, made anew for each call."""
+    def _stack(self, low: int, high: int, entered: bool) -> nn.Module:
+        """The backbone with only some of its layers: a view that shares every module, made anew for each call.
+
+        `entered`: the input is a residual stream, to which positions have been added already.
+        """
         backbone = self.module(self.spec.paths.backbone)
         view = copy.copy(backbone)
         view.__dict__["_modules"] = dict(backbone._modules)
@@ -248,7 +251,7 @@ class Adapter(nn.Module):
         view._modules[blocks] = nn.ModuleList(list(self._blocks())[low:high])
         if high < self.layers:
             view._modules[self.spec.paths.norm.rsplit(".", 1)[1]] = nn.Identity()
-        if low > 0 and self.spec.absolute_positions:
+        if entered and self.spec.absolute_positions:
             view._modules["wpe"] = _NoPositions(self.config.n_embd)
         return view
 

@@ -214,7 +214,7 @@ def _fill(model, spec: FamilySpec, files: Mapping[str, Path], dtype: torch.dtype
                 f"{table[name]!r} has shape {tuple(tensor.shape)}, but config.json makes {name!r} {expected[name]}: "
                 "config and weights do not belong together"
             )
-        set_module_tensor_to_device(model, name, _place_of(name, places), value=tensor.to(dtype))
+        set_module_tensor_to_device(model, name, _place_of(name, places), value=tensor, dtype=dtype)
     model.tie_weights()
     for path, module in model.named_modules():  # buffers that are computed, not stored
         for key, buffer in module.named_buffers(recurse=False):

@@ -1,0 +1,150 @@
+"""The adapter's contract, for every registered family."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from easyedit_mdm.errors import HyperParameterError, ModelError
+from easyedit_mdm.models import FAMILIES, adapt
+from easyedit_mdm.models.geometry import right_padded
+
+families = pytest.mark.parametrize("family", list(FAMILIES))
+
+
+def rows(seed: int = 0) -> list[torch.Tensor]:
+    """Three rows of unequal length."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, 150, (n,), generator=generator) for n in (5, 9, 12)]
+
+
+@families
+@torch.no_grad()
+def test_padding_changes_nothing(tiny, family):
+    """Row i of a batch, padded left or right, equals the row alone, within 1e-5."""
+    model = tiny(family)
+    right, mask = right_padded(rows(), model.ids.pad, "cpu")
+    length = right.shape[1]
+    left = torch.stack([torch.cat([torch.full((length - len(r),), model.ids.pad), r]) for r in rows()])
+    left_mask = torch.stack([torch.cat([torch.zeros(length - len(r)), torch.ones(len(r))]) for r in rows()]).long()
+    on_right, on_left = model.token_logits(right, mask), model.token_logits(left, left_mask)
+    for i, row in enumerate(rows()):
+        alone = model.token_logits(row[None])[0]
+        assert (on_right[i, : len(row)] - alone).abs().max() < 1e-5
+        assert (on_left[i, length - len(row) :] - alone).abs().max() < 1e-5
+        if not FAMILIES[family].shift:
+            assert (model(right, mask).logits[i, : len(row)] - alone).abs().max() < 1e-5
+
+
+@families
+@torch.no_grad()
+def test_from_any_layer_on(tiny, family):
+    """Running the lower layers once and the upper ones from there gives the same logits, at chosen slots too."""
+    model = tiny(family)
+    ids, mask = right_padded(rows(), model.ids.pad, "cpu")
+    whole = model.token_logits(ids, mask)
+    at = torch.tensor([[1, 4], [0, 8], [11, 3]])
+    for layer in range(model.layers + 1):
+        hidden = model.hidden_before(layer, ids, mask) if layer < model.layers else None
+        if hidden is not None:
+            assert (model.token_logits(ids, mask, layer=layer, hidden=hidden) - whole).abs().max() < 1e-5
+            some = model.token_logits(ids, mask, at=at, layer=layer, hidden=hidden)
+            assert (some - whole.gather(1, at[:, :, None].expand(-1, -1, whole.shape[-1]))).abs().max() < 1e-5
+
+
+@families
+@torch.no_grad()
+def test_who_sees_whom(tiny, family):
+    """Masked families see both sides; causal ones only their left."""
+    model = tiny(family)
+    ids = rows()[2][None]
+    changed = ids.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % 150
+    moved = (model.token_logits(ids) - model.token_logits(changed)).abs().amax(-1)[0]
+    if model.masked:
+        assert (moved > 1e-6).all()
+    else:
+        assert moved.max() == 0  # aligned with tokens: no logit may depend on the last token
+
+
+@families
+@torch.no_grad()
+def test_alignment(tiny, family):
+    """Aligned logits are the native ones, one to the left where the family shifts."""
+    model = tiny(family)
+    ids = rows()[2][None]
+    aligned, raw = model.token_logits(ids), model(ids).logits
+    if FAMILIES[family].shift:
+        assert (aligned[:, 1:] - raw[:, :-1]).abs().max() < 1e-5
+        assert (aligned[:, 0] - raw[:, 0]).abs().max() < 1e-5
+    else:
+        assert (aligned - raw).abs().max() < 1e-5
+
+
+@families
+def test_names_are_the_native_ones(tiny, family):
+    """The adapter's parameters are the native model's, under the same names, each once; copying copies them."""
+    model = tiny(family)
+    native = dict(model.native.named_parameters())
+    mine = dict(model.named_parameters())
+    assert list(native) == list(mine) and all(native[n] is mine[n] for n in native)
+    twin = copy.deepcopy(model)
+    assert all(a is b for a, b in zip(twin.parameters(), twin.native.parameters()))
+    assert next(twin.parameters()) is not next(model.parameters())
+
+
+@families
+def test_sites(tiny, family):
+    """The down-projection of each layer; wrong layers and modules are named, with what was meant."""
+    model = tiny(family)
+    assert model.site(1).weight in dict(model.named_parameters())
+    with pytest.raises(ModelError, match="layers 0 to 2"):
+        model.site(3)
+    with pytest.raises(ModelError, match="did you mean"):
+        model.site(1, model.spec.paths.down.replace("mlp", "mpl"))
+    with pytest.raises(ModelError, match="no matrix"):
+        model.site(1, model.spec.paths.mlp)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_generate_has_transformers_signature(tiny, family):
+    """Left-padded batches, max_length, eos handling; rows do not influence each other; canvas settings are checked."""
+    model = tiny(family)
+    first, second = rows()[0], rows()[1]
+    pad = len(second) - len(first)
+    ids = torch.stack([torch.cat([torch.full((pad,), model.ids.pad), first]), second])
+    mask = torch.stack([torch.cat([torch.zeros(pad), torch.ones(len(first))]), torch.ones(len(second))]).long()
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=6)
+    assert out.shape == (2, len(second) + 6) and torch.equal(out[:, : len(second)], ids)
+    for row, prompt in zip(out, (first, second)):
+        assert torch.equal(row[len(second) :], model.generate(prompt[None], max_new_tokens=6)[0, len(prompt) :])
+    assert model.generate(second[None], max_length=12).shape == (1, 12)
+    token = int(out[1, len(second) + 1])
+    ended = model.generate(second[None], max_new_tokens=6, eos_token_id=token, pad_token_id=3)[0, len(second) :]
+    first_end = ended.tolist().index(token)
+    assert (ended[first_end + 1 :] == 3).all()
+    with pytest.raises(HyperParameterError, match="max_new_tokens"):
+        model.generate(second[None])
+    with pytest.raises(TypeError, match="num_beams"):
+        model.generate(second[None], max_new_tokens=2, num_beams=4)
+
+
+def test_causal_generate_is_transformers(tiny):
+    """Autoregressive adapters hand over to the native model."""
+    model = tiny("llama")
+    ids = rows()[1][None]
+    ours = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    theirs = model.native.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert torch.equal(ours, theirs)
+
+
+def test_a_bare_adapter_says_how_to_get_a_decoder(tiny):
+    """models/ knows nothing of denoising: without load_model there is no generate."""
+    model = tiny("llada")
+    bare = adapt(model.native, model.tokenizer, family="llada", mask_id=1)
+    with pytest.raises(ModelError, match="load_model"):
+        bare.generate(torch.tensor([[2, 3]]), max_new_tokens=2)
+    with pytest.raises(ModelError, match="labels"):
+        model(torch.tensor([[2, 3]]), labels=torch.tensor([[2, 3]]))

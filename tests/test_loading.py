@@ -1,0 +1,166 @@
+"""Native loading: against the published modelling code's outputs, and every way a folder can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config, write_checkpoint
+from safetensors.torch import load_file, save_file
+
+from easyedit_mdm import load_model
+from easyedit_mdm.errors import CheckpointError, ModelError
+from easyedit_mdm.models import FAMILIES, adapt
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_logits_equal_the_published_code(data_dir, family):
+    """Raw logits within 1e-5, also for rows that start late: left padding changes nothing."""
+    folder = data_dir / "reference" / family
+    model, reference = load_model(folder), load_file(folder / "reference.safetensors")
+    ids = reference["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    mask[2, :7] = 0
+    with torch.no_grad():
+        assert (model(ids).logits - reference["logits"]).abs().max() < 1e-5
+        padded = model(ids, mask).logits
+    assert (padded[1, 4:] - reference["row1_from4_logits"]).abs().max() < 1e-5
+    assert (padded[2, 7:] - reference["row2_from7_logits"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_logits_equal_the_kept_reference(family):
+    """The same against tests/data/reference, which make_reference.py wrote."""
+    folder = HERE / "data" / "reference" / family
+    model, reference = load_model(folder), load_file(folder / "reference.safetensors")
+    with torch.no_grad():
+        assert (model(reference["input_ids"]).logits - reference["logits"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_hub_names_round_trip(tmp_path, family, shards):
+    """Each tensor of the checkpoint is a parameter of the model, bit for bit, and gets its hub name back."""
+    tensors = write_checkpoint(tmp_path, family, shards=shards)
+    model = load_model(tmp_path)
+    assert model.spec.name == family
+    parameters = dict(model.named_parameters())
+    assert {model.spec.hub_name(n) for n in parameters} == set(tensors)
+    for name, value in parameters.items():
+        assert torch.equal(value, tensors[model.spec.hub_name(name)]), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, None])
+def test_dtype(tmp_path, dtype):
+    """By name, as a torch dtype, or as config.json says."""
+    write_checkpoint(tmp_path, "llada")
+    wanted = {"bfloat16": torch.bfloat16, None: torch.float32}.get(dtype, dtype)
+    assert {p.dtype for p in load_model(tmp_path, dtype=dtype).parameters()} == {wanted}
+
+
+def test_device_map(tmp_path):
+    """A mapping for accelerate; results are those without it."""
+    write_checkpoint(tmp_path, "llada")
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        spread = load_model(tmp_path, device_map={"": "cpu"}).token_logits(ids)
+        automatic = load_model(tmp_path, device_map="auto", max_memory={"cpu": "4GB"}).token_logits(ids)
+        plain = load_model(tmp_path).token_logits(ids)
+    assert torch.equal(spread, plain) and torch.equal(automatic, plain)
+    with pytest.raises(CheckpointError, match="not both"):
+        load_model(tmp_path, device="cpu", device_map="auto")
+
+
+def test_wrong_folders(tmp_path):
+    """Each fault is named."""
+    with pytest.raises(CheckpointError, match="neither a folder"):
+        load_model("twin-lama")
+    with pytest.raises(CheckpointError, match="neither a folder"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="no config.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("llada", 192)))
+    with pytest.raises(CheckpointError, match="no model.*safetensors"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="not a readable safetensors"):
+        load_model(tmp_path)
+
+
+def test_wrong_tensors(tmp_path):
+    """Missing, left over, or misshapen tensors are named, and so is a missing shard."""
+    tensors = write_checkpoint(tmp_path, "llada")
+    lost = "model.transformer.blocks.1.ff_out.weight"
+    save_file({k: v for k, v in tensors.items() if k != lost}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="missing.*layers.1.mlp.down_proj"):
+        load_model(tmp_path)
+    save_file({**tensors, "model.transformer.blocks.0.bias": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no place.*blocks.0.bias"):
+        load_model(tmp_path)
+    save_file({**tensors, lost: torch.zeros(3, 3)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"shape \(3, 3\)"):
+        load_model(tmp_path)
+    write_checkpoint(tmp_path / "sharded", "llada", shards=2)
+    next((tmp_path / "sharded").glob("model-*")).unlink()
+    with pytest.raises(CheckpointError, match="shards that are not there"):
+        load_model(tmp_path / "sharded")
+
+
+def test_families_are_told_apart(tmp_path):
+    """By architecture and by keys: the same architecture name with other keys is refused, an unknown one too."""
+    write_checkpoint(tmp_path, "llama")
+    config = tiny_config("llama", 192)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("dream", 192)))  # its attention has biases, these weights have none
+    with pytest.raises(CheckpointError, match="another variant"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
+    with pytest.raises(CheckpointError, match="not known"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**tiny_config("llada", 192), "block_type": "sequential", "architectures": ["LLaDAModelLM"]}))
+    with pytest.raises(CheckpointError, match="block_type='sequential'"):
+        load_model(tmp_path, family="llada")
+
+
+@pytest.mark.parametrize(("value", "message"), [(0, "also the pad"), (500, "outside the embedding")])
+def test_bad_mask_ids(tmp_path, value, message):
+    """The mask may be neither pad nor eos, and must have an embedding; what the user says wins over the config."""
+    write_checkpoint(tmp_path, "llada")
+    with pytest.raises(ModelError, match=message):
+        load_model(tmp_path, mask_id=value)
+    assert load_model(tmp_path, mask_id=7).ids.mask == 7
+
+
+def test_mask_id_missing(tmp_path):
+    """Config and tokenizer silent, the family's default outside the embedding: an error that says what to give."""
+    write_checkpoint(tmp_path, "llada")
+    config = {k: v for k, v in tiny_config("llada", 192).items() if k != "mask_token_id"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="126336.*mask_id"):
+        load_model(tmp_path)
+
+
+def test_adapt_unknown_class():
+    """A model in memory of a class that no family claims."""
+    from transformers import BertConfig, BertLMHeadModel
+
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50, is_decoder=True)
+    with pytest.raises(ModelError, match="no adapter for a BertLMHeadModel"):
+        adapt(BertLMHeadModel(config))
+
+
+def test_twins_load():
+    """Both twins: same size, same tokenizer, full precision by default."""
+    masked, causal = load_model("twin-llada"), load_model("twin-llama")
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (masked, causal)]
+    assert abs(sizes[0] - sizes[1]) < 0.02 * sizes[0]
+    assert masked.tokenizer.get_vocab() == causal.tokenizer.get_vocab()
+    assert masked.masked and not causal.masked and masked.dtype == torch.float32

@@ -1,0 +1,132 @@
+"""The sampler: token for token the published decoders at temperature 0, and sound in every other setting."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from easyedit_mdm import DecodeConfig, decode, load_model
+from easyedit_mdm.denoising import ORDERS
+from easyedit_mdm.errors import HyperParameterError, RequestError, UnknownNameError
+
+HERE = Path(__file__).parent
+
+
+def generations(folder: Path):
+    """(order, steps, block length, prompt, expected) of every generation in a reference file."""
+    reference = load_file(folder / "reference.safetensors")
+    prompt = reference["prompt_ids"] if "prompt_ids" in reference else reference["input_ids"][:1, :8]
+    for key, expected in reference.items():
+        found = re.fullmatch(r"generated_([a-z_]+?)(?:_len\d+)?_steps(\d+)(?:_block(\d+))?", key)
+        if found:
+            yield found[1], int(found[2]), int(found[3]) if found[3] else None, prompt, expected
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_equals_the_published_decoders(data_dir, family):
+    """LLaDA's generate.py and Dream's diffusion_generate, several step counts and blocks."""
+    model = load_model(data_dir / "reference" / family)
+    seen = 0
+    for order, steps, block, prompt, expected in generations(data_dir / "reference" / family):
+        out = model.generate(prompt, max_new_tokens=8, steps=steps, block_length=block, order=order)
+        assert torch.equal(out, expected), (order, steps, block)
+        seen += 1
+    assert seen == {"llada": 3, "dream": 6}[family]
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_equals_the_kept_reference(family):
+    """The same against tests/data/reference."""
+    model = load_model(HERE / "data" / "reference" / family)
+    cases = list(generations(HERE / "data" / "reference" / family))
+    assert len(cases) >= 3
+    for order, steps, block, prompt, expected in cases:
+        assert torch.equal(model.generate(prompt, max_new_tokens=6, steps=steps, block_length=block, order=order), expected)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "llama"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("order", list(ORDERS))
+def test_every_order(tiny, family, temperature, order):
+    """Every slot is committed exactly once, none holds a mask, steps are within the plan, and the seed decides."""
+    model = tiny(family)
+    prompts = [torch.arange(5, 5 + n) for n in (3, 7)]
+    config = DecodeConfig(order=order, temperature=temperature, seed=3)
+    first, second = decode(model, prompts, [4, 6], config), decode(model, prompts, [4, 6], config)
+    for path, again, length in zip(first, second, (4, 6)):
+        assert torch.equal(path.tokens, again.tokens) and torch.equal(path.step, again.step)
+        assert path.tokens.shape == path.step.shape == (length,)
+        assert 0 <= int(path.step.min()) and int(path.step.max()) < length
+        assert (path.tokens < model.vocabulary).all()
+        if model.masked:
+            assert (path.tokens != model.ids.mask).all()
+    if temperature:
+        other = decode(model, prompts, [4, 6], DecodeConfig(order=order, temperature=temperature, seed=4))
+        assert any(not torch.equal(a.tokens, b.tokens) for a, b in zip(first, other))
+
+
+def test_one_token_a_step_by_confidence(tiny):
+    """N masks, N steps: one commit a step, and the first is the slot with the most confident prediction of all."""
+    model = tiny("llada")
+    prompt = torch.arange(5, 12)
+    path = decode(model, [prompt], [5])[0]
+    assert sorted(path.step.tolist()) == [0, 1, 2, 3, 4]
+    ids = torch.cat([prompt, torch.full((5,), model.ids.mask)])
+    with torch.no_grad():
+        probs = model.token_logits(ids[None])[0, -5:].softmax(-1)
+    probs[:, model.ids.mask] = 0
+    assert path.first_committed() == int(probs.amax(-1).argmax())
+    assert torch.equal(path.one_step, probs.argmax(-1))
+    frames = path.frames(model.ids.mask)
+    assert len(frames) == 6 and frames[0] == [model.ids.mask] * 5 and frames[-1] == path.tokens.tolist()
+    for i, (before, after) in enumerate(zip(frames, frames[1:])):
+        assert [a != b for a, b in zip(before, after)].count(True) == 1, i
+
+
+def test_batch_is_the_prompts_alone(tiny):
+    """Prompts of other lengths, and canvases of other lengths, beside a prompt do not change what is written after it."""
+    model = tiny("dream")
+    prompts = [torch.arange(5, 5 + n) for n in (3, 8, 5)]
+    together = decode(model, prompts, [2, 7, 4])
+    for prompt, length, path in zip(prompts, (2, 7, 4), together):
+        alone = decode(model, [prompt], [length])[0]
+        assert torch.equal(alone.tokens, path.tokens) and torch.equal(alone.step, path.step)
+        assert (alone.confidence - path.confidence).abs().max() < 1e-5
+
+
+def test_causal_models_write_greedily(tiny):
+    """For an autoregressive model decode is transformers' greedy search."""
+    model = tiny("llama")
+    prompt = torch.arange(5, 12)
+    path = decode(model, [prompt], [5])[0]
+    theirs = model.native.generate(prompt[None], max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert path.tokens.tolist() == theirs[0, 7:].tolist()
+
+
+def test_settings_are_checked(tiny):
+    """Bad settings say what is wrong; records hold every setting."""
+    model = tiny("llada")
+    prompt = [torch.arange(5, 12)]
+    for config, message in (
+        (dict(block_length=3), "does not divide"),
+        (dict(block_length=2, steps=3), "multiple of 2"),
+        (dict(order="entropy", block_length=2), "knows no blocks"),
+    ):
+        with pytest.raises(HyperParameterError, match=message):
+            decode(model, prompt, [4], DecodeConfig(**config))
+    with pytest.raises(HyperParameterError, match="at least 1"):
+        DecodeConfig(steps=0)
+    with pytest.raises(HyperParameterError, match="negative"):
+        DecodeConfig(temperature=-1.0)
+    with pytest.raises(UnknownNameError, match="did you mean 'low_confidence'"):
+        DecodeConfig(order="low_confidense")
+    with pytest.raises(RequestError, match="exceed the 128 positions"):
+        decode(model, prompt, [200])
+    with pytest.raises(RequestError, match="no tokens"):
+        decode(model, prompt, [0])
+    assert set(DecodeConfig().record()) == {"canvas", "steps", "block_length", "order", "temperature", "eps", "top_k", "seed"}

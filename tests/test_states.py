@@ -1,0 +1,95 @@
+"""State schedules, held against the definition of the any-order likelihood."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from easyedit_mdm.denoising import SCHEDULES, schedule
+from easyedit_mdm.errors import HyperParameterError, NotYetError, UnknownNameError
+
+
+def toy_nll(length: int, seed: int):
+    """A table -log p(y_i | y_S) for every state S and slot i outside it."""
+    generator = torch.Generator().manual_seed(seed)
+    sets = [s for k in range(length) for s in itertools.combinations(range(length), k)]
+    return {s: torch.rand(length, generator=generator, dtype=torch.float64) for s in sets}
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+def test_enumerate_is_the_any_order_nll(length):
+    """enumerate's value times N is the mean over all N! orders of the NLL of revealing in that order."""
+    table = toy_nll(length, seed=length)
+    states = schedule("enumerate", length).draw(0, torch.Generator())
+    value = 0.0
+    for revealed, scored, weight in zip(states.revealed, states.scored, states.weights):
+        losses = table[tuple(revealed.nonzero().flatten().tolist())]
+        value += float(weight) * float(losses[scored].mean())
+    orders = list(itertools.permutations(range(length)))
+    expected = sum(sum(float(table[tuple(sorted(o[:k]))][o[k]]) for k in range(length)) for o in orders) / len(orders)
+    assert length * value == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 6, 40])
+def test_states_are_valid(name, length):
+    """Weights sum to 1; something is scored, and never what is revealed; N = 1 is the plain edit for every schedule."""
+    plan = schedule(name, length)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(7):
+        states = plan.draw(step, generator)
+        assert float(states.weights.sum()) == pytest.approx(1, abs=1e-5)
+        assert not (states.revealed & states.scored).any()
+        assert states.scored.any(-1).all()
+        assert states.revealed.shape[0] <= 31 or name == "left_to_right"
+        if length == 1:
+            assert states.revealed.tolist() == [[False]]
+
+
+def test_cycle_reveals_t_mod_n():
+    """The paper's correction: k = t mod N tokens revealed at step t, other ones each time."""
+    plan = schedule("cycle", 4)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [plan.draw(t, generator).revealed[0] for t in range(40)]
+    assert [int(s.sum()) for s in drawn] == [t % 4 for t in range(40)]
+    assert len({tuple(s.tolist()) for s in drawn[1::4]}) > 1
+    assert plan.cycle == 4 and not plan.fixed
+
+
+def test_stratified_and_uniform():
+    """stratified: one state for each k; uniform: one k a step, all of them met."""
+    generator = torch.Generator().manual_seed(0)
+    assert schedule("stratified", 5).draw(0, generator).revealed.sum(-1).tolist() == [0, 1, 2, 3, 4]
+    plan = schedule("uniform", 3)
+    assert {int(plan.draw(t, generator).revealed.sum()) for t in range(60)} == {0, 1, 2}
+
+
+def test_left_to_right_scores_the_next_slot():
+    """The N prefixes, loss on the next slot only."""
+    states = schedule("left_to_right", 3).draw(0, torch.Generator())
+    assert states.revealed.int().tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 0]]
+    assert states.scored.int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_enumerate_becomes_stratified_and_says_so():
+    """Beyond max_states the schedule is stratified, kept for all steps, and the record tells."""
+    plan = schedule("enumerate", 6)
+    assert (plan.used, plan.name, plan.fixed) == ("stratified", "enumerate", True)
+    generator = torch.Generator().manual_seed(0)
+    first, second = plan.draw(0, generator), plan.draw(1, generator)
+    assert torch.equal(first.revealed, second.revealed)
+    assert schedule("enumerate", 40, 8).draw(0, generator).revealed.sum(-1).tolist()[0] == 0
+    assert len(schedule("enumerate", 40, 8).draw(0, generator).weights) == 8
+
+
+def test_names():
+    """Unknown names say what was meant; planned ones say that they are planned."""
+    with pytest.raises(UnknownNameError, match="did you mean 'enumerate'"):
+        schedule("enumerat", 3)
+    for name in ("spread", "confidence", "on_policy"):
+        with pytest.raises(NotYetError, match="planned"):
+            schedule(name, 3)
+    with pytest.raises(HyperParameterError, match="at least one token"):
+        schedule("cycle", 0)
