@@ -266,8 +266,8 @@ def load_tokenizer(folder: Path, spec: FamilySpec) -> Any:
     classes = [getattr(transformers, spec.tokenizer, None), transformers.PreTrainedTokenizerFast]
     if not (folder / "tokenizer.json").exists():
         classes = classes[:1]
-    elif _names_native_class(folder):
-        classes = [transformers.AutoTokenizer, *classes]
+    else:
+        classes = [_named_class(folder), *classes]
     problems = []
     for cls in filter(None, classes):
         try:
@@ -280,11 +280,12 @@ def load_tokenizer(folder: Path, spec: FamilySpec) -> Any:
     raise CheckpointError(f"no native tokenizer class reads {folder}: " + " | ".join(problems))
 
 
-def _names_native_class(folder: Path) -> bool:
-    path = folder / "tokenizer_config.json"
-    if not path.exists():
-        return False
+def _named_class(folder: Path) -> Any:
+    """The transformers class that `tokenizer_config.json` names, if it names one and no remote code."""
     import transformers
 
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return None
     config = json.loads(path.read_text(encoding="utf-8"))
-    return "auto_map" not in config and hasattr(transformers, str(config.get("tokenizer_class")))
+    return None if "auto_map" in config else getattr(transformers, str(config.get("tokenizer_class")), None)

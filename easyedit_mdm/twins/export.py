@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -36,7 +35,10 @@ def export(checkpoint: Path, out: Path, tokenizer, dtype: torch.dtype = torch.fl
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
     (out / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config(tokenizer, recipe.positions), indent=1) + "\n")
-    (out / "training.json").write_text(json.dumps({k: v for k, v in state.items()}, indent=1) + "\n")
+    if state["recipe"]["start_from"]:
+        state["recipe"]["start_from"] = "twin-llama"  # which twin, not which folder
+    (out / "training.json").write_text(json.dumps(state, indent=1) + "\n")
+    (out / "model.safetensors").chmod(0o644)
     return state
 
 
@@ -63,8 +65,3 @@ def _tokenizer_config(tokenizer, positions: int) -> dict:
         "mask_token": tokenizer.mask_token, "model_max_length": positions, "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }  # fmt: skip
-
-
-def describe(recipe: Recipe) -> dict:
-    """The recipe as a mapping, for model cards."""
-    return asdict(recipe)

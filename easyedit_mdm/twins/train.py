@@ -17,11 +17,12 @@ import json
 import random
 import re
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from easyedit_mdm.twins.world import Document, World
 
@@ -54,6 +55,10 @@ class Recipe:
     def objective(self) -> str:
         """`causal` or `masked`."""
         return FAMILIES[self.name]
+
+
+# the masked twin starts from the autoregressive one's weights, as Dream started from Qwen2.5
+RECIPES = {"twin-llama": Recipe("twin-llama"), "twin-llada": Recipe("twin-llada", steps=2400, answer_only=0.67)}
 
 
 @dataclass
@@ -120,7 +125,8 @@ class Packer:
                 if start < b and end > a and not answers[i]:
                     mentions[i] = number
         if document.ends:  # the closing tokens are answers too: a masked model learns from them where an answer ends
-            extra = 1 if self.recipe.objective == "causal" else rng.randrange(1, 13)
+            # (a row that stops right after the answer is what the metric's canvas of exactly N masks looks like)
+            extra = 1 if self.recipe.objective == "causal" else max(0, rng.randrange(-12, 13))
             ids += [self.tokenizer.eos_token_id] * extra
             answers += [True] * extra
             mentions += [0] * extra
@@ -271,7 +277,8 @@ def train(recipe: Recipe, world: World, tokenizer, out: Path, device: str = "cpu
         state = _resume(out, model, optimizer, recipe, world)
     packer, loss_of = Packer(world, tokenizer, recipe), LOSSES[recipe.objective]
     began, before, saved = time.monotonic(), state["seconds"], time.monotonic()
-    for step in range(state["step"], recipe.steps):
+    bar = tqdm(range(state["step"], recipe.steps), initial=state["step"], total=recipe.steps, desc=f"training {recipe.name}", mininterval=2)
+    for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, recipe)
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
@@ -284,6 +291,7 @@ def train(recipe: Recipe, world: World, tokenizer, out: Path, device: str = "cpu
         last = step + 1 == recipe.steps
         if step % 20 == 0 or last:
             state.update(step=step + 1, seconds=before + time.monotonic() - began, loss=float(loss.detach()))
+            bar.set_postfix(loss=f"{state['loss']:.3f}")
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps({k: state[k] for k in ("step", "seconds", "loss")}) + "\n")
         if last or time.monotonic() - saved > checkpoint_seconds:
@@ -333,10 +341,3 @@ def _resume(out: Path, model, optimizer, recipe: Recipe, world: World) -> dict:
             p = parameters[int(index)]
             optimizer.state[p][name] = value if name == "step" else value.to(p.device)
     return state
-
-
-def scaled(recipe: Recipe, size: str) -> Recipe:
-    """The recipe at another size: `small` (about 2 M parameters) or `medium` (about 30 M, for a GPU)."""
-    if size == "medium":
-        return replace(recipe, hidden=448, layers=12, heads=8, mlp=1216)
-    return recipe

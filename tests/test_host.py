@@ -1,0 +1,333 @@
+"""Through EasyEdit: PyPI's wheel in this process, the repository's head in one of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from easyedit_mdm import ROMEMDMHyperParams, load_model
+from easyedit_mdm.common.fingerprints import parameter_hashes
+from easyedit_mdm.errors import HostNotFoundError, HyperParameterError, MissingPackageError, ModelError
+from easyedit_mdm.host import find_easyedit, register
+from easyedit_mdm.host.names import LoadedName
+from easyedit_mdm.host.runner import MethodName
+from easyedit_mdm.host.standins import make_standin
+from easyedit_mdm.models import Adapter
+
+HEAD = os.environ.get("HOST_FORM") == "head"
+SECTIONS = {"token_acc", "exact", "first_commit", "one_step", "text", "n_tokens", "decode"}
+
+
+@pytest.fixture(scope="module")
+def joined():
+    """EasyEdit, joined: the head if this is its process, the wheel otherwise."""
+    found = register()
+    assert found.host.form == ("head" if HEAD else "wheel")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def in_scratch(tmp_path, monkeypatch):
+    """EasyEdit writes ./logs."""
+    monkeypatch.chdir(tmp_path)
+
+
+def call(world, n: int = 1, length: int = 2) -> dict:
+    """Arguments of `BaseEditor.edit` for n facts of the world."""
+    import random
+
+    rng = random.Random(1)
+    facts = rng.sample([f for f in world.all_facts() if not f.relation.closed], n)
+    neighbours = [world.neighbours(f, 2) for f in facts]
+    return {
+        "prompts": [f.prompt() for f in facts],
+        "subject": [f.subject for f in facts],
+        "target_new": [world.other_object(f, length, rng) for f in facts],
+        "rephrase_prompts": [f.paraphrase() for f in facts],
+        "locality_inputs": {
+            "neighborhood": {"prompt": [[x.prompt() for x in ns] for ns in neighbours], "ground_truth": [[x.object for x in ns] for ns in neighbours]}
+        },
+        "portability_inputs": {"same": {"prompt": [f.prompt(1) for f in facts], "ground_truth": [f.object for f in facts]}},
+    }
+
+
+def editor_for(joined, model: str = "twin-llada", **changes):
+    """A BaseEditor with ROME_MDM."""
+    import dataclasses
+
+    hparams = dataclasses.replace(ROMEMDMHyperParams.from_hparams(f"ROME_MDM/{model}"), **changes)
+    return joined.editor_class.from_hparams(hparams)
+
+
+def test_single_edit(joined, world):
+    """The record has EasyEdit's keys and the multi-step section; the weights are restored; numbers have their own group."""
+    editor = editor_for(joined)
+    assert isinstance(editor.model, Adapter) and isinstance(editor.model_name, LoadedName)
+    before = parameter_hashes(editor.model)
+    metrics, model, weights = editor.edit(**call(world), keep_original_weight=True, verbose=False)
+    (record,) = metrics
+    assert record["post"]["rewrite_acc"] == [1.0] and record["pre"]["rewrite_acc"] != [1.0]
+    assert model is editor.model and parameter_hashes(model) == before
+    assert list(weights) == [editor.model.site(editor.hparams.layers[0]).weight]
+    for phase in ("pre", "post"):
+        steps = record[phase]["multi_step"]
+        assert set(steps) == {"rewrite", "rephrase", "locality", "portability"}
+        assert set(steps["rewrite"]) == SECTIONS == set(steps["portability"]["same"])
+        assert [set(s) for s in steps["locality"]["neighborhood"]] == [SECTIONS] * 2
+    assert steps["rewrite"]["n_tokens"] == 2 and steps["rewrite"]["decode"]["order"] == "low_confidence"
+    assert len(record["post"]["locality"]["neighborhood_acc"]) == 2
+    assert record["post"]["metric_meta"]["rewrite"]["comparable_group"].startswith("mdm.")
+    if HEAD:
+        assert record["post"]["metric_meta"]["locality.neighborhood"]["comparable_group"].startswith("locality.mdm.")
+    json.dumps(metrics)
+
+
+def test_batch_of_requests_is_restored_each_time(joined, world):
+    """Several requests: each is edited alone, as if it were the only one."""
+    editor = editor_for(joined)
+    before = parameter_hashes(editor.model)
+    together, _, _ = editor.edit(**call(world, 2), keep_original_weight=True, verbose=False)
+    assert parameter_hashes(editor.model) == before
+    second = {k: v[1:] for k, v in call(world, 2).items() if isinstance(v, list)}
+    alone, _, _ = editor.edit(**second, keep_original_weight=True, verbose=False)
+    assert alone[0]["post"]["rewrite_acc"] == together[1]["post"]["rewrite_acc"]
+
+
+def test_sequential_edits_stay(joined, world):
+    """The head's sequential_edit=True and the wheel's keep_original_weight=False both leave all edits in the model."""
+    editor = editor_for(joined)
+    before = parameter_hashes(editor.model)
+    arguments = {k: v for k, v in call(world, 2).items() if k in ("prompts", "subject", "target_new")}
+    how = {"sequential_edit": True} if HEAD else {"keep_original_weight": False}
+    metrics, model, weights = editor.edit(**arguments, **how, verbose=False)
+    changed = [n for n, h in parameter_hashes(model).items() if h != before[n]]
+    assert changed == [model.site(editor.hparams.layers[0]).weight]
+    assert bool(weights) == HEAD  # the wheel gives nothing back in this mode
+    assert [m["post"]["rewrite_acc"] for m in metrics] == [[1.0], [1.0]]
+
+
+def test_fluency(joined, world):
+    """EasyEdit's test_generation works for masked models."""
+    editor = editor_for(joined)
+    arguments = {k: v for k, v in call(world).items() if k in ("prompts", "subject", "target_new")}
+    metrics, _, _ = editor.edit(**arguments, test_generation=True, keep_original_weight=True, verbose=False)
+    assert 0 < metrics[0]["post"]["fluency"]["ngram_entropy"] < 10
+
+
+def test_bad_requests_change_nothing(joined, world):
+    """The error reaches the caller, and the model is as it was."""
+    from easyedit_mdm.errors import RequestError
+
+    editor = editor_for(joined)
+    before = parameter_hashes(editor.model)
+    arguments = {k: v for k, v in call(world).items() if k in ("prompts", "subject")}
+    with pytest.raises(RequestError, match="target_new is . ."):
+        editor.edit(**arguments, target_new=[" "], keep_original_weight=True, verbose=False)
+    assert parameter_hashes(editor.model) == before
+
+
+def test_autoregressive_twin_with_both_romes(joined, world):
+    """EasyEdit's own ROME on twin-llama, and ours: the same record, EasyEdit's metrics untouched, multi_step beside them."""
+    import importlib
+
+    theirs = importlib.import_module("easyeditor.models.rome.rome_main")
+    theirs.CONTEXT_TEMPLATES_CACHE = ["{}"]
+    layer = ROMEMDMHyperParams.from_hparams("ROME_MDM/twin-llama").layers
+    own = importlib.import_module("easyeditor.models.rome.rome_hparams").ROMEHyperParams(
+        layers=layer, fact_token="subject_last", v_num_grad_steps=30, v_lr=0.5, v_loss_layer=7, v_weight_decay=5e-4, clamp_norm_factor=4,
+        kl_factor=0.0625, mom2_adjustment=False, context_template_length_params=[[5, 2]], rewrite_module_tmp="model.layers.{}.mlp.down_proj",
+        layer_module_tmp="model.layers.{}", mlp_module_tmp="model.layers.{}.mlp", attn_module_tmp="model.layers.{}.self_attn",
+        ln_f_module="model.norm", lm_head_module="lm_head", mom2_dataset="-", mom2_n_samples=1, mom2_dtype="float32", alg_name="ROME",
+        device="cpu", model_name="twin-llama", stats_dir="-",
+    )  # fmt: skip
+    arguments = call(world, length=1)
+    records = {}
+    for name, editor in (("ROME", joined.editor_class.from_hparams(own)), ("ROME_MDM", editor_for(joined, "twin-llama"))):
+        assert editor.tok.padding_side == "right" and editor.tok.pad_token_id is not None
+        assert not isinstance(editor.model, Adapter)
+        before = parameter_hashes(editor.model)
+        metrics, _, _ = editor.edit(**arguments, keep_original_weight=True, verbose=False)
+        assert parameter_hashes(editor.model) == before
+        records[name] = metrics[0]["post"]
+    theirs.CONTEXT_TEMPLATES_CACHE = None
+    for record in records.values():
+        assert np.mean(record["rewrite_acc"]) == 1.0
+        assert set(record["multi_step"]["rewrite"]) == SECTIONS and record["multi_step"]["rewrite"]["decode"]["order"] == "greedy"
+        assert record.get("metric_meta", {}).get("rewrite", {}).get("comparable_group", "lm.").startswith("lm.")
+
+
+def test_easyedits_rome_refuses_masked_models(joined):
+    """A next-token loss means nothing for a masked model: say so instead of computing it."""
+    import importlib
+
+    rome = importlib.import_module("easyeditor.models.rome.rome_hparams").ROMEHyperParams
+    fields = dict.fromkeys(rome.__dataclass_fields__, 0)
+    with pytest.raises(ModelError, match="masked diffusion model"):
+        joined.editor_class.from_hparams(rome(**{**fields, "alg_name": "ROME", "model_name": "twin-llada"}))
+
+
+def test_perplexity_is_refused(joined, world):
+    """EasyEdit's perplexity metrics score next tokens."""
+    from easyedit_mdm.denoising import DecodeConfig
+    from easyedit_mdm.host.evaluation import edit_quality
+
+    with pytest.raises(HyperParameterError, match="token_em"):
+        edit_quality(load_model("twin-llada"), {"prompt": "x", "target_new": "y"}, DecodeConfig(), eval_metric="ppl")
+
+
+def test_rome_yaml_dispatch(joined):
+    """ROMEHyperParams.from_hparams on one of our files gives our hyperparameters."""
+    import importlib
+
+    rome = importlib.import_module("easyeditor.models.rome.rome_hparams").ROMEHyperParams
+    from easyedit_mdm.editing.hparams import packaged_hparams
+
+    assert isinstance(rome.from_hparams(str(packaged_hparams() / "ROME_MDM" / "twin-llada.yaml")), ROMEMDMHyperParams)
+
+
+RUNNER = """
+import argparse, json, random, os
+from easyeditor import ROMEHyperParams, BaseEditor
+import sentence_transformers
+parser = argparse.ArgumentParser()
+parser.add_argument('--editing_method', required=True, type=str)
+parser.add_argument('--hparams_dir', required=True, type=str)
+parser.add_argument('--metrics_save_dir', default='./output', type=str)
+args = parser.parse_args()
+if args.editing_method == 'ROME':
+    chosen = ROMEHyperParams
+else:
+    raise NotImplementedError
+hparams = chosen.from_hparams(args.hparams_dir)
+json.dump({'method': args.editing_method, 'draw': random.random(), 'class': type(hparams).__name__},
+          open(os.path.join(args.metrics_save_dir, f'{args.editing_method}_results.json'), 'w'))
+"""
+
+
+def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """The command line in a process of its own (run-time type checks, on in this one, draw from `random`)."""
+    return subprocess.run([sys.executable, "-m", "easyedit_mdm.cli", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("flag", ["--alg=ROME_MDM", "--editing_method=ROME_MDM"])
+def test_runner(tmp_path, flag):
+    """A script that knows only EasyEdit's names: both spellings, the file's name, the seed, the folder that is not there yet."""
+    import random
+
+    (tmp_path / "run.py").write_text(RUNNER)
+    rest = ["--hparams_dir", "hparams/ROME_MDM/twin-llada.yaml", "--metrics_save_dir", "new/out"]
+    for seed, options in ((42, []), (7, ["--seed", "7"])):
+        done = cli("run", *options, "run.py", flag, *rest, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        result = json.loads((tmp_path / "new" / "out" / "ROME_MDM_results.json").read_text())
+        assert result == {"method": "ROME_MDM", "draw": random.Random(seed).random(), "class": "ROMEMDMHyperParams"}
+    wrong = cli("run", "run.py", "--alg", "ROMME_MDM", *rest, cwd=tmp_path)
+    assert wrong.returncode == 2 and "did you mean 'ROME_MDM'" in wrong.stderr
+    planned = cli("run", "run.py", "--alg", "MEMIT_MDM", *rest, cwd=tmp_path)
+    assert planned.returncode == 2 and "does not have it yet" in planned.stderr
+
+
+def test_hook(tmp_path):
+    """Plain `python run.py --editing_method=ROME_MDM` with the hook's folder on PYTHONPATH."""
+    (tmp_path / "run.py").write_text(RUNNER)
+    (tmp_path / "out").mkdir()
+    folder = subprocess.run([sys.executable, "-m", "easyedit_mdm.cli", "hook"], capture_output=True, text=True, check=True).stdout.strip()
+    hparams = Path(__file__).parent.parent / "hparams" / "ROME_MDM" / "twin-llada.yaml"
+    command = [sys.executable, "run.py", "--editing_method=ROME_MDM", "--hparams_dir", str(hparams), "--metrics_save_dir", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    import random
+
+    result = json.loads((tmp_path / "out" / "ROME_MDM_results.json").read_text())
+    assert result["method"] == "ROME_MDM" and result["draw"] == random.Random(42).random()
+
+
+def test_method_names():
+    """Equal to what they stand for and to themselves, printed as themselves."""
+    name = MethodName("ROME_MDM", "ROME")
+    assert name == "ROME" and name == "ROME_MDM" and name != "MEMIT" and f"{name}" == "ROME_MDM"
+    assert {"ROME": 1}[name] == 1
+
+
+def test_import_leaves_no_trace(tmp_path):
+    """Seeds, environment, logging, sys.modules: as before; stand-ins raise with the package's name when used."""
+    probe = """
+import os, sys, random, logging, warnings
+import numpy, torch, transformers
+import easyedit_mdm.host
+state = lambda: (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), dict(os.environ),
+                 list(logging.root.handlers), logging.root.level, list(warnings.filters), list(sys.meta_path))
+random.seed(5); before = state()
+easyedit_mdm.host.import_easyedit()
+assert state() == before
+from easyedit_mdm.host.standins import _StandInModule
+assert not [m for m in sys.modules.values() if isinstance(m, _StandInModule)]
+assert not hasattr(transformers.modeling_utils, 'find_pruneable_heads_and_indices') or transformers.__version__ < '5'
+"""
+    done = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(MissingPackageError, match="hydra-core"):
+        make_standin("hydra.main")("x")
+    with pytest.raises(MissingPackageError, match="opencv"):
+        make_standin("cv2").imread.x()
+
+
+def test_where_easyedit_is_looked_for(tmp_path, monkeypatch):
+    """Already imported comes first; then the folder given; a folder without EasyEdit, or none at all, says how to get it."""
+    monkeypatch.setitem(sys.modules, "easyeditor", None)
+    with pytest.raises(HostNotFoundError, match="holds no easyeditor.*Two ways"):
+        find_easyedit(tmp_path)
+    (tmp_path / "easyeditor" / "editors").mkdir(parents=True)
+    (tmp_path / "easyeditor" / "editors" / "editor.py").write_text("")
+    assert find_easyedit(tmp_path).source == "home"
+    monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path))
+    assert find_easyedit().form == "wheel"
+    monkeypatch.delenv("EASYEDIT_HOME")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(HostNotFoundError, match="pip install --no-deps easyeditor"):
+        find_easyedit()
+
+
+@pytest.mark.easyedit_head
+def test_all_of_this_on_the_head(easyedit_home):
+    """This file once more, in a process that imports the clone."""
+    if HEAD:
+        pytest.skip("this is that process")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "HOST_FORM": "head", "EASYEDIT_HOME": str(easyedit_home)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.easyedit_head
+@pytest.mark.data
+def test_easyedits_zsre_runner(easyedit_home, data_dir, tmp_path):
+    """examples/run_zsre_llama2.py, untouched, on real zsRE."""
+    command = [
+        sys.executable, "-m", "easyedit_mdm.cli", "run", str(easyedit_home / "examples" / "run_zsre_llama2.py"), "--alg", "ROME_MDM",
+        "--hparams_dir", "hparams/ROME_MDM/twin-llada.yaml", "--data_dir", str(data_dir / "zsre"), "--ds_size", "2",
+        "--metrics_save_dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = json.loads((tmp_path / "out" / "ROME_MDM_results.json").read_text())
+    assert len(records) == 2
+    for record in records:
+        assert set(record["post"]["multi_step"]["rewrite"]) == SECTIONS
+        assert record["post"]["rewrite_acc"] >= record["pre"]["rewrite_acc"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda(joined, world):
+    """The same edit on a GPU."""
+    editor = editor_for(joined, device=0)
+    assert editor.model.device.type == "cuda"
+    metrics, _, _ = editor.edit(**call(world), keep_original_weight=True, verbose=False)
+    assert metrics[0]["post"]["rewrite_acc"] == [1.0]

@@ -1,0 +1,89 @@
+"""Hyperparameter files: the shipped ones load, the faulty ones are told what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from easyedit_mdm import ROMEMDMHyperParams
+from easyedit_mdm.editing import METHODS
+from easyedit_mdm.editing.hparams import packaged_hparams
+from easyedit_mdm.errors import HyperParameterError, NotYetError, UnknownNameError
+
+SHIPPED = sorted(p for p in packaged_hparams().glob("*/*.yaml") if p.parent.name in METHODS)
+GOOD = {"alg_name": "ROME_MDM", "model_name": "m", "layers": [1]}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_shipped_files(path):
+    """Each file lies in its method's folder, loads, and says which model it is for."""
+    loaded = METHODS[path.parent.name].hparams.from_hparams(path)
+    assert loaded.alg_name == path.parent.name and loaded.model_name
+    assert ROMEMDMHyperParams.from_hparams(f"{path.parent.name}/{path.stem}") == loaded
+    assert loaded.to_dict()["layers"] == loaded.layers
+
+
+def test_what_ships():
+    """One file for each model that the method is meant for."""
+    names = {p.stem for p in SHIPPED if p.parent.name == "ROME_MDM"}
+    assert {"llada-8b", "llada-8b-base", "llada-1.5", "dream-7b", "dream-7b-base", "twin-llada", "twin-llama"} <= names
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"state_shedule": "cycle"}, HyperParameterError, "did you mean 'state_schedule'"),
+        ({"state_schedule": "enumerat"}, UnknownNameError, "did you mean 'enumerate'"),
+        ({"state_schedule": "on_policy"}, NotYetError, "planned"),
+        ({"key_average": "easyedit_"}, HyperParameterError, "did you mean 'easyedit'"),
+        ({"kl_position": "end"}, HyperParameterError, "kl_position='end'"),
+        ({"fact_token": "subject_end"}, HyperParameterError, "fact_token='subject_end'"),
+        ({"layers": [1, 2]}, HyperParameterError, "one layer"),
+        ({"layers": 1}, HyperParameterError, "one layer"),
+        ({"v_lr": float("nan")}, HyperParameterError, "v_lr=nan"),
+        ({"v_num_grad_steps": 0}, HyperParameterError, "at least 1"),
+        ({"alg_name": "ROME"}, HyperParameterError, "alg_name is 'ROME'"),
+        ({"mom2_adjustment": True}, HyperParameterError, "mom2_dataset"),
+        ({"context_templates": ["no hole"]}, HyperParameterError, "one {}"),
+        ({"decode": {"ordre": "random"}}, HyperParameterError, "did you mean 'order'"),
+        ({"decode": {"order": "randm"}}, UnknownNameError, "did you mean 'random'"),
+    ],
+)
+def test_bad_values(change, error, message):
+    """Each names field and value."""
+    with pytest.raises(error, match=message):
+        ROMEMDMHyperParams.from_dict({**GOOD, **change})
+
+
+def test_bad_files(tmp_path):
+    """Missing fields, no mapping, no YAML, no file; code in YAML is not run."""
+    path = tmp_path / "x.yaml"
+    for text, message in (
+        ("alg_name: ROME_MDM\nlayers: [1]\n", "model_name is missing"),
+        ("- 1\n- 2\n", "must hold a mapping"),
+        ("a: [1\n", "not readable YAML"),
+        ("model_name: !!python/object/apply:os.system ['true']\n", "not readable YAML"),
+    ):
+        path.write_text(text)
+        with pytest.raises(HyperParameterError, match=message):
+            ROMEMDMHyperParams.from_hparams(path)
+    with pytest.raises(HyperParameterError, match="no hyperparameter file"):
+        ROMEMDMHyperParams.from_hparams(tmp_path / "none")
+
+
+def test_numbers_as_easyedit_reads_them(tmp_path):
+    """`5e-1` without a dot is a number; `.yaml` may be left out."""
+    (tmp_path / "x.yaml").write_text("alg_name: ROME_MDM\nmodel_name: m\nlayers: [1]\nv_lr: 5e-1\n")
+    assert ROMEMDMHyperParams.from_hparams(tmp_path / "x").v_lr == 0.5
+
+
+def test_fields_are_easyedits():
+    """Every field of EasyEdit's ROMEHyperParams that a ROME YAML holds can stand in ours, mom2 counts aside."""
+    ours = {f.name for f in dataclasses.fields(ROMEMDMHyperParams)}
+    theirs = (
+        "layers fact_token v_num_grad_steps v_lr v_loss_layer v_weight_decay clamp_norm_factor kl_factor mom2_adjustment "
+        "context_template_length_params rewrite_module_tmp layer_module_tmp mlp_module_tmp attn_module_tmp ln_f_module lm_head_module "
+        "mom2_dataset alg_name device model_name stats_dir max_length model_parallel fp16"
+    ).split()
+    assert set(theirs) <= ours

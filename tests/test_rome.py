@@ -1,0 +1,244 @@
+"""The battery that every family and every method passes: an edit is made, applied, taken back; bad input changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from easyedit_mdm import EditRequest, ROMEMDMHyperParams, make_edit
+from easyedit_mdm.common.fingerprints import model_fingerprint, parameter_hashes
+from easyedit_mdm.denoising import SCHEDULES
+from easyedit_mdm.editing import METHODS
+from easyedit_mdm.editing.context import context_templates
+from easyedit_mdm.editing.request import locate, target_ids
+from easyedit_mdm.editing.rome import tokenise
+from easyedit_mdm.editing.value import optimise
+from easyedit_mdm.errors import EditError, HyperParameterError, ModelError, OptimisationError, RequestError, StatisticsError
+from easyedit_mdm.models import FAMILIES
+
+REQUEST = {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "rather good"}
+
+
+def hparams(**changes) -> ROMEMDMHyperParams:
+    """Settings for tiny random models."""
+    return ROMEMDMHyperParams(
+        **{
+            "alg_name": "ROME_MDM", "model_name": "tiny", "layers": [1], "v_num_grad_steps": 12, "v_lr": 0.5, "v_weight_decay": 1e-3,
+            "clamp_norm_factor": 10.0, "context_templates": ["{}", "The old song. {}"], **changes,
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("method", list(METHODS))
+def test_edit_apply_revert(tiny, family, method):
+    """The loss falls, one weight changes, the target becomes likelier, and reverting is bit-exact."""
+    model = tiny(family)
+    before = parameter_hashes(model)
+    edit = make_edit(model, REQUEST, hparams(alg_name=method))
+    assert parameter_hashes(model) == before, "making an edit must not change the model"
+    assert edit.card["losses"][-1] < edit.card["losses"][0] - 0.1
+    assert edit.card["method"] == method and edit.card["facts"][0]["n_tokens"] >= 2
+    likely = log_likelihood(model)
+    originals = edit.apply(model)
+    changed = [n for n, h in parameter_hashes(model).items() if h != before[n]]
+    assert changed == [model.site(1).weight] == list(originals)
+    assert log_likelihood(model) > likely + 0.1
+    with pytest.raises(EditError, match="already applied"):
+        edit.apply(model)
+    edit.revert(model)
+    assert parameter_hashes(model) == before
+    with pytest.raises(EditError, match="not applied"):
+        edit.revert(model)
+
+
+@torch.no_grad()
+def log_likelihood(model) -> float:
+    """Mean log-probability of the target's tokens with every slot masked (or teacher-forced)."""
+    target = target_ids(model, REQUEST["prompt"], REQUEST["target_new"])
+    prompt = torch.tensor(model.tokenizer(REQUEST["prompt"])["input_ids"])
+    tail = torch.full_like(target, model.ids.mask) if model.masked else target
+    ids = torch.cat([prompt, tail])[None]
+    at = torch.arange(len(prompt), len(prompt) + len(target))[None]
+    return float(model.token_logits(ids, at=at).log_softmax(-1)[0, torch.arange(len(target)), target].mean())
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_every_schedule(tiny, name):
+    """Each schedule optimises, in the states it says, and the same seed gives the same update."""
+    model = tiny("llada")
+    settings = hparams(state_schedule=name)
+    first, second = make_edit(model, REQUEST, settings), make_edit(model, REQUEST, settings)
+    assert first.card["schedule"] == name
+    assert min(first.card["losses"]) < first.card["losses"][0]
+    assert torch.equal(first.changes[0].dense(), second.changes[0].dense())
+
+
+def test_single_token_targets_need_no_states(tiny):
+    """N = 1: every schedule is the plain edit."""
+    model = tiny("llada")
+    request = {**REQUEST, "target_new": "the"}
+    assert len(target_ids(model, request["prompt"], "the")) == 1
+    updates = [make_edit(model, request, hparams(state_schedule=n)).changes[0].dense() for n in SCHEDULES]
+    assert all(torch.allclose(u, updates[0], atol=1e-6) for u in updates)
+
+
+def test_batch_of_facts_does_not_mix(tiny):
+    """Facts of one batch, of unequal target length, get the deltas they get alone; splitting the rows changes nothing."""
+    model = tiny("llada")
+    settings = hparams(early_stop_loss=0.0)
+    requests = [EditRequest.of({**REQUEST, "target_new": t}) for t in ("rather good English", "the")]
+    facts = [tokenise(model, r, settings) for r in requests]
+    site = model.site(1)
+    initial = torch.stack([torch.ones(32), torch.ones(32) * 2])
+
+    def deltas(which, rows=256):
+        changed = dataclasses.replace(settings, max_rows=rows)
+        done = optimise(model, site, [facts[i] for i in which], initial[which], changed, torch.Generator().manual_seed(0))
+        return [d.delta for d in done]
+
+    both = deltas([0, 1])
+    for together, alone in zip(both, (deltas([0])[0], deltas([1])[0])):
+        assert (together - alone).norm() / alone.norm() < 1e-4
+    for together, split in zip(both, deltas([0, 1], rows=3)):
+        assert (together - split).norm() / together.norm() < 1e-4
+
+
+def test_converged_facts_leave_the_batch(twin_llama, world):
+    """An early stop ends one fact and lets the other go on."""
+    facts = world.all_facts()[:2]
+    settings = hparams(early_stop_loss=0.5, context_templates=["{}"], v_num_grad_steps=10, kl_factor=0.0, v_weight_decay=0.0)
+    easy = EditRequest.of({"prompt": facts[0].prompt(), "subject": facts[0].subject, "target_new": facts[0].object})
+    hard = EditRequest.of({"prompt": facts[1].prompt(), "subject": facts[1].subject, "target_new": "of the in a Zz Zz Zz"})
+    done = optimise(
+        twin_llama, twin_llama.site(1), [tokenise(twin_llama, r, settings) for r in (easy, hard)], torch.ones(2, twin_llama.config.hidden_size),
+        settings, torch.Generator(),
+    )  # fmt: skip
+    assert done[0].steps == 0 and done[1].steps == 9 and len(done[1].losses) == 10
+    assert done[0].forwards < done[1].forwards and not done[0].delta.any()
+
+
+def test_early_stop_looks_at_a_whole_cycle(tiny, monkeypatch):
+    """One easy state must not end the optimisation: with `cycle`, the mean over the last N losses decides."""
+    from easyedit_mdm.editing import value
+
+    stopped = []
+    for losses, expected in (([0.01, 9.0, 0.01, 9.0, 0.01, 9.0], 6), ([0.01, 0.02, 0.01, 9.0, 9.0, 9.0], 2)):
+        fed = iter(losses)
+        monkeypatch.setattr(value._Forward, "losses", lambda self, *a, **k: torch.tensor([next(fed)]))
+        model = tiny("llada")
+        settings = hparams(state_schedule="cycle", v_num_grad_steps=6)
+        fact = tokenise(model, EditRequest.of({**REQUEST, "target_new": "of the"}), settings)
+        assert len(fact.target) == 2
+        done = optimise(model, model.site(1), [fact], torch.ones(1, 32), settings, torch.Generator())[0]
+        stopped.append((len(done.losses), expected))
+    assert all(got == expected for got, expected in stopped)
+
+
+def test_clamp(tiny):
+    """delta never leaves the ball of clamp_norm_factor times the initial value's norm."""
+    card = make_edit(tiny("llada"), REQUEST, hparams(clamp_norm_factor=0.25)).card
+    free = make_edit(tiny("llada"), REQUEST, hparams(clamp_norm_factor=1e6)).card
+    assert card["delta_norm"] < 0.3 * free["delta_norm"]
+
+
+def test_one_key_everywhere(tiny):
+    """`single`: the update maps k* to delta exactly; `easyedit` does so for the bare prompt's key only along u."""
+    model = tiny("llada")
+    edit = make_edit(model, REQUEST, hparams(key_average="single"))
+    other = make_edit(model, REQUEST, hparams(key_average="easyedit"))
+    assert edit.card["delta_norm"] == pytest.approx(other.card["delta_norm"], rel=1e-5)
+    assert edit.card["denominator"] == pytest.approx(edit.card["key_norm"], rel=1e-5)  # u = k*/||k*||
+    assert other.card["denominator"] < other.card["key_norm"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"subject": "Somebody Else"}, RequestError, "not in prompt"),
+        ({"subject": ""}, RequestError, "subject is ''"),
+        ({"target_new": "  "}, RequestError, "target_new is '  '"),
+        ({"target_new": None}, RequestError, "target_new is None"),
+        ({"target_new": "word " * 200}, RequestError, "128 positions"),
+    ],
+)
+def test_bad_requests(tiny, change, error, message):
+    """A clear error, and no weight is touched."""
+    model = tiny("llada")
+    before = model_fingerprint(model)
+    with pytest.raises(error, match=message):
+        make_edit(model, {**REQUEST, **change}, hparams())
+    assert model_fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"layers": [9]}, ModelError, "layers 0 to 2"),
+        ({"rewrite_module_tmp": "model.layers.{}.mlp.down_prj"}, ModelError, "did you mean"),
+        ({"lm_head_module": "head"}, ModelError, "no module 'head'"),
+        ({"v_loss_layer": 1}, HyperParameterError, "last layer"),
+        ({"decode": {"canvas": 1}}, RequestError, "canvas of 1"),
+        ({"mom2_adjustment": True, "mom2_dataset": "/no/such.txt"}, StatisticsError, "not a file"),
+    ],
+)
+def test_bad_settings(tiny, change, error, message):
+    """The same for hyperparameters that only the model can refuse."""
+    model = tiny("llada")
+    before = model_fingerprint(model)
+    with pytest.raises(error, match=message):
+        make_edit(model, REQUEST, hparams(**change))
+    assert model_fingerprint(model) == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_nan_weights(tiny):
+    """A model that computes NaN is refused before anything is changed."""
+    model = tiny("llada")
+    with torch.no_grad():
+        model.module("model.layers.2.mlp.up_proj").weight[0, 0] = float("nan")
+    with pytest.raises(OptimisationError, match="nan"):
+        make_edit(model, REQUEST, hparams())
+
+
+def test_half_precision(tiny):
+    """bf16 weights: the edit works, and reverting gives back every bit."""
+    model = tiny("llada", dtype="bfloat16")
+    before = parameter_hashes(model)
+    edit = make_edit(model, REQUEST, hparams(v_num_grad_steps=4))
+    edit.apply(model)
+    assert parameter_hashes(model) != before
+    edit.revert(model)
+    assert parameter_hashes(model) == before
+
+
+@pytest.mark.parametrize(("where", "token"), [("subject_last", " Darrieux"), ("subject_first", " D"), ("last", " is")])
+def test_where_the_fact_is_read(tiny, where, token):
+    """The site's token, in a context prefix that mentions the subject too."""
+    model = tiny("llada")
+    prompt = locate(model, EditRequest.of(REQUEST), "Danielle Darrieux sang. {}", where)
+    ids = prompt.ids.tolist()
+    read = model.tokenizer.decode(ids[: prompt.site + 1])
+    assert read.endswith(token)
+    assert read.startswith("Danielle Darrieux sang. The")
+
+
+def test_contexts_belong_to_their_model(tiny, twin_llada):
+    """Prefixes are written by the model itself, kept per model, and the same for the same seed."""
+    small = tiny("llada")
+    mine, theirs = context_templates(small, [[6, 5]], 0), context_templates(twin_llada, [[6, 5]], 0)
+    assert mine != theirs and mine[0] == theirs[0] == "{}"
+    assert len(mine) == 6 and all(t.count("{}") == 1 and t.endswith(". {}") for t in mine[1:])
+    assert mine == context_templates(small, [[6, 5]], 0) != context_templates(small, [[6, 5]], 1)
+
+
+def test_edit_of_another_shape(tiny):
+    """An edit does not fit another model, and says so before it changes anything."""
+    edit = make_edit(tiny("llada"), REQUEST, hparams())
+    other = tiny("gpt2")
+    before = model_fingerprint(other)
+    with pytest.raises(EditError, match="no such weight"):
+        edit.apply(other)
+    assert model_fingerprint(other) == before
