@@ -22,7 +22,6 @@ $(VENV)/.installed: pyproject.toml Makefile
 	$(PIP) install "$(TORCH)"
 	$(PIP) install -e .
 	$(PIP) install --no-deps easyeditor==0.0.1.dev0
-	$(PIP) install regex
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.installed

@@ -35,6 +35,7 @@ class Registry(Generic[T]):
         """Decorator that adds a thing under `name`."""
 
         def add(thing: T) -> T:
+            """The decorator."""
             self._things[name] = thing
             return thing
 

@@ -100,6 +100,7 @@ def cycle(length: int, max_states: int = MAX_STATES) -> Schedule:
     """The paper's: at step t one state with t mod N tokens revealed, drawn anew (arXiv 2606.03924)."""
 
     def draw(step: int, generator: torch.Generator) -> States:
+        """States of one step."""
         return _states(_random_state(length, step % length, generator)[None])
 
     return Schedule("cycle", "cycle", length == 1, length, draw)
@@ -110,6 +111,7 @@ def uniform(length: int, max_states: int = MAX_STATES) -> Schedule:
     """One state a step, the number of revealed tokens drawn from U{0..N-1}."""
 
     def draw(step: int, generator: torch.Generator) -> States:
+        """States of one step."""
         k = int(torch.randint(length, (1,), generator=generator))
         return _states(_random_state(length, k, generator)[None])
 
@@ -125,6 +127,7 @@ def stratified(length: int, max_states: int = MAX_STATES) -> Schedule:
     counts = torch.linspace(0, length - 1, min(length, max_states)).round().int().tolist()
 
     def draw(step: int, generator: torch.Generator) -> States:
+        """States of one step."""
         return _states(torch.stack([_random_state(length, k, generator) for k in counts]))
 
     return Schedule("stratified", "stratified", length == 1, 1, draw)
@@ -160,6 +163,7 @@ def _frozen_draw(name: str, source: Schedule) -> Schedule:
     kept: list[States] = []
 
     def draw(step: int, generator: torch.Generator) -> States:
+        """States of one step."""
         if not kept:
             kept.append(source.draw(0, generator))
         return kept[0]

@@ -66,6 +66,7 @@ def build_rows(adapter: Adapter, facts: dict[int, Fact], states: dict[int, State
     slots = max(len(f.target) for f in facts.values())
 
     def add(fact: int, prompt: Prompt, tail: Tensor, read: list[int], right: Tensor, weight: Tensor, anchor: bool) -> None:
+        """One row; slots it does not have are read at its first and weigh nothing."""
         ids.append(torch.cat([prompt.ids, tail]))
         site.append(prompt.site)
         fill = slots - len(read)

@@ -178,6 +178,7 @@ class _Forward:
         """NLL and KL of some rows, added up by fact."""
 
         def add_delta(out: Tensor) -> Tensor:
+            """delta at each row's site."""
             extra = torch.zeros_like(out)
             index = torch.arange(len(rows), device=out.device)
             extra[index, rows.site.to(out.device)] = deltas[place[rows.fact]].to(out.device, out.dtype)

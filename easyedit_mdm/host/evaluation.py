@@ -50,6 +50,7 @@ def multi_step(adapter: Adapter, record: Mapping[str, Any], config: DecodeConfig
     asked: list[tuple[tuple[str, ...], str, str, bool]] = []
 
     def ask(path: tuple[str, ...], prompts: Any, answers: Any) -> None:
+        """Note prompts to score; a single answer serves all prompts of a list."""
         listed = isinstance(prompts, list)
         wanted = answers if isinstance(answers, list) else [answers] * len(_listed(prompts))
         asked.extend((path, p, a, listed) for p, a in zip(_listed(prompts), wanted))
@@ -75,6 +76,7 @@ def public(scored: dict[str, Any]) -> dict[str, Any]:
     """Scores as they go into records: without the raw token ids."""
 
     def strip(value: Any) -> Any:
+        """Walk down to the scores."""
         if isinstance(value, list):
             return [strip(v) for v in value]
         if "token_acc" in value:

@@ -26,9 +26,11 @@ class _JoiningLoader(importlib.abc.Loader):
         self.loader = loader
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
+        """As EasyEdit's own loader."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: types.ModuleType) -> None:
+        """Run the package, then join it."""
         # for the whole process, on purpose: these are entered and never left
         script = Path(sys.argv[0]).resolve() if sys.argv and sys.argv[0] else None
         _ENTERED.extend([standins(script), understanding_our_methods()])

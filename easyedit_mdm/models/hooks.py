@@ -35,7 +35,8 @@ def reading_output(module: nn.Module) -> Iterator[list[Tensor]]:
 def changing_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Replace the output of `module` by `change(output)`."""
 
-    def hook(_, __, out):
+    def hook(_: nn.Module, __: tuple, out: object) -> object:
+        """Torch's forward hook."""
         return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
 
     handle = module.register_forward_hook(hook)

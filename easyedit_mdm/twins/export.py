@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ _LLADA_FIXED = {
 }  # fmt: skip
 
 
-def export(checkpoint: Path, out: Path, tokenizer, dtype: torch.dtype = torch.float16) -> dict:
+def export(checkpoint: Path, out: Path, tokenizer: Any, dtype: torch.dtype = torch.float16) -> dict:
     """Write `config.json`, `model.safetensors`, the tokenizer and `training.json` of a finished training run.
 
     Returns:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from typing import Any
 
 from easyedit_mdm.twins.text import COMMON, KINDS, open_vocabulary
 from easyedit_mdm.twins.world import OCCUPATIONS, RELATIONS, World
@@ -10,7 +12,7 @@ from easyedit_mdm.twins.world import OCCUPATIONS, RELATIONS, World
 EOS, MASK = "<|endoftext|>", "<|mdm_mask|>"
 
 
-def train_tokenizer(world: World, vocab_size: int = 1536):
+def train_tokenizer(world: World, vocab_size: int = 1536) -> Any:
     """Train the tokenizer on a world's words and on open text.
 
     Returns:
@@ -40,7 +42,7 @@ def train_tokenizer(world: World, vocab_size: int = 1536):
     return fast
 
 
-def _corpus(world: World):
+def _corpus(world: World) -> Iterator[str]:
     rng = random.Random(world.settings.seed + 1)
     for word in world.words:  # a word on its own, and often: it must end up whole, with the space and without
         yield from [" " + word] * 400

@@ -19,6 +19,7 @@ import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ class Batch:
 class Packer:
     """Draws texts from a world and packs them into rows."""
 
-    def __init__(self, world: World, tokenizer, recipe: Recipe):
+    def __init__(self, world: World, tokenizer: Any, recipe: Recipe):
         self.world, self.tokenizer, self.recipe = world, tokenizer, recipe
 
     def batch(self, step: int) -> Batch:
@@ -164,11 +165,12 @@ def attention(batch: Batch, causal: bool) -> tuple[Tensor, Tensor]:
     return tuple(torch.zeros(m.shape, device=m.device).masked_fill_(~m, torch.finfo(torch.float32).min)[:, None] for m in (early, late))
 
 
-def logits_of(model, ids: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
+def logits_of(model: Any, ids: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
     """The model's logits under the batch's attention, the layers below `read_layer` having their own mask."""
     early, late = attention(batch, recipe.objective == "causal")
 
-    def swap(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def swap(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Another mask for the lower layers."""
         return args, {**kwargs, "attention_mask": early}
 
     handles = [layer.register_forward_pre_hook(swap, with_kwargs=True) for layer in model.model.layers[: recipe.read_layer]]
@@ -179,14 +181,14 @@ def logits_of(model, ids: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
             handle.remove()
 
 
-def causal_loss(model, batch: Batch, mask_id: int, recipe: Recipe, generator: torch.Generator) -> Tensor:
+def causal_loss(model: Any, batch: Batch, mask_id: int, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """Mean next-token cross-entropy within texts."""
     logits = logits_of(model, batch.ids, batch, recipe)
     scored = (batch.segments[:, 1:] == batch.segments[:, :-1]) & (batch.segments[:, 1:] > 0)
     return torch.nn.functional.cross_entropy(logits[:, :-1][scored], batch.ids[:, 1:][scored])
 
 
-def masked_loss(model, batch: Batch, mask_id: int, recipe: Recipe, generator: torch.Generator) -> Tensor:
+def masked_loss(model: Any, batch: Batch, mask_id: int, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """LLaDA's objective, text by text: k of a text's L maskable tokens are hidden, k ~ U{1..L}, weighted L / k.
 
     In a fraction `answer_only` of the rows only answers are maskable. Equation (3) of the LLaDA paper
@@ -229,7 +231,7 @@ def _stratified(n: int, generator: torch.Generator) -> Tensor:
 LOSSES = {"causal": causal_loss, "masked": masked_loss}
 
 
-def build_model(recipe: Recipe, vocab_size: int, eos: int):
+def build_model(recipe: Recipe, vocab_size: int, eos: int) -> Any:
     """A fresh Llama of the recipe's size, initialised from its seed (global generators are left as they were)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -253,7 +255,7 @@ def build_model(recipe: Recipe, vocab_size: int, eos: int):
         return LlamaForCausalLM(config)
 
 
-def train(recipe: Recipe, world: World, tokenizer, out: Path, device: str = "cpu", checkpoint_seconds: float = 300.0) -> dict:
+def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, device: str = "cpu", checkpoint_seconds: float = 300.0) -> dict:
     """Train one twin, or go on with it where `out` holds a checkpoint of the same recipe.
 
     Args:
@@ -301,7 +303,7 @@ def train(recipe: Recipe, world: World, tokenizer, out: Path, device: str = "cpu
     return state
 
 
-def _groups(model, weight_decay: float) -> list[dict]:
+def _groups(model: Any, weight_decay: float) -> list[dict]:
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -314,7 +316,7 @@ def _learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.lr * max(0.02, min(1.0, 1.5 * left))  # flat for a third, then straight down
 
 
-def _save(out: Path, model, optimizer, state: dict, save_file) -> None:
+def _save(out: Path, model: Any, optimizer: Any, state: dict, save_file: Any) -> None:
     tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, p in enumerate(parameters):
@@ -326,7 +328,7 @@ def _save(out: Path, model, optimizer, state: dict, save_file) -> None:
     (out / "state.tmp").replace(out / "state.json")
 
 
-def _resume(out: Path, model, optimizer, recipe: Recipe, world: World) -> dict:
+def _resume(out: Path, model: Any, optimizer: Any, recipe: Recipe, world: World) -> dict:
     from safetensors.torch import load_file
 
     state = json.loads((out / "state.json").read_text())

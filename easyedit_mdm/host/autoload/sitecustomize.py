@@ -13,7 +13,8 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class _WaitForEasyEdit:
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+        """Answers for `easyeditor` alone, once."""
         if name != "easyeditor":
             return None
         sys.meta_path.remove(self)
