@@ -12,6 +12,7 @@ from easyedit_mdm.common.fingerprints import model_fingerprint, parameter_hashes
 from easyedit_mdm.denoising import SCHEDULES
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.editing.context import context_templates
+from easyedit_mdm.editing.keys import read_keys
 from easyedit_mdm.editing.request import locate, target_ids
 from easyedit_mdm.editing.rome import tokenise
 from easyedit_mdm.editing.value import optimise
@@ -34,22 +35,27 @@ def hparams(**changes) -> ROMEMDMHyperParams:
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("method", list(METHODS))
 def test_edit_apply_revert(tiny, family, method):
-    """The loss falls, one weight changes, the target becomes likelier, and reverting is bit-exact."""
+    """The loss starts at the model's own and falls, one weight changes, it maps k* to delta, and reverting is bit-exact."""
     model = tiny(family)
     before = parameter_hashes(model)
-    edit = make_edit(model, REQUEST, hparams(alg_name=method))
+    # one context and nothing but the likelihood in the loss
+    plain = dict(state_schedule="full_mask", context_templates=["{}"], kl_factor=0.0, v_weight_decay=0.0)
+    edit = make_edit(model, REQUEST, hparams(alg_name=method, **plain))
     assert parameter_hashes(model) == before, "making an edit must not change the model"
     assert edit.card["losses"][-1] < edit.card["losses"][0] - 0.1
     assert edit.card["method"] == method and edit.card["facts"][0]["n_tokens"] >= 2
-    likely = log_likelihood(model)
+    assert log_likelihood(model) == pytest.approx(-edit.card["losses"][0], rel=1e-4)
     originals = edit.apply(model)
     changed = [n for n, h in parameter_hashes(model).items() if h != before[n]]
     assert changed == [model.site(1).weight] == list(originals)
-    assert log_likelihood(model) > likely + 0.1
+    (change,) = edit.changes
+    assert not torch.equal(originals[change.name], dict(model.named_parameters())[change.name])
     with pytest.raises(EditError, match="already applied"):
         edit.apply(model)
     edit.revert(model)
     assert parameter_hashes(model) == before
+    key = read_keys(model, model.site(1), tokenise(model, EditRequest.of(REQUEST), hparams(**plain))).mean
+    assert float((change.left @ change.right @ key).norm()) == pytest.approx(edit.card["delta_norm"], rel=1e-4)
     with pytest.raises(EditError, match="not applied"):
         edit.revert(model)
 

@@ -26,7 +26,7 @@ def ngram_entropy(text: str) -> float:
 
 def _entropy(grams: list[tuple[str, ...]]) -> float:
     total = len(grams)
-    return -sum(c / total * math.log2(c / total) for c in Counter(grams).values())
+    return -math.fsum(c / total * math.log2(c / total) for c in Counter(grams).values())
 
 
 def fluency(adapter: Adapter, prompt: str, length: int = LENGTH, seed: int = 0) -> dict[str, float]:
