@@ -1,0 +1,242 @@
+"""`easyedit-mdm demo`: everything that the package is for, on the smallest model, in under a minute.
+
+The facts are drawn from the twin's world by a seed, not picked by outcome. What is claimed is checked, and the exit status
+is 0 only if every claim holds; how the plain transfer fares on longer targets is shown, not claimed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from easyedit_mdm.api import make_edit
+from easyedit_mdm.common.fingerprints import parameter_hashes
+from easyedit_mdm.denoising import Trajectory, decode
+from easyedit_mdm.editing import ROMEMDMHyperParams
+from easyedit_mdm.editing.request import encode, target_ids
+from easyedit_mdm.host import register
+from easyedit_mdm.models import Adapter
+from easyedit_mdm.twins.world import Fact, World
+from easyedit_mdm.version import __version__
+
+MODEL = "twin-llada"
+SEED = 0
+SHOWN_LENGTH = 3
+FACTS_A_LENGTH = 2
+MASK = "░░░"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One edit of the demo: a fact of the world and the object it is to have."""
+
+    fact: Fact
+    target: str
+    neighbours: list[Fact]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the target."""
+        return len(self.target.split())
+
+    def call(self) -> dict[str, Any]:
+        """Arguments for EasyEdit's `BaseEditor.edit`."""
+        return {
+            "prompts": [self.fact.prompt()],
+            "target_new": [self.target],
+            "subject": [self.fact.subject],
+            "rephrase_prompts": [self.fact.paraphrase()],
+            "locality_inputs": {
+                "neighborhood": {"prompt": [[n.prompt() for n in self.neighbours]], "ground_truth": [[n.object for n in self.neighbours]]}
+            },
+        }
+
+
+def draw_cases(seed: int = SEED) -> list[Case]:
+    """`FACTS_A_LENGTH` edits for each target length, of one relation's facts, drawn by `seed`."""
+    world = World.build()
+    rng = random.Random(seed)
+    facts = [f for f in world.all_facts() if not f.relation.closed]
+    cases = []
+    for length in range(1, world.settings.max_length + 1):
+        for fact in rng.sample(facts, FACTS_A_LENGTH):
+            cases.append(Case(fact, world.other_object(fact, length, rng), world.neighbours(fact, 4)))
+    return cases
+
+
+def run_demo(out: str | Path, easyedit_home: str | None = None) -> bool:
+    """Run the demo; writes `demo.json` and `demo.html` into `out`.
+
+    Returns:
+        whether every claim holds.
+    """
+    began = time.monotonic()
+    console = Console()
+    console.rule(f"[bold]easyedit_mdm {__version__}[/bold]")
+    joined = register(easyedit_home)
+    plain = replace(ROMEMDMHyperParams.from_hparams(f"ROME_MDM/{MODEL}"), state_schedule="full_mask")
+    aware = replace(plain, state_schedule="enumerate")
+    with _quietly():
+        editor = joined.editor_class.from_hparams(aware)
+    model: Adapter = editor.model
+    before = parameter_hashes(model)
+    console.print(f"{MODEL}: {sum(p.numel() for p in model.parameters()):,} parameters; EasyEdit: {joined.host.form} at {joined.host.root.name}\n")
+    cases = draw_cases()
+    results = [_edit_both(editor, case, plain, aware, console) for case in cases]
+    shown = next(r for r in results if r["n_tokens"] == SHOWN_LENGTH)
+    paths = _watch(model, cases[results.index(shown)], aware)
+    claims = _claims(results, shown, restored=parameter_hashes(model) == before)
+    report = {
+        "version": __version__,
+        "model": MODEL,
+        "easyedit": joined.host.form,
+        "seed": SEED,
+        "claims": claims,
+        "seconds": round(time.monotonic() - began, 1),
+        "hyperparameters": {"plain": plain.to_dict(), "aware": aware.to_dict()},
+        "shown": {**shown, "denoising": paths},
+        "cases": results,
+    }
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "demo.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / "demo.html").write_text(_html(report), encoding="utf-8")
+    _tell(console, report, folder)
+    return all(claims.values())
+
+
+def _edit_both(editor: Any, case: Case, plain: ROMEMDMHyperParams, aware: ROMEMDMHyperParams, console: Console) -> dict[str, Any]:
+    """The same edit with both schedules, each through EasyEdit's editor, which restores the weights after it."""
+    row: dict[str, Any] = {"n_tokens": case.length, "prompt": case.fact.prompt(), "was": case.fact.object, "target": case.target}
+    for name, hparams in (("plain", plain), ("aware", aware)):
+        editor.hparams = replace(hparams, model_name=editor.hparams.model_name)
+        with _quietly(), console.status(f"{row['prompt']} … {case.target} ({name})"):
+            metrics, _, _ = editor.edit(**case.call(), keep_original_weight=True, verbose=False)
+        post = metrics[0]["post"]
+        row["before"] = metrics[0]["pre"]["multi_step"]["rewrite"]["text"]
+        row[name] = {
+            "rewrite": post["multi_step"]["rewrite"]["exact"],
+            "paraphrase": post["multi_step"]["rephrase"]["exact"],
+            "locality": float(np.mean(post["locality"]["neighborhood_acc"])),
+            "text": post["multi_step"]["rewrite"]["text"],
+            "seconds": round(metrics[0].get("time", 0.0), 2),
+        }
+    return row
+
+
+def _watch(model: Adapter, case: Case, hparams: ROMEMDMHyperParams) -> dict[str, list]:
+    """The denoising of the prompt before and after the denoising-aware edit, frame by frame."""
+    edit = make_edit(model, {"prompt": case.fact.prompt(), "subject": case.fact.subject, "target_new": case.target}, hparams)
+    before = _frames(model, case)
+    edit.apply(model)
+    try:
+        after = _frames(model, case)
+    finally:
+        edit.revert(model)
+    return {"before": before, "after": after}
+
+
+def _frames(model: Adapter, case: Case) -> list[list[dict[str, Any]]]:
+    prompt = case.fact.prompt()
+    path = decode(model, [torch.tensor(encode(model, prompt))], [len(target_ids(model, prompt, case.target))])[0]
+    return [[_cell(model, path, slot, step) for slot in range(len(path.tokens))] for step in range(-1, int(path.step.max()) + 1)]
+
+
+def _cell(model: Adapter, path: Trajectory, slot: int, step: int) -> dict[str, Any]:
+    at = int(path.step[slot])
+    if at > step:
+        return {"text": MASK, "state": "masked", "confidence": None}
+    text = model.tokenizer.decode([int(path.tokens[slot])]).strip()
+    return {"text": text, "state": "new" if at == step else "kept", "confidence": round(float(path.confidence[slot]), 3)}
+
+
+def _claims(results: list[dict], shown: dict, restored: bool) -> dict[str, bool]:
+    single = [r for r in results if r["n_tokens"] == 1]
+    return {
+        "plain_single_token": all(r["plain"]["rewrite"] for r in single),
+        "aware_multi_token": shown["aware"]["rewrite"],
+        "paraphrase": shown["aware"]["paraphrase"],
+        "locality": shown["aware"]["locality"] >= 0.75,
+        "restored": restored,
+    }
+
+
+def _share(results: list[dict], length: int, name: str, key: str) -> tuple[float, int]:
+    rows = [r for r in results if r["n_tokens"] == length]
+    return sum(float(r[name][key]) for r in rows) / len(rows), len(rows)
+
+
+def _table_rows(results: list[dict]) -> list[dict[str, Any]]:
+    rows = []
+    for length in sorted({r["n_tokens"] for r in results}):
+        row: dict[str, Any] = {"n_tokens": length, "n": _share(results, length, "plain", "rewrite")[1]}
+        for name in ("plain", "aware"):
+            row[name] = {key: _share(results, length, name, key)[0] for key in ("rewrite", "paraphrase", "locality")}
+        rows.append(row)
+    return rows
+
+
+def _tell(console: Console, report: dict, folder: Path) -> None:
+    shown = report["shown"]
+    console.print(Text.assemble("Edit  ", (shown["prompt"], "bold"), " … ", (shown["was"], "dim"), "  →  ", (shown["target"], "bold green"), "\n"))
+    for name, title in (("before", "Denoising before the edit"), ("after", "Denoising after the edit (denoising-aware)")):
+        console.print(f"[bold]{title}[/bold]")
+        for step, frame in enumerate(shown["denoising"][name]):
+            console.print(Text.assemble(f"  step {step}  {shown['prompt']} ", *[_styled(cell) for cell in frame]))
+        console.print()
+    table = Table(title=f"{len(report['cases'])} edits drawn by seed {report['seed']}: share of exact answers")
+    for column in ("target tokens", "edits", "plain: rewrite", "paraphrase", "locality", "aware: rewrite", "paraphrase", "locality"):
+        table.add_column(column, justify="right")
+    for row in _table_rows(report["cases"]):
+        figures = [f"{row[name][key]:.2f}" for name in ("plain", "aware") for key in ("rewrite", "paraphrase", "locality")]
+        table.add_row(str(row["n_tokens"]), str(row["n"]), *figures)
+    console.print(table)
+    for claim, holds in report["claims"].items():
+        console.print(f"  {'[green]✓' if holds else '[red]✗'} {claim.replace('_', ' ')}[/]")
+    console.print(f"\n{folder / 'demo.html'} and {folder / 'demo.json'} written, {report['seconds']} s")
+
+
+def _styled(cell: dict[str, Any]) -> tuple[str, str]:
+    return (cell["text"] + " ", {"masked": "dim", "new": "bold black on green", "kept": "green"}[cell["state"]])
+
+
+def _html(report: dict) -> str:
+    import jinja2
+
+    template = (Path(__file__).parent / "demo.html").read_text(encoding="utf-8")
+    return jinja2.Environment(autoescape=True).from_string(template).render(rows=_table_rows(report["cases"]), **report)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """EasyEdit prints, logs and writes ./logs: keep it all out of the way, and the working directory as it was."""
+    here = os.getcwd()
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            os.chdir(scratch)
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                try:
+                    yield
+                finally:
+                    os.chdir(here)
+    finally:
+        logging.disable(level)
