@@ -25,12 +25,11 @@ def column(records: list[dict], section: str, key: str) -> str:
 
 
 table = Table(title=f"after the edit: mean over records, 95 % bootstrap interval ({DRAWS} draws, seed {SEED})")
-for title in ("results", "n", "rewrite tokens", "rewrite exact", "first commit", "rephrase tokens", "locality", "s an edit"):
+for title in ("results", "n", "rewrite tokens", "rewrite exact", "first commit", "rephrase tokens", "locality"):
     table.add_column(title)
 for path in map(Path, sys.argv[1:]):
     records = json.loads(path.read_text())
     locality = interval([np.mean(r["post"]["locality"]["neighborhood_acc"]) for r in records])
     cells = [column(records, s, k) for s, k in (("rewrite", "token_acc"), ("rewrite", "exact"), ("rewrite", "first_commit"), ("rephrase", "token_acc"))]
-    seconds = [r["time"] for r in records if "time" in r]
-    table.add_row(path.parent.name, str(len(records)), *cells, locality, f"{np.mean(seconds):.1f}" if seconds else "-")
+    table.add_row(path.parent.name, str(len(records)), *cells, locality)
 Console(width=160).print(table)
