@@ -202,7 +202,8 @@ def _tell(console: Console, report: dict, folder: Path) -> None:
             console.print(Text.assemble(f"  step {step}  {shown['prompt']} ", *[_styled(cell) for cell in frame]))
         console.print()
     table = Table(title=f"{len(report['cases'])} edits drawn by seed {report['seed']}: share of exact answers")
-    for column in ("target tokens", "edits", "plain: rewrite", "paraphrase", "locality", "aware: rewrite", "paraphrase", "locality"):
+    measures = ("rewrite", "paraphr.", "locality")
+    for column in ("target\ntokens", "\nedits", *(f"{name}\n{measure}" for name in ("plain", "aware") for measure in measures)):
         table.add_column(column, justify="right")
     for row in _table_rows(report["cases"]):
         figures = [f"{row[name][key]:.2f}" for name in ("plain", "aware") for key in ("rewrite", "paraphrase", "locality")]
