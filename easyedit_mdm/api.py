@@ -27,7 +27,7 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Adapter:
     """
     if str(name_or_folder) in TWINS:
         options.setdefault("name", str(name_or_folder))
-        options.setdefault("dtype", "float32")  # stored in half precision to keep the package small
+        options["dtype"] = options.get("dtype") or "float32"  # stored in half precision to keep the package small
         name_or_folder = twin_folder(str(name_or_folder))
     return with_decoder(load_adapter(name_or_folder, **options))
 

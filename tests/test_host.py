@@ -70,6 +70,7 @@ def test_single_edit(joined, world):
     """The record has EasyEdit's keys and the multi-step section; the weights are restored; numbers have their own group."""
     editor = editor_for(joined)
     assert isinstance(editor.model, Adapter) and isinstance(editor.model_name, LoadedName)
+    assert editor.model.dtype == torch.float32, "twins are stored in half precision and used in full"
     before = parameter_hashes(editor.model)
     metrics, model, weights = editor.edit(**call(world), keep_original_weight=True, verbose=False)
     (record,) = metrics

@@ -46,6 +46,7 @@ def test_what_ships():
         ({"mom2_adjustment": True}, HyperParameterError, "mom2_dataset"),
         ({"context_templates": ["no hole"]}, HyperParameterError, "one {}"),
         ({"decode": {"ordre": "random"}}, HyperParameterError, "did you mean 'order'"),
+        ({"decode": {"steps": 0}}, HyperParameterError, "steps=0"),
         ({"decode": {"order": "randm"}}, UnknownNameError, "did you mean 'random'"),
     ],
 )
@@ -73,8 +74,10 @@ def test_bad_files(tmp_path):
 
 def test_numbers_as_easyedit_reads_them(tmp_path):
     """`5e-1` without a dot is a number; `.yaml` may be left out."""
-    (tmp_path / "x.yaml").write_text("alg_name: ROME_MDM\nmodel_name: m\nlayers: [1]\nv_lr: 5e-1\n")
-    assert ROMEMDMHyperParams.from_hparams(tmp_path / "x").v_lr == 0.5
+    (tmp_path / "x.yaml").write_text("alg_name: ROME_MDM\nmodel_name: m\nlayers: [1]\nv_lr: 5e-1\ndecode: {temperature: 1e-1}\n")
+    loaded = ROMEMDMHyperParams.from_hparams(tmp_path / "x")
+    assert loaded.v_lr == 0.5 and loaded.decode_config().temperature == 0.1
+    assert ROMEMDMHyperParams.from_hparams("hparams/ROME_MDM/llada-8b").model_name == "GSAI-ML/LLaDA-8B-Instruct"
 
 
 def test_fields_are_easyedits():

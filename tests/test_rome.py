@@ -248,3 +248,29 @@ def test_edit_of_another_shape(tiny):
     with pytest.raises(EditError, match="no such weight"):
         edit.apply(other)
     assert model_fingerprint(other) == before
+
+
+def test_reverting_out_of_order(tiny):
+    """A later edit must be taken back first; two adapters of one model are one model."""
+    from easyedit_mdm import wrap_model
+
+    model = tiny("llada")
+    before = parameter_hashes(model)
+    first = make_edit(model, REQUEST, hparams(v_num_grad_steps=3))
+    second = make_edit(model, {**REQUEST, "target_new": "of the"}, hparams(v_num_grad_steps=3))
+    first.apply(model)
+    second.apply(model)
+    with pytest.raises(EditError, match="revert later edits first"):
+        first.revert(model)
+    again = wrap_model(model.native, model.tokenizer, family="llada", mask_id=1)
+    with pytest.raises(EditError, match="already applied"):
+        second.apply(again)
+    second.revert(again)
+    first.revert(model)
+    assert parameter_hashes(model) == before
+
+
+def test_half_precision_gpt2(tiny):
+    """Learned positions are added once, in the model's own dtype."""
+    model = tiny("gpt2", dtype="bfloat16")
+    assert make_edit(model, REQUEST, hparams(v_num_grad_steps=2)).changes

@@ -121,7 +121,7 @@ def test_settings_are_checked(tiny):
             decode(model, prompt, [4], DecodeConfig(**config))
     with pytest.raises(HyperParameterError, match="at least 1"):
         DecodeConfig(steps=0)
-    with pytest.raises(HyperParameterError, match="negative"):
+    with pytest.raises(HyperParameterError, match="not negative"):
         DecodeConfig(temperature=-1.0)
     with pytest.raises(UnknownNameError, match="did you mean 'low_confidence'"):
         DecodeConfig(order="low_confidense")

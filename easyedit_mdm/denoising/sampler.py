@@ -51,11 +51,12 @@ class DecodeConfig:
         ORDERS[self.order]
         for name in ("canvas", "steps", "block_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise HyperParameterError(f"decode setting {name}={value} must be at least 1 (or None)")
-        for name in ("temperature", "top_k"):
-            if (getattr(self, name) or 0) < 0:
-                raise HyperParameterError(f"decode setting {name}={getattr(self, name)} must not be negative")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise HyperParameterError(f"decode setting {name}={value!r} must be a whole number, at least 1 (or None)")
+        for name in ("temperature", "top_k", "eps"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (int, float)) or value < 0):
+                raise HyperParameterError(f"decode setting {name}={value!r} must be a number and not negative")
         if self.top_k is None:
             object.__setattr__(self, "top_k", ORDERS[self.order].top_k)
 
@@ -115,7 +116,7 @@ ORDERS: Registry[Order] = Registry("decoding order")
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.rand(like.shape, generator=generator).to(like.device)
+    return torch.rand(like.shape, generator=generator, device=generator.device).to(like.device)
 
 
 def _margin(probs: Tensor) -> Tensor:
@@ -270,7 +271,7 @@ def _choose(
         pickable[..., adapter.ids.mask] = -torch.inf
     pickable[..., adapter.vocabulary :] = -torch.inf
     if temperature > 0:  # Gumbel's trick samples softmax(logits / temperature); float64, as LLaDA's authors found needed
-        noise = torch.rand(pickable.shape, generator=generator, dtype=torch.float64).to(pickable.device).clamp(min=1e-300)
+        noise = torch.rand(pickable.shape, generator=generator, dtype=torch.float64, device=generator.device).to(pickable.device).clamp(min=1e-300)
         pickable = pickable.double() / temperature - (-noise.log()).log()
     tokens = pickable.argmax(-1)
     return probs, tokens, probs.gather(-1, tokens[..., None])[..., 0]
@@ -325,7 +326,7 @@ def generate(
     top_k: int | None = None,
     do_sample: bool = False,
     generator: torch.Generator | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     use_cache: bool | None = None,
 ) -> Int[Tensor, "rows total"]:
@@ -348,12 +349,15 @@ def generate(
     if max_new_tokens < 1:
         raise HyperParameterError(f"max_new_tokens={max_new_tokens} must be at least 1")
     heat = (1.0 if temperature is None else temperature) if do_sample else (temperature or 0.0)
+    if generator is None and heat > 0:  # as elsewhere in torch: torch.manual_seed decides, and the next call draws anew
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, (1,))))
     config = DecodeConfig(max_new_tokens, steps, block_length, order, heat, top_k=top_k)
     shown = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     prompts = [row[keep].cpu() for row, keep in zip(input_ids, shown)]
     done = decode(adapter, prompts, [max_new_tokens] * len(prompts), config, generator)
     new = torch.stack([t.tokens for t in done]).to(input_ids.device)
     if eos_token_id is not None:
-        ended = (new == eos_token_id).long().cumsum(-1) - (new == eos_token_id).long() > 0
+        ends = torch.isin(new, torch.tensor(eos_token_id, device=new.device)).long()
+        ended = ends.cumsum(-1) - ends > 0
         new = new.masked_fill(ended, adapter.ids.pad if pad_token_id is None else pad_token_id)
     return torch.cat([input_ids, new], dim=1)

@@ -43,6 +43,7 @@ class ROMEMDMHyperParams:
         decode: settings of the multi-step metric (`easyedit_mdm.denoising.DecodeConfig`).
         dtype: dtype to load the model in; None keeps the checkpoint's.
         mask_id: the mask token, where the checkpoint does not say.
+        device, model_parallel, max_length: read by EasyEdit's editor and its own metrics only.
         seed: of every random draw of an edit.
     """
 
@@ -110,6 +111,10 @@ class ROMEMDMHyperParams:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
                 raise HyperParameterError(f"{name}={value!r} must be a finite number, at least {least}")
+        for name in ("v_num_grad_steps", "max_states", "max_rows", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise HyperParameterError(f"{name}={value!r} must be a whole number")
         for template in self.context_templates or []:
             if not isinstance(template, str) or template.count("{}") != 1:
                 raise HyperParameterError(f"context template {template!r} must hold one {{}} where the prompt goes")
@@ -124,6 +129,8 @@ class ROMEMDMHyperParams:
             HyperParameterError: for a setting that does not exist.
         """
         known = [f.name for f in dataclasses.fields(DecodeConfig)]
+        if not isinstance(self.decode, dict):
+            raise HyperParameterError(f"decode={self.decode!r} must be a mapping of decode settings (or left out)")
         for key in self.decode:
             if key not in known:
                 raise HyperParameterError(f"decode setting {key!r} is not known{did_you_mean(key, known)} Known: {', '.join(known)}")
@@ -169,7 +176,7 @@ def find_hparams(path: str | Path) -> Path:
     """
     shipped = packaged_hparams()
     text = str(path)
-    for candidate in (text, text + ".yaml", *(shipped / part for part in (text, text + ".yaml", text.removeprefix("hparams/")))):
+    for candidate in (text, text + ".yaml", *(shipped / (part + end) for part in (text, text.removeprefix("hparams/")) for end in ("", ".yaml"))):
         if Path(candidate).is_file():
             return Path(candidate)
     raise HyperParameterError(f"no hyperparameter file {text!r}. Shipped: {', '.join(sorted(_shipped_names(shipped))) or 'none'}")
@@ -201,7 +208,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _number(key: str, value: Any) -> Any:
-    if isinstance(value, str) and key not in ("model_name", "device", "alg_name"):
+    if isinstance(value, dict):
+        return {k: _number(k, v) for k, v in value.items()}
+    if isinstance(value, str) and key not in ("model_name", "device", "alg_name", "order"):
         try:
             return float(value)
         except ValueError:

@@ -169,8 +169,9 @@ class _Forward:
             return rows, below
         states = {i: self.plans[i].draw(step, self.generator) for i in active}
         rows = build_rows(self.adapter, {i: self.facts[i] for i in active}, states, self.hparams.kl_position)
-        with torch.no_grad():
-            below = self.adapter.hidden_before(self.site.layer, rows.ids, rows.mask)
+        with torch.no_grad():  # kept where the rows are, whatever device the lower layers are on
+            parts = zip(rows.ids.split(self.hparams.max_rows), rows.mask.split(self.hparams.max_rows))
+            below = torch.cat([self.adapter.hidden_before(self.site.layer, ids, mask).to(rows.ids.device) for ids, mask in parts])
         self.kept = (list(active), rows, below)
         return rows, below
 
@@ -181,7 +182,7 @@ class _Forward:
             """delta at each row's site."""
             extra = torch.zeros_like(out)
             index = torch.arange(len(rows), device=out.device)
-            extra[index, rows.site.to(out.device)] = deltas[place[rows.fact]].to(out.device, out.dtype)
+            extra[index, rows.site.to(out.device)] = deltas[place[rows.fact].to(deltas.device)].to(out.device, out.dtype)
             return out + extra
 
         with changing_output(self.adapter.module(self.site.name), add_delta):

@@ -10,6 +10,7 @@ import torch
 
 from easyedit_mdm.denoising import DecodeConfig, decode
 from easyedit_mdm.editing.request import encode
+from easyedit_mdm.errors import RequestError
 from easyedit_mdm.models import Adapter
 
 LENGTH = 100
@@ -36,5 +37,7 @@ def fluency(adapter: Adapter, prompt: str, length: int = LENGTH, seed: int = 0) 
     """
     ids = torch.tensor(encode(adapter, prompt))
     room = min(length, adapter.max_positions - len(ids))
+    if room < 1:
+        raise RequestError(f"the prompt {prompt[:40]!r}... fills all {adapter.max_positions} positions of {adapter.name}: no room to write")
     path = decode(adapter, [ids], [room], DecodeConfig(temperature=1.0, order="random", seed=seed))[0]
     return {"ngram_entropy": ngram_entropy(adapter.tokenizer.decode([*ids.tolist(), *path.tokens.tolist()], skip_special_tokens=True))}

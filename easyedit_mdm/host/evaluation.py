@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from easyedit_mdm.denoising import DecodeConfig
-from easyedit_mdm.errors import HyperParameterError
+from easyedit_mdm.errors import HyperParameterError, RequestError
 from easyedit_mdm.evaluation import fluency, score_prompts
 from easyedit_mdm.models import Adapter
 
@@ -53,6 +53,8 @@ def multi_step(adapter: Adapter, record: Mapping[str, Any], config: DecodeConfig
         """Note prompts to score; a single answer serves all prompts of a list."""
         listed = isinstance(prompts, list)
         wanted = answers if isinstance(answers, list) else [answers] * len(_listed(prompts))
+        if len(wanted) != len(_listed(prompts)) or not all(isinstance(a, str) and a.strip() for a in wanted):
+            raise RequestError(f"{'.'.join(path)}: each of {prompts!r} needs an answer that is not empty, got {answers!r}")
         asked.extend((path, p, a, listed) for p, a in zip(_listed(prompts), wanted))
 
     ask(("rewrite",), record["prompt"], record["target_new"])

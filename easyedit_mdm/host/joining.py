@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from easyedit_mdm.api import wrap_model
 from easyedit_mdm.denoising import DecodeConfig
 from easyedit_mdm.editing import METHODS, EditRequest
+from easyedit_mdm.editing.hparams import find_hparams, read_yaml
+from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.host.evaluation import LOCALITY_GROUP, edit_quality, meta, multi_step, public
 from easyedit_mdm.host.finding import Host
 from easyedit_mdm.host.importing import host_module, import_easyedit
 from easyedit_mdm.host.names import LoadedName, is_ours_to_load, load_named
 from easyedit_mdm.host.on_cpu import CudaMeansCpu
 from easyedit_mdm.models import Adapter
+from easyedit_mdm.models.adapter import is_known
 
 _EDITOR_CALLS = ("__init__", "edit", "batch_edit", "edit_dataset", "edit_requests", "normal_edit", "generate_edit")
 
@@ -108,31 +110,43 @@ def _edit(adapter: Adapter, method: Any, facts: list[EditRequest], hparams: Any)
 def _join_editor(editor: Any, host: Host) -> None:
     base = editor.BaseEditor
     init = base.__init__
-    on_cpu = host.form == "wheel" and not torch.cuda.is_available()
 
     @functools.wraps(init)
     def __init__(self: Any, hparams: Any, *args: Any, **kwargs: Any) -> None:
         if hparams is not None and is_ours_to_load(hparams.model_name, hparams.alg_name):
             hparams = copy.copy(hparams)
             hparams.model_name = load_named(hparams)
-            if host.form == "wheel" and hparams.device is None:
-                hparams.device = 0  # it writes f"cuda:{device}" without asking
+            if host.form == "wheel":
+                hparams.device = _wheel_device(hparams.device)
         init(self, hparams, *args, **kwargs)
 
     base.__init__ = __init__
-    if on_cpu:
+    if host.form == "wheel":
         for name in _EDITOR_CALLS:
             if name in vars(base):
-                setattr(base, name, _inside_mode(vars(base)[name]))
+                setattr(base, name, _on_the_right_device(vars(base)[name]))
 
 
-def _inside_mode(function: Callable) -> Callable:
+def _wheel_device(device: Any) -> Any:
+    """What the wheel, which writes f"cuda:{device}" without asking, needs for a device as the head takes it."""
+    if device is None:
+        return 0
+    return str(device).removeprefix("cuda:") if str(device) != "cuda" else 0
+
+
+def _on_the_right_device(function: Callable) -> Callable:
+    """The wheel's call inside `CudaMeansCpu` where there is no CUDA, or the hyperparameters say `cpu`."""
+
     @functools.wraps(function)
-    def inside(*args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The editor's own method."""
+        given = args[0] if args and hasattr(args[0], "alg_name") else kwargs.get("hparams", getattr(self, "hparams", None))
+        if torch.cuda.is_available() and str(getattr(given, "device", None)) != "cpu":
+            return function(self, *args, **kwargs)
         with CudaMeansCpu():
-            return function(*args, **kwargs)
+            return function(self, *args, **kwargs)
 
-    return inside
+    return call
 
 
 def _join_evaluation(editor: Any) -> None:
@@ -147,7 +161,8 @@ def _join_evaluation(editor: Any) -> None:
                 options["eval_metric"] = "token_em"
             return edit_quality(model, record, config, **options)
         result = theirs(model, model_name, hparams, tok, record, device, *args, **kwargs)
-        if isinstance(model_name, LoadedName) or hparams.alg_name in METHODS:
+        # a model that an EasyEdit method has wrapped (LoRA, WISE, ...) has no adapter: its record stays EasyEdit's own
+        if (isinstance(model_name, LoadedName) or hparams.alg_name in METHODS) and is_known(model):
             result["multi_step"] = public(multi_step(wrap_model(model, tok), record, config))
         return result
 
@@ -190,8 +205,6 @@ def _join_hparams(stands_for: str) -> None:
 
 
 def _alg_name(path: Any) -> str | None:
-    for candidate in (str(path), f"{path}.yaml"):
-        with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
-            values = yaml.safe_load(Path(candidate).read_text(encoding="utf-8"))
-            return values.get("alg_name") if isinstance(values, dict) else None
-    return None
+    with contextlib.suppress(HyperParameterError):
+        return read_yaml(find_hparams(path)).get("alg_name")
+    return None  # EasyEdit's own reading will say what is wrong

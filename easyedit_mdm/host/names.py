@@ -44,7 +44,7 @@ def is_ours_to_load(name: object, alg_name: str) -> bool:
         return False
     if alg_name in METHODS or name in TWINS:
         return True
-    if not Path(name).is_dir():
+    if alg_name == "QLoRA" or not Path(name).is_dir():  # quantised loading is EasyEdit's
         return False
     try:
         detect(read_config(Path(name)), weight_files(Path(name)))

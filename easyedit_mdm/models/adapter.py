@@ -63,12 +63,13 @@ class Site:
 class _NoPositions(nn.Module):
     """Stands in for learned positions where a stack starts above the embedding."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, dtype: torch.dtype):
         super().__init__()
-        self.width = width
+        self.width, self.dtype = width, dtype
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        return torch.zeros(*position_ids.shape, self.width, device=position_ids.device)
+        """Zeros."""
+        return torch.zeros(*position_ids.shape, self.width, device=position_ids.device, dtype=self.dtype)
 
 
 class Adapter(nn.Module):
@@ -188,7 +189,7 @@ class Adapter(nn.Module):
         if at is None:
             at = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape[0], -1)
         where = geometry.sources(at, mask) if self.spec.shift else at
-        return self.module(self.spec.paths.head)(geometry.gather_rows(states, where))
+        return self.module(self.spec.paths.head)(geometry.gather_rows(states, where)).to(input_ids.device)
 
     def hidden_before(
         self, layer: int, input_ids: Int[Tensor, "rows length"], attention_mask: Mask | None = None
@@ -252,7 +253,7 @@ class Adapter(nn.Module):
         if high < self.layers:
             view._modules[self.spec.paths.norm.rsplit(".", 1)[1]] = nn.Identity()
         if entered and self.spec.absolute_positions:
-            view._modules["wpe"] = _NoPositions(self.config.n_embd)
+            view._modules["wpe"] = _NoPositions(self.config.n_embd, self.dtype)
         return view
 
     def _check_paths(self) -> None:
@@ -283,6 +284,12 @@ def adapt(native: nn.Module, tokenizer: Any = None, family: str | None = None, n
     spec = FAMILIES[family] if family else _family_of(native)
     ids = special_ids(spec, vars(native.config) if native.config else {}, tokenizer, native.get_input_embeddings().weight.shape[0], mask_id)
     return Adapter(native, spec, ids, tokenizer, name or getattr(native.config, "_name_or_path", "") or spec.name)
+
+
+def is_known(native: nn.Module) -> bool:
+    """Whether `adapt` can wrap this model: an adapter, or a transformers class that a family computes with."""
+    kinds = {f"{FAMILIES[name].native}{head}" for name in FAMILIES for head in ("ForCausalLM", "LMHeadModel")}
+    return isinstance(native, Adapter) or type(native).__name__ in kinds
 
 
 def _family_of(native: nn.Module) -> FamilySpec:

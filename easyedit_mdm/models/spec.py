@@ -40,7 +40,6 @@ class FamilySpec:
         mask_id: the mask token's id where neither user, config nor tokenizer names one.
         tokenizer: name of a transformers tokenizer class to fall back on where the folder names one that is not native.
         absolute_positions: the backbone adds learned positions to its input (GPT-2), so a stack that starts higher up must not.
-        prefers_bos: evaluations of the base model prepend a BOS (recorded; raw cloze prompts are used as they are).
     """
 
     name: str
@@ -55,7 +54,6 @@ class FamilySpec:
     mask_id: int | None = None
     tokenizer: str = "PreTrainedTokenizerFast"
     absolute_positions: bool = False
-    prefers_bos: bool = False
     native_model_types: tuple[str, ...] = ()
 
     def native_name(self, key: str) -> str:

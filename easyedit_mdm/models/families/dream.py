@@ -25,6 +25,5 @@ FAMILIES.register("dream")(
         shift=True,
         mask_id=151666,
         tokenizer="Qwen2TokenizerFast",
-        prefers_bos=True,
     )
 )
