@@ -29,7 +29,7 @@ def test_they_know_their_facts(tmp_path):
 
 @pytest.mark.parametrize("name", TWINS)
 def test_they_are_editable(name, world):
-    """A single-token target at the file's layer: at least 9 of 10 facts drawn by a seed, none of them the demo's by design."""
+    """A single-token target at the file's layer: at least 9 of 10 facts drawn by a seed."""
     model = load_model(name)
     hparams = ROMEMDMHyperParams.from_hparams(f"ROME_MDM/{name}")
     rng = random.Random(11)
