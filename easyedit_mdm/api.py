@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from easyedit_mdm.denoising import generate
-from easyedit_mdm.editing import METHODS, Edit, EditRequest, ROMEMDMHyperParams
+from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, ROMEMDMHyperParams
 from easyedit_mdm.models import Adapter, adapt, load_adapter
 from easyedit_mdm.twins import TWINS, twin_folder
 
@@ -44,14 +44,22 @@ def with_decoder(adapter: Adapter) -> Adapter:
     return adapter
 
 
-def make_edit(model: Adapter, request: Mapping[str, Any] | EditRequest, hparams: ROMEMDMHyperParams) -> Edit:
-    """Make the edit for one request, without changing the model; `edit.apply(model)` and `edit.revert(model)` do that.
+def make_edit(
+    model: Adapter,
+    request: Mapping[str, Any] | EditRequest | Sequence[Mapping[str, Any] | EditRequest],
+    hparams: ROMEMDMHyperParams,
+    history: History | None = None,
+) -> Edit:
+    """Make the edit for one request, or for several at once, without changing the model; `edit.apply(model)` and
+    `edit.revert(model)` do that.
 
     Args:
-        request: `prompt`, `subject` and `target_new`, as in EasyEdit.
+        request: `prompt`, `subject` and `target_new`, as in EasyEdit; several only for the batched methods.
         hparams: the hyperparameters of a method, which also say which method it is.
+        history: for sequential AlphaEdit_MDM edits: one `History`, passed to every call.
 
     Raises:
-        RequestError, HyperParameterError, ModelError, OptimisationError: see `easyedit_mdm.errors`.
+        RequestError, HyperParameterError, ModelError, StatisticsError, OptimisationError: see `easyedit_mdm.errors`.
     """
-    return METHODS[hparams.alg_name].make(model, [EditRequest.of(request)], hparams)
+    requests = [request] if isinstance(request, (Mapping, EditRequest)) else request
+    return METHODS[hparams.alg_name].edit(model, [EditRequest.of(r) for r in requests], hparams, history)

@@ -32,6 +32,6 @@ def show(title: str) -> None:
 edit = make_edit(model, request, ROMEMDMHyperParams.from_hparams(file))
 show("before")
 edit.apply(model)
-show(f"after writing {request['target_new']!r}, optimised over {edit.card['schedule']} in {edit.card['steps']} steps")
+show(f"after writing {request['target_new']!r}, optimised over {edit.card['facts'][0]['schedule']} in {edit.card['facts'][0]['steps']} steps")
 edit.revert(model)
 show("taken back")

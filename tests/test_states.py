@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -88,8 +89,23 @@ def test_names():
     """Unknown names say what was meant; planned ones say that they are planned."""
     with pytest.raises(UnknownNameError, match="did you mean 'enumerate'"):
         schedule("enumerat", 3)
-    for name in ("spread", "confidence", "on_policy"):
+    for name in ("confidence", "on_policy"):
         with pytest.raises(NotYetError, match="planned"):
             schedule(name, 3)
     with pytest.raises(HyperParameterError, match="at least one token"):
         schedule("cycle", 0)
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5])
+def test_spread_deals_every_kind_evenly(length):
+    """Over a cycle each number k of revealed tokens comes up equally often; where all states fit, each state within its k too."""
+    plan = schedule("spread", length)
+    states = plan.draw(0, torch.Generator().manual_seed(0))
+    assert plan.dealt and plan.fixed and plan.cycle == len(states.weights) <= 31
+    counts = states.revealed.sum(1).tolist()
+    assert all(counts.count(k) == len(counts) // length for k in range(length))
+    if length <= 3:
+        for k in range(length):
+            of_k = [tuple(s.tolist()) for s in states.revealed if int(s.sum()) == k]
+            assert len({of_k.count(s) for s in set(of_k)}) == 1 and len(set(of_k)) == math.comb(length, k)
+    assert torch.equal(plan.draw(7, torch.Generator().manual_seed(1)).revealed, states.revealed)

@@ -48,6 +48,8 @@ class Schedule:
         fixed: the states are the same at every step, so that what lies below the edited layer can be computed once.
         cycle: number of steps after which every kind of state has been seen; early stopping looks at their mean.
         draw: (step, generator) -> states.
+        dealt: a step does not see all states in every context prefix: prefix c has, at step t, only state number
+            (c + t) mod (number of states).
     """
 
     name: str
@@ -55,10 +57,11 @@ class Schedule:
     fixed: bool
     cycle: int
     draw: Callable[[int, torch.Generator], States]
+    dealt: bool = False
 
 
 Maker = Callable[[int, int], Schedule]
-SCHEDULES: Registry[Maker] = Registry("state schedule", not_yet=("spread", "confidence", "on_policy"))
+SCHEDULES: Registry[Maker] = Registry("state schedule", not_yet=("confidence", "on_policy"))
 
 
 def schedule(name: str, length: int, max_states: int = MAX_STATES) -> Schedule:
@@ -156,6 +159,39 @@ def left_to_right(length: int, max_states: int = MAX_STATES) -> Schedule:
     revealed = torch.ones(length, length).tril(-1).bool()
     states = States(revealed, torch.eye(length).bool(), torch.full((length,), 1 / length))
     return Schedule("left_to_right", "left_to_right", True, 1, lambda step, generator: states)
+
+
+@SCHEDULES.register("spread")
+def spread(length: int, max_states: int = MAX_STATES) -> Schedule:
+    """A fixed set of states dealt out over the context prefixes and steps: no more forwards than `full_mask`.
+
+    The set holds rounds of N states, one for each number k = 0..N-1 of revealed tokens, so that over a cycle every k weighs
+    the same in every prefix; in round r stands the r-th of the C(N, k) states with k revealed, in random order. As many
+    rounds as make all states equally frequent within their k, at most max_states / N (at least one).
+    """
+    counts = torch.linspace(0, length - 1, min(length, max_states)).round().int().tolist()
+    rounds = max(1, min(max_states // len(counts), math.lcm(*(math.comb(length, k) for k in counts))))
+    kept: list[States] = []
+
+    def draw(step: int, generator: torch.Generator) -> States:
+        """The set, the same at every step."""
+        if not kept:
+            sets = [_shuffled(length, k, rounds, generator) for k in counts]
+            kept.append(_states(torch.stack([states[r] for r in range(rounds) for states in sets])))
+        return kept[0]
+
+    return Schedule("spread", "spread", True, rounds * len(counts), draw, dealt=True)
+
+
+def _shuffled(length: int, k: int, n: int, generator: torch.Generator) -> Bool[Tensor, "n slots"]:
+    """n states with k tokens revealed: without repetition as far as there are so many, in random order."""
+    total = math.comb(length, k)
+    if total > 64 * n:  # too many to list: random ones hardly repeat
+        return torch.stack([_random_state(length, k, generator) for _ in range(n)])
+    every = torch.zeros(total, length, dtype=torch.bool)
+    for row, slots in enumerate(itertools.combinations(range(length), k)):
+        every[row, list(slots)] = True
+    return every[torch.randperm(total, generator=generator)].repeat(-(-n // total), 1)[:n]
 
 
 def _frozen_draw(name: str, source: Schedule) -> Schedule:

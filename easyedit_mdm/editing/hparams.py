@@ -15,7 +15,6 @@ from easyedit_mdm.denoising import SCHEDULES, DecodeConfig
 from easyedit_mdm.errors import HyperParameterError
 
 FACT_TOKENS = ("subject_last", "subject_first", "subject_first_after_last", "last")
-KEY_AVERAGES = ("single", "easyedit")
 KL_POSITIONS = ("slot", "subject_last")
 
 
@@ -36,14 +35,19 @@ class ROMEMDMHyperParams:
             after the subject, as EasyEdit's ROME has it.
         early_stop_loss: the optimisation ends when the total loss, averaged over a cycle of states, falls below this.
         context_templates: context prefixes to use, each with one `{}`; None lets the model write them.
-        mom2_dataset: a text file for the second moments, if `mom2_adjustment` is on.
+        mom2_dataset: the text of the second moments, if `mom2_adjustment` is on: a file, JSON lines, `datasets:NAME:CONFIG:SPLIT`,
+            or `twins` (`easyedit_mdm.statistics.text_source`).
         mom2_n_tokens: tokens of it that are used; None means 10 times the key's dimension.
+        mom2_mask_ratio: 0: plain text; a number or `uniform`: masked text, keys at unmasked positions (masked models only).
         mom2_eps: ridge, as a fraction of the mean eigenvalue, added to the second moments.
+        key_states: states of the target under which k* is read in a masked model: `full_mask`, or `average` over all of them.
         max_rows: rows of one forward pass; more are split, with the same result.
+        facts_per_batch: facts whose values are optimised together; halved where memory runs out.
         decode: settings of the multi-step metric (`easyedit_mdm.denoising.DecodeConfig`).
         dtype: dtype to load the model in; None keeps the checkpoint's.
         mask_id: the mask token, where the checkpoint does not say.
         device, model_parallel, max_length: read by EasyEdit's editor and its own metrics only.
+        stats_dir: where statistics are kept; None means the user's cache folder.
         seed: of every random draw of an edit.
     """
 
@@ -67,6 +71,7 @@ class ROMEMDMHyperParams:
     lm_head_module: str | None = None
     mom2_dataset: str | None = None
     mom2_n_tokens: int | None = None
+    mom2_mask_ratio: int | float | str = 0
     mom2_eps: float = 1e-6
     stats_dir: str | None = None
     device: Any = None
@@ -81,12 +86,17 @@ class ROMEMDMHyperParams:
     kl_position: str = "slot"
     early_stop_loss: float = 0.05
     context_templates: list[str] | None = None
+    key_states: str = "full_mask"
     max_rows: int = 256
+    facts_per_batch: int = 64
     decode: dict[str, Any] = field(default_factory=dict)
     mask_id: int | None = None
     seed: int = 0
 
     ALG_NAME: ClassVar[str] = "ROME_MDM"
+    KEY_AVERAGES: ClassVar[tuple[str, ...]] = ("single", "easyedit")
+    KEY_STATES: ClassVar[tuple[str, ...]] = ("full_mask", "average")
+    ONE_LAYER: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.validate()
@@ -99,28 +109,43 @@ class ROMEMDMHyperParams:
         """
         if self.alg_name != self.ALG_NAME:
             raise HyperParameterError(f"alg_name is {self.alg_name!r}, but this is {self.ALG_NAME}: is it the right file?")
-        if not isinstance(self.layers, list) or len(self.layers) != 1 or not all(isinstance(n, int) and n >= 0 for n in self.layers):
-            raise HyperParameterError(f"layers={self.layers!r}: {self.ALG_NAME} edits one layer, given as a list such as [5]")
+        self._check_layers()
         SCHEDULES[self.state_schedule]
-        for name, allowed in (("fact_token", FACT_TOKENS), ("key_average", KEY_AVERAGES), ("kl_position", KL_POSITIONS)):
+        choices = {"fact_token": FACT_TOKENS, "kl_position": KL_POSITIONS, "key_average": self.KEY_AVERAGES, "key_states": self.KEY_STATES}
+        for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:
-                raise HyperParameterError(f"{name}={value!r} is not one of {', '.join(allowed)}{did_you_mean(value, allowed)}")
-        for name, least in (("v_num_grad_steps", 1), ("max_states", 1), ("max_rows", 1), ("v_lr", 0), ("v_weight_decay", 0),
-                            ("clamp_norm_factor", 0), ("kl_factor", 0), ("mom2_eps", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
-                raise HyperParameterError(f"{name}={value!r} must be a finite number, at least {least}")
-        for name in ("v_num_grad_steps", "max_states", "max_rows", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise HyperParameterError(f"{name}={value!r} must be a whole number")
+                raise HyperParameterError(f"{name}={value!r} is not one of {', '.join(allowed)} for {self.ALG_NAME}{did_you_mean(value, allowed)}")
+        self.check_numbers(v_num_grad_steps=1, max_states=1, max_rows=1, facts_per_batch=1, seed=0, whole=True)
+        self.check_numbers(v_lr=0, v_weight_decay=0, clamp_norm_factor=0, kl_factor=0, mom2_eps=0)
         for template in self.context_templates or []:
             if not isinstance(template, str) or template.count("{}") != 1:
                 raise HyperParameterError(f"context template {template!r} must hold one {{}} where the prompt goes")
         if self.mom2_adjustment and not self.mom2_dataset:
             raise HyperParameterError("mom2_adjustment is on, but mom2_dataset names no text file: give one, or turn it off")
         self.decode_config()
+
+    def _check_layers(self) -> None:
+        layers = self.layers
+        if not isinstance(layers, list) or not layers or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in layers):
+            raise HyperParameterError(f"layers={layers!r}: {self.ALG_NAME} needs a list of layer numbers such as [5]")
+        if self.ONE_LAYER and len(layers) != 1:
+            raise HyperParameterError(f"layers={layers!r}: {self.ALG_NAME} edits one layer, given as a list such as [5]")
+        if sorted(set(layers)) != layers:
+            raise HyperParameterError(f"layers={layers!r} must be in ascending order, each once: the residual is spread upwards")
+
+    def check_numbers(self, whole: bool = False, **least: int) -> None:
+        """Check that fields are finite numbers (whole ones if asked) of at least what is given.
+
+        Raises:
+            HyperParameterError: naming field and value.
+        """
+        kind = "whole number" if whole else "finite number"
+        for name, low in least.items():
+            value = getattr(self, name)
+            right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            if not right or not math.isfinite(value) or value < low:
+                raise HyperParameterError(f"{name}={value!r} must be a {kind}, at least {low}")
 
     def decode_config(self) -> DecodeConfig:
         """The decode settings of the metric.
@@ -210,7 +235,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _number(key: str, value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _number(k, v) for k, v in value.items()}
-    if isinstance(value, str) and key not in ("model_name", "device", "alg_name", "order"):
+    if isinstance(value, str) and key not in ("model_name", "device", "alg_name", "order", "mom2_dataset"):
         try:
             return float(value)
         except ValueError:

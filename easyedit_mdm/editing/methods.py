@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from easyedit_mdm.common.registry import Registry
 from easyedit_mdm.editing.edit import Edit
+from easyedit_mdm.editing.history import History
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import EditRequest
 from easyedit_mdm.models import Adapter
@@ -22,13 +23,19 @@ class Method:
         make: (adapter, requests, hyperparameters) -> the edit; the model is left as it was.
         stands_for: the EasyEdit method whose place it takes in runners that know only EasyEdit's names.
         batchable: many requests give one edit (EasyEdit's `batch_edit`); otherwise one request each.
+        sequential: `make` takes the `history` of the edits that the model carries.
     """
 
     name: str
     hparams: type[ROMEMDMHyperParams]
-    make: Callable[[Adapter, Sequence[EditRequest], ROMEMDMHyperParams], Edit]
+    make: Callable[..., Edit]
     stands_for: str
     batchable: bool = False
+    sequential: bool = False
+
+    def edit(self, adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams, history: History | None = None) -> Edit:
+        """Make the edit, with the history if the method has a use for it."""
+        return self.make(adapter, requests, hparams, **({"history": history} if self.sequential else {}))
 
 
-METHODS: Registry[Method] = Registry("editing method", not_yet=("MEMIT_MDM", "AlphaEdit_MDM", "EMMET_MDM", "R-ROME_MDM"))
+METHODS: Registry[Method] = Registry("editing method")

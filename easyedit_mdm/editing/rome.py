@@ -4,7 +4,8 @@ One fact, one layer, rank one: with key k*, target value v* = v_0 + delta and se
 
     u = C^-1 k* / ||C^-1 k*||,    dW = delta u^T / (k . u),
 
-where k is k* (`key_average: single`) or the bare prompt's key (`easyedit`).
+where k is k* (`key_average: single`) or the bare prompt's key (`easyedit`). With statistics off, C is the identity, as in
+EasyEdit's ROME.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from easyedit_mdm.editing.value import Optimised, optimise
 from easyedit_mdm.errors import HyperParameterError, OptimisationError, RequestError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
-from easyedit_mdm.statistics import moments_for
+from easyedit_mdm.statistics import SecondMoments, moments_for
 
 
 def tokenise(adapter: Adapter, request: EditRequest, hparams: ROMEMDMHyperParams) -> Fact:
@@ -54,13 +55,13 @@ def tokenise(adapter: Adapter, request: EditRequest, hparams: ROMEMDMHyperParams
 
 
 def check_modules(adapter: Adapter, hparams: ROMEMDMHyperParams) -> Site:
-    """The edit site, after checking every module that the hyperparameters name.
+    """The edit site (that of the last layer, where there are several), after checking every module that the hyperparameters name.
 
     Raises:
         ModelError: for a module or layer that does not exist.
         HyperParameterError: if `v_loss_layer` is not the last layer.
     """
-    layer = hparams.layers[0]
+    layer = hparams.layers[-1]
     site = adapter.site(layer, hparams.rewrite_module_tmp)
     for template in (hparams.layer_module_tmp, hparams.mlp_module_tmp, hparams.attn_module_tmp, hparams.ln_f_module, hparams.lm_head_module):
         if template:
@@ -78,48 +79,60 @@ def rome(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHype
         OptimisationError: if the optimisation or the closed form breaks down.
     """
     if len(requests) != 1:
-        raise RequestError(f"ROME_MDM writes one fact at a time, got {len(requests)} requests: edit them one after another")
+        raise RequestError(f"{hparams.alg_name} writes one fact at a time, got {len(requests)} requests: edit them one after another")
     site = check_modules(adapter, hparams)
     fact = tokenise(adapter, requests[0], hparams)
-    keys = read_keys(adapter, site, fact)
-    generator = torch.Generator().manual_seed(hparams.seed)
-    outcome = optimise(adapter, site, [fact], keys.values[:1], hparams, generator)[0]
+    keys = read_keys(adapter, site, fact, hparams)
+    outcome = optimise(adapter, site, [fact], keys.values[:1], hparams)[0]
     left, right, figures = closed_form(adapter, site, keys, outcome.delta, hparams)
-    return Edit([LowRank(site.weight, left[:, None], right[None], site.transposed)], _card(requests[0], fact, hparams, outcome, figures))
+    return Edit([LowRank(site.weight, left[:, None], right[None], site.transposed)], card(requests, [fact], hparams, [outcome], figures))
 
 
 def closed_form(
     adapter: Adapter, site: Site, keys: Keys, delta: Float[Tensor, " width"], hparams: ROMEMDMHyperParams
-) -> tuple[Float[Tensor, " width"], Float[Tensor, " inner"], dict[str, float]]:
+) -> tuple[Float[Tensor, " width"], Float[Tensor, " inner"], dict[str, int | float]]:
     """The factors of dW = left right^T, and the figures that tell whether it is sound.
 
     Raises:
         OptimisationError: if the denominator vanishes.
     """
-    u = keys.mean
+    solved, bare = (keys.keys[0] if hparams.key_average == "prompt" else keys.mean), keys.keys[0]
+    u = solved
+    figures: dict[str, int | float] = {}
     if hparams.mom2_adjustment:
-        moments = moments_for(adapter, site, hparams.mom2_dataset, hparams.mom2_n_tokens, hparams.stats_dir)
+        moments = statistics(adapter, [site], hparams)[0]
         u = moments.solve(u, hparams.mom2_eps)
+        figures |= moments.figures(hparams.mom2_eps)
     u = u / u.norm()
-    key = keys.mean if hparams.key_average == "single" else keys.keys[0]
+    key = bare if hparams.key_average == "easyedit" else solved
     denominator = torch.dot(key, u)
     if not denominator.isfinite() or denominator.abs() < 1e-8 * key.norm():
         raise OptimisationError(f"the denominator k . u of the update is {float(denominator):.3g}: the key vanishes at layer {site.layer}")
-    figures = {"denominator": float(denominator), "delta_norm": float(delta.norm()), "key_norm": float(key.norm())}
+    figures |= {"denominator": float(denominator), "delta_norm": float(delta.norm()), "key_norm": float(key.norm())}
     return delta.to(u.device) / denominator, u, figures
 
 
-def _card(request: EditRequest, fact: Fact, hparams: ROMEMDMHyperParams, outcome: Optimised, figures: dict[str, float]) -> dict:
-    return {
-        "method": hparams.alg_name,
-        "facts": [{"prompt": request.prompt, "subject": request.subject, "target_new": request.target_new, "n_tokens": len(fact.target)}],
-        "hyperparameters": {**hparams.to_dict(), "model_name": str(hparams.model_name)},
-        "schedule": outcome.schedule,
-        "steps": outcome.steps,
-        "forwards": outcome.forwards,
-        "losses": outcome.losses,
-        **figures,
-    }
+def statistics(adapter: Adapter, sites: Sequence[Site], hparams: ROMEMDMHyperParams) -> list[SecondMoments]:
+    """The second moments that hyperparameters ask for, found or made."""
+    return moments_for(adapter, sites, hparams.mom2_dataset, hparams.mom2_n_tokens, hparams.stats_dir, hparams.mom2_mask_ratio)
+
+
+def card(requests: Sequence[EditRequest], facts: Sequence[Fact], hparams: ROMEMDMHyperParams, outcomes: Sequence[Optimised], figures: dict) -> dict:
+    """What an edit says about itself: its facts, each with its optimisation, the hyperparameters, and figures."""
+    told = [
+        {
+            "prompt": request.prompt,
+            "subject": request.subject,
+            "target_new": request.target_new,
+            "n_tokens": len(fact.target),
+            "schedule": outcome.schedule,
+            "steps": outcome.steps,
+            "forwards": outcome.forwards,
+            "losses": outcome.losses,
+        }
+        for request, fact, outcome in zip(requests, facts, outcomes)
+    ]
+    return {"method": hparams.alg_name, "facts": told, "hyperparameters": {**hparams.to_dict(), "model_name": str(hparams.model_name)}, **figures}
 
 
 METHODS.register("ROME_MDM")(Method("ROME_MDM", ROMEMDMHyperParams, rome, stands_for="ROME"))

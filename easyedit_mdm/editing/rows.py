@@ -41,6 +41,7 @@ class Rows:
         weights: weight of each in its fact's loss; the weights of a fact sum to 1.
         fact: which fact a row belongs to.
         anchor: whether the row is its fact's KL anchor (read at its first slot).
+        turn, period: a row counts at step t only if t mod period is turn; turn is -1 for rows that always count.
     """
 
     ids: Int[Tensor, "rows length"]
@@ -51,6 +52,8 @@ class Rows:
     weights: Float[Tensor, "rows slots"]
     fact: Int[Tensor, " rows"]
     anchor: Bool[Tensor, " rows"]
+    turn: Int[Tensor, " rows"]
+    period: Int[Tensor, " rows"]
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -59,34 +62,40 @@ class Rows:
         """Some of the rows."""
         return Rows(**{name: value[index] for name, value in vars(self).items()})
 
+    def counting(self, step: int) -> Bool[Tensor, " rows"]:
+        """Which rows count at a step."""
+        return (self.turn < 0) | (step % self.period == self.turn)
 
-def build_rows(adapter: Adapter, facts: dict[int, Fact], states: dict[int, States], kl_position: str) -> Rows:
-    """Rows for some facts (by number), each in its states: contexts x states, and one anchor row a fact."""
-    ids, site, at, tokens, weights, number, is_anchor = [], [], [], [], [], [], []
+
+def build_rows(adapter: Adapter, facts: dict[int, Fact], states: dict[int, States], kl_position: str, dealt: bool = False) -> Rows:
+    """Rows for some facts (by number), each in its states: contexts x states, and one anchor row a fact.
+
+    `dealt`: state s stands in context c only at the steps t with (c + t) mod states = s, and weighs what the states of a
+    step weigh together.
+    """
+    columns: dict[str, list] = {name: [] for name in Rows.__dataclass_fields__ if name != "mask"}
     slots = max(len(f.target) for f in facts.values())
 
-    def add(fact: int, prompt: Prompt, tail: Tensor, read: list[int], right: Tensor, weight: Tensor, anchor: bool) -> None:
+    def add(fact: int, prompt: Prompt, tail: Tensor, read: list[int], right: Tensor, weight: Tensor, anchor: bool, turn: int, period: int) -> None:
         """One row; slots it does not have are read at its first and weigh nothing."""
-        ids.append(torch.cat([prompt.ids, tail]))
-        site.append(prompt.site)
         fill = slots - len(read)
-        at.append(read + [read[0]] * fill)
-        tokens.append(torch.nn.functional.pad(right, (0, fill)))
-        weights.append(torch.nn.functional.pad(weight, (0, fill)))
-        number.append(fact)
-        is_anchor.append(anchor)
+        values = (torch.cat([prompt.ids, tail]), prompt.site, read + [read[0]] * fill, torch.nn.functional.pad(right, (0, fill)))
+        values += (torch.nn.functional.pad(weight, (0, fill)), fact, anchor, turn, period)
+        for name, value in zip(columns, values):
+            columns[name].append(value)
 
     for i, fact in facts.items():
-        n = len(fact.target)
-        for revealed, scored, weight in zip(states[i].revealed, states[i].scored, states[i].weights):
+        n, period = len(fact.target), len(states[i].weights)
+        for s, (revealed, scored, weight) in enumerate(zip(states[i].revealed, states[i].scored, states[i].weights)):
             tail = torch.where(revealed, fact.target, adapter.ids.mask) if adapter.masked else fact.target
-            share = scored.float() * (weight / scored.sum() / len(fact.contexts))
-            for prompt in fact.contexts:
+            share = scored.float() * ((1.0 if dealt else weight) / scored.sum() / len(fact.contexts))
+            for c, prompt in enumerate(fact.contexts):
                 start = len(prompt.ids)
-                add(i, prompt, tail, list(range(start, start + n)), fact.target, share, False)
+                turn = (s - c) % period if dealt else -1
+                add(i, prompt, tail, list(range(start, start + n)), fact.target, share, False, turn, period)
         filler = torch.tensor([adapter.ids.slot])
         read = len(fact.anchor.ids) if kl_position == "slot" else fact.anchor.site + 1
-        add(i, fact.anchor, filler, [read], filler, torch.zeros(1), True)
-    batch, mask = right_padded(ids, adapter.ids.pad, adapter.device)
-    tensors = (torch.tensor(site), torch.tensor(at), torch.stack(tokens), torch.stack(weights), torch.tensor(number), torch.tensor(is_anchor))
-    return Rows(batch, mask, *(t.to(adapter.device) for t in tensors))
+        add(i, fact.anchor, filler, [read], filler, torch.zeros(1), True, -1, 1)
+    batch, mask = right_padded(columns.pop("ids"), adapter.ids.pad, adapter.device)
+    tensors = {name: (torch.stack(v) if isinstance(v[0], Tensor) else torch.tensor(v)).to(adapter.device) for name, v in columns.items()}
+    return Rows(ids=batch, mask=mask, **tensors)

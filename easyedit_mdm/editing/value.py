@@ -11,12 +11,13 @@ the same from step to step.
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from easyedit_mdm.denoising.states import Schedule, schedule
@@ -48,28 +49,45 @@ class Optimised:
 
 
 def optimise(
-    adapter: Adapter,
-    site: Site,
-    facts: Sequence[Fact],
-    initial: Float[Tensor, "facts width"],
-    hparams: ROMEMDMHyperParams,
-    generator: torch.Generator,
+    adapter: Adapter, site: Site, facts: Sequence[Fact], initial: Float[Tensor, "facts width"], hparams: ROMEMDMHyperParams
 ) -> list[Optimised]:
-    """Optimise one delta a fact.
+    """Optimise one delta a fact, `facts_per_batch` at a time; a batch that does not fit into memory is halved.
+
+    What is drawn at random for a fact depends on the seed and on the fact alone, so that the company it is edited in changes
+    nothing.
 
     Args:
-        initial: v_0, the site's output for each fact's bare prompt.
-        generator: for the schedules that draw states.
+        initial: v_0 of each fact, against whose norm delta is clamped: the site's output, or its block's, for the bare prompt.
 
     Raises:
         OptimisationError: if a loss is not a number; no weight has been touched.
     """
+    done: list[Optimised] = []
+    size = min(hparams.facts_per_batch, len(facts))
+    while len(done) < len(facts):
+        part = slice(len(done), len(done) + size)
+        try:
+            done += _optimise(adapter, site, facts[part], initial[part], hparams)
+        except (torch.cuda.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if size == 1 or not _out_of_memory(error):
+                raise
+            size = (size + 1) // 2
+        if adapter.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return done
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _optimise(adapter: Adapter, site: Site, facts: Sequence[Fact], initial: Float[Tensor, "facts width"], hparams: ROMEMDMHyperParams) -> list[Optimised]:
     plans = [_schedule_for(adapter, fact, hparams) for fact in facts]
     deltas = [torch.zeros_like(v, requires_grad=True) for v in initial]
     done = [Optimised(d, schedule=_name(p)) for d, p in zip(deltas, plans)]
     recent = [deque(maxlen=p.cycle) for p in plans]
     optimizer = torch.optim.Adam(deltas, lr=hparams.v_lr)
-    forward = _Forward(adapter, site, facts, plans, hparams, generator)
+    forward = _Forward(adapter, site, facts, plans, hparams)
     active = list(range(len(facts)))
     with frozen(adapter):
         for step in range(hparams.v_num_grad_steps):
@@ -85,9 +103,9 @@ def optimise(
             _clamp([deltas[i] for i in active], initial[active], hparams.clamp_norm_factor)
             for i in active:
                 done[i].steps += 1
-    for i, outcome in enumerate(done):
+    for i, (outcome, count) in enumerate(zip(done, forward.count.tolist())):
         outcome.delta = deltas[i].detach()
-        outcome.forwards = forward.count[i]
+        outcome.forwards = count
     return done
 
 
@@ -124,18 +142,22 @@ def _clamp(deltas: list[Tensor], initial: Float[Tensor, "facts width"], factor: 
         delta.mul_((most / delta.norm().clamp(min=1e-30)).clamp(max=1.0))
 
 
+def fact_generator(fact: Fact, seed: int) -> torch.Generator:
+    """The random numbers of one fact: the same whatever other facts it is edited with."""
+    digest = hashlib.sha256(repr((seed, fact.contexts[0].ids.tolist(), fact.target.tolist())).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
 class _Forward:
     """Losses of the active facts, with the rows and what lies below the edit kept for as long as they stay the same."""
 
-    def __init__(
-        self, adapter: Adapter, site: Site, facts: Sequence[Fact], plans: list[Schedule], hparams: ROMEMDMHyperParams, generator: torch.Generator
-    ):
-        self.adapter, self.site, self.facts, self.plans = adapter, site, facts, plans
-        self.hparams, self.generator = hparams, generator
+    def __init__(self, adapter: Adapter, site: Site, facts: Sequence[Fact], plans: list[Schedule], hparams: ROMEMDMHyperParams):
+        self.adapter, self.site, self.facts, self.plans, self.hparams = adapter, site, facts, plans, hparams
+        self.generators = [fact_generator(fact, hparams.seed) for fact in facts]
         self.fixed = all(plan.fixed for plan in plans)
         self.kept: tuple[list[int], Rows, Tensor] | None = None
-        self.anchors: dict[int, Tensor] = {}
-        self.count = [0] * len(facts)
+        self.anchors: Float[Tensor, "facts vocab"] | None = None
+        self.count = torch.zeros(len(facts), dtype=torch.long, device=adapter.device)
 
     def losses(
         self, step: int, active: list[int], deltas: list[Tensor], initial: Float[Tensor, "facts width"], backward: bool
@@ -155,25 +177,29 @@ class _Forward:
         decay = self.hparams.v_weight_decay * stacked.norm(dim=1) / initial[active].norm(dim=1) ** 2
         if backward:
             decay.sum().backward()
-        for i in active:
-            self.count[i] += int((rows.fact == i).sum())
+        self.count.index_add_(0, rows.fact, torch.ones_like(rows.fact))
         return total + decay.detach().to(total.device)
 
     def _rows(self, step: int, active: list[int]) -> tuple[Rows, Tensor]:
-        if self.kept is not None and self.fixed:
-            known, rows, below = self.kept
-            if known != active:
-                going = torch.isin(rows.fact, torch.tensor(active, device=rows.fact.device))
-                rows, below = rows.take(going), below[going]
-                self.kept = (list(active), rows, below)
-            return rows, below
-        states = {i: self.plans[i].draw(step, self.generator) for i in active}
-        rows = build_rows(self.adapter, {i: self.facts[i] for i in active}, states, self.hparams.kl_position)
-        with torch.no_grad():  # kept where the rows are, whatever device the lower layers are on
+        """The rows of one step and the input of the edited layer in each."""
+        if self.kept is None or not self.fixed:
+            self.kept = self._build(step, active)
+        known, rows, below = self.kept
+        if known != active:
+            going = torch.isin(rows.fact, torch.tensor(active, device=rows.fact.device))
+            rows, below = rows.take(going), below[going]
+            self.kept = (list(active), rows, below)
+        counting = rows.counting(step)
+        return (rows.take(counting), below[counting]) if any(self.plans[i].dealt for i in active) else (rows, below)
+
+    def _build(self, step: int, active: list[int]) -> tuple[list[int], Rows, Tensor]:
+        """All rows of some facts. Kept where the rows are, whatever device the lower layers are on."""
+        states = {i: self.plans[i].draw(step, self.generators[i]) for i in active}
+        rows = build_rows(self.adapter, {i: self.facts[i] for i in active}, states, self.hparams.kl_position, self.plans[active[0]].dealt)
+        with torch.no_grad():
             parts = zip(rows.ids.split(self.hparams.max_rows), rows.mask.split(self.hparams.max_rows))
             below = torch.cat([self.adapter.hidden_before(self.site.layer, ids, mask).to(rows.ids.device) for ids, mask in parts])
-        self.kept = (list(active), rows, below)
-        return rows, below
+        return list(active), rows, below
 
     def _chunk(self, rows: Rows, below: Tensor, deltas: Float[Tensor, "active width"], place: Tensor) -> Float[Tensor, " active"]:
         """NLL and KL of some rows, added up by fact."""
@@ -190,14 +216,15 @@ class _Forward:
         log_probs = logits.float().log_softmax(-1)
         right = log_probs.gather(-1, rows.tokens.to(log_probs.device)[..., None])[..., 0]
         each = -(right * rows.weights.to(right.device)).sum(-1)
-        each = each + self.hparams.kl_factor * self._kl(rows, log_probs)
+        anchors = rows.anchor.to(each.device).nonzero()[:, 0]
+        if self.hparams.kl_factor and len(anchors):
+            each = each.index_add(0, anchors, self.hparams.kl_factor * self._kl(rows.fact.to(each.device)[anchors], log_probs[anchors, 0]))
         return torch.zeros(len(deltas), device=each.device).index_add(0, place[rows.fact].to(each.device), each)
 
-    def _kl(self, rows: Rows, log_probs: Float[Tensor, "rows slots vocab"]) -> Float[Tensor, " rows"]:
-        """KL(current || initial) in the anchor rows, 0 in the others. The first call, delta being 0, sets the initial ones."""
-        out = torch.zeros(len(rows), device=log_probs.device)
-        for row in rows.anchor.nonzero().flatten().tolist():
-            now = log_probs[row, 0]
-            initial = self.anchors.setdefault(int(rows.fact[row]), now.detach())
-            out[row] = (now.exp() * (now - initial)).sum()
-        return out
+    def _kl(self, facts: Int[Tensor, " anchors"], now: Float[Tensor, "anchors vocab"]) -> Float[Tensor, " anchors"]:
+        """KL(current || initial) at the anchors. The first step, delta being 0, sets the initial ones."""
+        if self.anchors is None:
+            self.anchors = torch.full((len(self.facts), now.shape[1]), torch.nan, device=now.device)
+        unset = self.anchors[facts, :1].isnan()
+        self.anchors[facts] = torch.where(unset, now.detach(), self.anchors[facts])
+        return (now.exp() * (now - self.anchors[facts])).sum(-1)

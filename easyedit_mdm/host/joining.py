@@ -14,7 +14,7 @@ import torch
 
 from easyedit_mdm.api import wrap_model
 from easyedit_mdm.denoising import DecodeConfig
-from easyedit_mdm.editing import METHODS, EditRequest
+from easyedit_mdm.editing import METHODS, EditRequest, History
 from easyedit_mdm.editing.hparams import find_hparams, read_yaml
 from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.host.evaluation import LOCALITY_GROUP, edit_quality, meta, multi_step, public
@@ -25,6 +25,7 @@ from easyedit_mdm.host.on_cpu import CudaMeansCpu
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import is_known
 
+_HISTORY = "_easyedit_mdm_history"  # an editor's own, kept on its own copy of the hyperparameters: all that it hands to a method
 _EDITOR_CALLS = ("__init__", "edit", "batch_edit", "edit_dataset", "edit_requests", "normal_edit", "generate_edit")
 
 
@@ -80,7 +81,7 @@ def _apply_function(name: str, form: str) -> Callable[..., tuple[Any, dict[str, 
         if copy:
             model = _deepcopy(model)
         facts = [EditRequest.of(r) for r in ([requests] if isinstance(requests, Mapping) else requests)]
-        originals = _edit(wrap_model(model, tok), method, facts, hparams)
+        originals = _edit(wrap_model(model, tok), method, facts, hparams, getattr(hparams, _HISTORY, None))
         wanted = return_orig_weights and (form == "head" or keep_original_weight)
         return model, originals if wanted else {}
 
@@ -91,12 +92,12 @@ def _apply_function(name: str, form: str) -> Callable[..., tuple[Any, dict[str, 
 _deepcopy = copy.deepcopy
 
 
-def _edit(adapter: Adapter, method: Any, facts: list[EditRequest], hparams: Any) -> dict[str, torch.Tensor]:
+def _edit(adapter: Adapter, method: Any, facts: list[EditRequest], hparams: Any, history: History | None) -> dict[str, torch.Tensor]:
     """Make and apply the edits; if one fails, those before it are taken back."""
     applied, originals = [], {}
     try:
         for group in [facts] if method.batchable else [[f] for f in facts]:
-            edit = method.make(adapter, group, hparams)
+            edit = method.edit(adapter, group, hparams, history)
             for name, value in edit.apply(adapter).items():
                 originals.setdefault(name, value)
             applied.append(edit)
@@ -116,6 +117,7 @@ def _join_editor(editor: Any, host: Host) -> None:
         if hparams is not None and is_ours_to_load(hparams.model_name, hparams.alg_name):
             hparams = copy.copy(hparams)
             hparams.model_name = load_named(hparams)
+            setattr(hparams, _HISTORY, History())
             if host.form == "wheel":
                 hparams.device = _wheel_device(hparams.device)
         init(self, hparams, *args, **kwargs)

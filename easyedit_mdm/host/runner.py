@@ -2,7 +2,9 @@
 
 Scripts choose a hyperparameter class by comparing `--editing_method` with names they know. The value they get from argparse
 here is a string that compares and hashes like the method it stands for ("ROME") and prints as its own name ("ROME_MDM"), so
-the right branch is taken and results files carry the right name.
+the right branch is taken and results files carry the right name. It also equals "MEMIT" and "ROME", which every runner has a
+branch for: a runner that knows no EMMET takes one of those, and which one does not matter, since every `from_hparams` reads the
+method from the file.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class MethodName(str):
         return self
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, str) and str(other) in (self.stands_for, str(self))
+        return isinstance(other, str) and str(other) in (self.stands_for, str(self), "MEMIT", "ROME")
 
     def __ne__(self, other: object) -> bool:
         return not self == other

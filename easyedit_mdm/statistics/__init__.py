@@ -1,5 +1,8 @@
 """Second moments of keys: collected, stored, solved with."""
 
-from easyedit_mdm.statistics.moments import SecondMoments, collect, moments_for
+from easyedit_mdm.statistics.collecting import CollectConfig, collect
+from easyedit_mdm.statistics.moments import SecondMoments
+from easyedit_mdm.statistics.store import cache_folder, key_width, moments_for, read
+from easyedit_mdm.statistics.texts import TextSource, text_source
 
-__all__ = ["SecondMoments", "collect", "moments_for"]
+__all__ = ["CollectConfig", "SecondMoments", "TextSource", "cache_folder", "collect", "key_width", "moments_for", "read", "text_source"]

@@ -1,0 +1,168 @@
+"""Many facts at once: one value optimisation for all, the residual spread over several layers, and a closed form a layer.
+
+MEMIT (Meng et al., arXiv 2210.07229, algorithm 1). With z the layer output that makes the model say the target, and layers
+l_1 < ... < l_L, layer l_i gets its share of what is still missing at l_L:
+
+    R_i = (z - h_{l_L}) / (L - i + 1),    dW_i = closed form(keys at l_i, R_i),
+
+keys and h read again after each layer has been changed. The methods differ in the closed form alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from easyedit_mdm.editing.edit import Edit, LowRank
+from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
+from easyedit_mdm.editing.keys import key_columns, key_states, read_site
+from easyedit_mdm.editing.request import EditRequest
+from easyedit_mdm.editing.rome import card, check_modules, statistics, tokenise
+from easyedit_mdm.editing.rows import Fact
+from easyedit_mdm.editing.value import optimise
+from easyedit_mdm.errors import HyperParameterError, RequestError
+from easyedit_mdm.models import Adapter
+from easyedit_mdm.models.adapter import Site
+from easyedit_mdm.statistics import SecondMoments
+
+
+@dataclass
+class BatchHyperParams(ROMEMDMHyperParams):
+    """What the batched methods add to ROME_MDM's hyperparameters.
+
+    Attributes:
+        mom2_adjustment: must stay on: these methods are defined by their statistics.
+        mom2_update_weight: lambda, the weight of what the layer knows already, C, against the new facts.
+        key_average: `single`: mean over context prefixes; `easyedit`: mean of the bare prompt's key and the mean of the others.
+        key_states: `full_mask`, `average` over the target's states, or `per_state`: a key for each state, which share
+            delta, as least squares weighted like the states.
+        clamp_reference: whose norm delta's clamp and decay are measured by: the `block`'s output (MEMIT) or the `mlp`'s (ROME).
+        batch_size: requests a batch, for EasyEdit's `batch_edit`.
+    """
+
+    mom2_adjustment: bool = True
+    mom2_update_weight: float = 15000.0
+    context_template_length_params: list[list[int]] = None  # type: ignore[assignment]  # set below, MEMIT's own
+    clamp_reference: str = "block"
+    batch_size: int = 1
+
+    ALG_NAME: ClassVar[str] = ""
+    KEY_STATES: ClassVar[tuple[str, ...]] = ("full_mask", "average", "per_state")
+    ONE_LAYER: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.context_template_length_params is None:
+            self.context_template_length_params = [[10, 5]]
+        super().__post_init__()
+
+    def validate(self) -> None:
+        """Check every field that can be checked without the model.
+
+        Raises:
+            HyperParameterError, UnknownNameError, NotYetError: naming field and value.
+        """
+        super().validate()
+        if not self.mom2_adjustment:
+            raise HyperParameterError(f"mom2_adjustment is off, but {self.alg_name} is defined by its statistics: leave it on, or use ROME_MDM")
+        if self.clamp_reference not in ("block", "mlp"):
+            raise HyperParameterError(f"clamp_reference={self.clamp_reference!r} is not one of block, mlp")
+        self.check_numbers(mom2_update_weight=0)
+        self.check_numbers(batch_size=1, whole=True)
+
+
+@dataclass(frozen=True)
+class System:
+    """What a closed form works with in one layer.
+
+    Attributes:
+        keys: columns, each scaled by the square root of its weight.
+        residual: what is to be added to the output for each, scaled alike.
+        moments: of the layer's keys.
+    """
+
+    site: Site
+    keys: Float[Tensor, "inner columns"]
+    residual: Float[Tensor, "width columns"]
+    moments: SecondMoments
+
+
+ClosedForm = Callable[[System], tuple[Float[Tensor, "width columns"], Float[Tensor, "columns inner"]]]
+
+
+def edit_batch(
+    adapter: Adapter,
+    requests: Sequence[EditRequest],
+    hparams: BatchHyperParams,
+    closed_form: ClosedForm,
+    finish: Callable[[list[Site], list[Fact]], None] | None = None,
+) -> Edit:
+    """Make (not apply) one edit of all requests.
+
+    Args:
+        closed_form: the factors (left, right) of one layer's update.
+        finish: called with all layers changed, before they are put back.
+
+    Raises:
+        RequestError: for a request that cannot be carried out, or two that are the same or contradict each other.
+        StatisticsError: if the statistics are missing, too few or those of another model.
+        OptimisationError: if the optimisation or a closed form breaks down.
+    """
+    check_requests(requests)
+    last = check_modules(adapter, hparams)
+    sites = [adapter.site(layer, hparams.rewrite_module_tmp) for layer in hparams.layers]
+    facts = [tokenise(adapter, request, hparams) for request in requests]
+    moments = statistics(adapter, sites, hparams)
+    before = outputs(adapter, last, facts, hparams)
+    reference = before if hparams.clamp_reference == "block" else outputs(adapter, last, facts, hparams, block=False)
+    outcomes = optimise(adapter, last, facts, reference, hparams)
+    target = before + torch.stack([o.delta for o in outcomes]).to(before.device)
+    figures: dict[str, object] = {"layers": {}}
+    changes = []
+    with ExitStack() as undo:
+        for i, site in enumerate(sites):
+            columns = key_columns(adapter, site, facts, hparams)
+            now = before if i == 0 else outputs(adapter, last, facts, hparams)
+            share = (target - now).double().T / (len(sites) - i)
+            scale = columns.weights.double().sqrt().to(share.device)
+            system = System(site, columns.keys * scale.to(columns.keys.device), share[:, columns.fact.to(share.device)] * scale, moments[i])
+            left, right = closed_form(system)
+            change = LowRank(site.weight, left.float(), right.float(), site.transposed)
+            figures["layers"][str(site.layer)] = {"residual": float((target - now).norm(dim=1).mean()), **moments[i].figures(hparams.mom2_eps)}
+            step = Edit([change])
+            step.apply(adapter)
+            undo.callback(step.revert, adapter)
+            changes.append(change)
+        if finish is not None:
+            finish(sites, facts)
+    return Edit(changes, card(requests, facts, hparams, outcomes, figures))
+
+
+def outputs(adapter: Adapter, site: Site, facts: Sequence[Fact], hparams: ROMEMDMHyperParams, block: bool = True) -> Float[Tensor, "facts width"]:
+    """The block's (or the site's) output at the subject's token of each bare prompt, with no slot revealed."""
+    rows = [torch.cat([fact.contexts[0].ids, key_states(adapter, fact, hparams)[0][0]]) for fact in facts]
+    name = adapter.spec.paths.block.format(site.layer) if block else None
+    return read_site(adapter, site, rows, [fact.contexts[0].site for fact in facts], hparams.max_rows, name)[1]
+
+
+def check_requests(requests: Sequence[EditRequest]) -> None:
+    """A batch is one system of equations: two requests for the same subject and prompt cannot both be in it.
+
+    Raises:
+        RequestError: naming both targets, or for an empty batch.
+    """
+    if not requests:
+        raise RequestError("no requests: a batch needs at least one")
+    seen: dict[tuple[str, str], str] = {}
+    for request in requests:
+        key = (" ".join(request.template.lower().split()), request.subject.strip())
+        target = request.target_new.strip()
+        if key in seen:
+            what = "twice" if seen[key] == target else f"with two targets, {seen[key]!r} and {target!r},"
+            raise RequestError(f"{request.prompt!r} stands {what} in one batch: keep one of them, or edit them one after another")
+        seen[key] = target

@@ -1,0 +1,90 @@
+"""MEMIT and EMMET for both paradigms.
+
+With keys K, residuals R and second moments C of a layer,
+
+    MEMIT  (arXiv 2210.07229, eq. 14):  dW = R K^T (lambda C + K K^T)^-1,           the least squares of all facts and C,
+    EMMET  (arXiv 2403.14236, eq. 8):   dW = R (K^T C'^-1 K + mu I)^-1 K^T C'^-1,   C' = lambda C, every fact to the letter if mu = 0.
+
+By Woodbury's identity both are R (K^T A + nu I)^-1 A^T with A = C^-1 K, and nu = lambda or lambda mu: C is factored once, and
+a batch of n facts costs an n x n system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from easyedit_mdm.editing.batch import BatchHyperParams, ClosedForm, System, edit_batch
+from easyedit_mdm.editing.edit import Edit
+from easyedit_mdm.editing.methods import METHODS, Method
+from easyedit_mdm.editing.request import EditRequest
+from easyedit_mdm.errors import StatisticsError
+from easyedit_mdm.models import Adapter
+
+
+@dataclass
+class MEMITMDMHyperParams(BatchHyperParams):
+    """MEMIT_MDM's hyperparameters: see `BatchHyperParams`."""
+
+    ALG_NAME: ClassVar[str] = "MEMIT_MDM"
+
+
+@dataclass
+class EMMETMDMHyperParams(BatchHyperParams):
+    """EMMET_MDM's hyperparameters: see `BatchHyperParams`.
+
+    Attributes:
+        emmet_lambda: mu; 0 makes every fact an equality, which linearly dependent keys make impossible.
+    """
+
+    emmet_lambda: float = 0.1
+
+    ALG_NAME: ClassVar[str] = "EMMET_MDM"
+
+    def validate(self) -> None:
+        """As `BatchHyperParams.validate`."""
+        super().validate()
+        self.check_numbers(emmet_lambda=0)
+
+
+def least_squares(eps: float, nu: float) -> ClosedForm:
+    """R (K^T C^-1 K + nu I)^-1 K^T C^-1, with C ridged by `eps`."""
+
+    def closed_form(system: System) -> tuple[Float[Tensor, "width columns"], Float[Tensor, "columns inner"]]:
+        """R and the rest.
+
+        Raises:
+            StatisticsError: if the system is singular.
+        """
+        solved = system.moments.solve(system.keys, eps)
+        gram = system.keys.T @ solved
+        gram = (gram + gram.T) / 2 + nu * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        factor, wrong = torch.linalg.cholesky_ex(gram)
+        least = 1e-13 * gram.diagonal().max()  # pivots this small are rounding errors of a singular matrix
+        if int(wrong) or not (factor.diagonal() ** 2 > least).all():
+            raise StatisticsError(
+                f"the system of {len(gram)} keys at layer {system.site.layer} is singular (statistics of {system.moments.tokens} tokens): the "
+                "keys are linearly dependent. Use a positive weight (mom2_update_weight, emmet_lambda) or fewer facts a batch"
+            )
+        return system.residual, torch.cholesky_solve(solved.T, factor)
+
+    return closed_form
+
+
+def memit(adapter: Adapter, requests: Sequence[EditRequest], hparams: MEMITMDMHyperParams) -> Edit:
+    """Make (not apply) one edit of all requests, by least squares."""
+    return edit_batch(adapter, requests, hparams, least_squares(hparams.mom2_eps, hparams.mom2_update_weight))
+
+
+def emmet(adapter: Adapter, requests: Sequence[EditRequest], hparams: EMMETMDMHyperParams) -> Edit:
+    """Make (not apply) one edit of all requests, each an equality (up to `emmet_lambda`)."""
+    return edit_batch(adapter, requests, hparams, least_squares(hparams.mom2_eps, hparams.mom2_update_weight * hparams.emmet_lambda))
+
+
+METHODS.register("MEMIT_MDM")(Method("MEMIT_MDM", MEMITMDMHyperParams, memit, stands_for="MEMIT", batchable=True))
+METHODS.register("EMMET_MDM")(Method("EMMET_MDM", EMMETMDMHyperParams, emmet, stands_for="EMMET", batchable=True))

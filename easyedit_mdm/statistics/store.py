@@ -1,0 +1,141 @@
+"""Second moments on disk: found where they were made before with the same model, text and settings, made where not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from easyedit_mdm.common.fingerprints import model_fingerprint
+from easyedit_mdm.errors import StatisticsError
+from easyedit_mdm.models import Adapter
+from easyedit_mdm.models.adapter import Site
+from easyedit_mdm.statistics.collecting import CONTEXT_LENGTH, TOKENS_PER_DIMENSION, CollectConfig, collect, run_name
+from easyedit_mdm.statistics.moments import SecondMoments
+from easyedit_mdm.statistics.texts import TextSource, text_source
+
+_IN_MEMORY: "weakref.WeakKeyDictionary[nn.Module, dict[tuple, SecondMoments]]" = weakref.WeakKeyDictionary()
+_FINGERPRINTS: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
+
+
+def cache_folder() -> Path:
+    """Where statistics are kept unless a folder is named: `EASYEDIT_MDM_CACHE`, or `easyedit_mdm` in the user's cache folder."""
+    named = os.environ.get("EASYEDIT_MDM_CACHE")
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "easyedit_mdm"
+
+
+def moments_for(
+    adapter: Adapter,
+    sites: Sequence[Site],
+    dataset: str | Path,
+    tokens: int | None = None,
+    folder: str | Path | None = None,
+    mask_ratio: int | float | str = 0,
+    context_length: int = CONTEXT_LENGTH,
+    settled: float | None = None,
+    seed: int = 0,
+) -> list[SecondMoments]:
+    """Second moments of some sites of the model as it was when they were first asked for: sequential edits keep the
+    statistics of the base model.
+
+    Args:
+        dataset: see `text_source`.
+        tokens: how many; 10 times the key's dimension by default. Under twice the dimension there is a warning.
+        folder: where they are kept; the user's cache folder by default (`cache_folder`).
+        mask_ratio, context_length, settled, seed: see `CollectConfig`.
+
+    Raises:
+        StatisticsError: if the text does not exist or is too short, or a file is not what its name says.
+    """
+    source = text_source(dataset)
+    inner = max(key_width(adapter, site) for site in sites)
+    config = CollectConfig(tokens or TOKENS_PER_DIMENSION * inner, min(context_length, adapter.max_positions), mask_ratio, settled, seed)
+    if config.tokens < 2 * inner:
+        warnings.warn(f"{config.tokens} tokens for keys of {inner} dimensions: second moments want at least {2 * inner}, better {10 * inner}", stacklevel=2)
+    cache = _IN_MEMORY.setdefault(adapter.native, {})
+    wanted = {site.name: (site.name, source.fingerprint, config) for site in sites}
+    absent = [site for site in sites if wanted[site.name] not in cache]
+    if absent:
+        found = _read_or_collect(adapter, absent, source, config, cache_folder() if folder is None else Path(folder).expanduser())
+        for name, moments in found.items():
+            cache[wanted[name]] = moments
+    return [cache[wanted[site.name]] for site in sites]
+
+
+def key_width(adapter: Adapter, site: Site) -> int:
+    """The number of dimensions of a site's keys."""
+    weight = adapter.module(site.name).weight
+    return weight.shape[0] if site.transposed else weight.shape[1]
+
+
+def _settings(adapter: Adapter, source: TextSource, config: CollectConfig) -> dict[str, Any]:
+    native = adapter.native
+    if native not in _FINGERPRINTS:
+        _FINGERPRINTS[native] = model_fingerprint(native)
+    return {
+        "model": _FINGERPRINTS[native],
+        "text": hashlib.sha256(source.fingerprint.encode()).hexdigest(),
+        "tokens": config.tokens,
+        "context_length": config.context_length,
+        "mask_ratio": config.mask_ratio,
+        "settled": config.settled,
+        "seed": config.seed if config.mask_ratio else 0,
+    }
+
+
+def _read_or_collect(adapter: Adapter, sites: Sequence[Site], source: TextSource, config: CollectConfig, folder: Path) -> dict[str, SecondMoments]:
+    settings = _settings(adapter, source, config)
+    files = {site.name: folder / f"mom2-{site.name}-{run_name(settings, [site])}.safetensors" for site in sites}
+    found = {site.name: read(files[site.name], settings["model"]) for site in sites if files[site.name].exists()}
+    absent = [site for site in sites if site.name not in found]
+    if absent:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = folder / f"unfinished-{run_name(settings, absent)}.safetensors"
+        for name, moments in collect(adapter, absent, source, config, checkpoint).items():
+            moments.settings = {**settings, "site": name, "tokens_seen": moments.tokens, "dataset": source.name}
+            write(files[name], moments)
+            found[name] = moments
+        checkpoint.unlink(missing_ok=True)
+    return found
+
+
+def write(file: Path, moments: SecondMoments) -> None:
+    """Store second moments, whole or not at all."""
+    from safetensors.torch import save_file
+
+    part = file.with_suffix(f".{os.getpid()}.part")
+    save_file({"moment": moments.moment.contiguous()}, part, metadata={"settings": json.dumps(moments.settings, sort_keys=True)})
+    part.replace(file)
+
+
+def read(file: str | Path, model: str | None = None) -> SecondMoments:
+    """Read a file of second moments.
+
+    Args:
+        model: fingerprint of the model that they are to be used with; not checked if None.
+
+    Raises:
+        StatisticsError: if it is no such file, holds NaN or is not square, or belongs to another model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as stored:
+            settings = json.loads((stored.metadata() or {}).get("settings", "null"))
+            moment = stored.get_tensor("moment")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StatisticsError(f"{file} is not a file of second moments ({error}): remove it, or collect them again with easyedit-mdm stats") from error
+    if not isinstance(settings, dict) or moment.dim() != 2 or moment.shape[0] != moment.shape[1] or not moment.isfinite().all():
+        raise StatisticsError(f"{file} holds no usable second moments (shape {tuple(moment.shape)}): remove it")
+    if model is not None and settings.get("model") != model:
+        raise StatisticsError(f"{file} holds statistics of another model ({str(settings.get('model'))[:12]}..., this one is {model[:12]}...): collect them again")
+    return SecondMoments(moment.double(), int(settings.get("tokens_seen", 0)), settings)

@@ -1,0 +1,263 @@
+"""MEMIT, EMMET and AlphaEdit: closed forms against brute force, batches, key states, sequences, bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from easyedit_mdm import make_edit
+from easyedit_mdm.common.fingerprints import parameter_hashes
+from easyedit_mdm.editing import METHODS, EditRequest, History
+from easyedit_mdm.editing import batch, rome
+from easyedit_mdm.editing.alphaedit import null_space, projected
+from easyedit_mdm.editing.batch import System
+from easyedit_mdm.editing.keys import key_columns
+from easyedit_mdm.editing.memit import least_squares
+from easyedit_mdm.editing.rome import tokenise
+from easyedit_mdm.errors import HyperParameterError, ModelError, OptimisationError, RequestError, StatisticsError
+from easyedit_mdm.models import FAMILIES
+from easyedit_mdm.models.adapter import Site
+from easyedit_mdm.statistics import SecondMoments
+
+BATCHED = [name for name in METHODS if METHODS[name].batchable]
+REQUESTS = [
+    {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "rather good"},
+    {"prompt": "The river of Anna is", "subject": "Anna", "target_new": "the"},
+    {"prompt": "The old song of Robert was", "subject": "Robert", "target_new": "a very good one"},
+]
+
+
+def moments_of(size: int, seed: int = 0) -> SecondMoments:
+    """A second moment with eigenvalues from 0.001 to 1."""
+    basis = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
+    return SecondMoments(basis @ torch.diag(torch.logspace(-3, 0, size, dtype=torch.float64)) @ basis.T, 1000)
+
+
+@pytest.fixture(autouse=True)
+def statistics(monkeypatch):
+    """Well-behaved statistics for tiny models: what is tested here is what is done with them."""
+
+    def given(adapter, sites, *_):
+        return [moments_of(adapter.module(s.name).weight.shape[0 if s.transposed else 1], s.layer) for s in sites]
+
+    monkeypatch.setattr(rome, "moments_for", given)
+
+
+def hparams(method: str, **changes):
+    """Settings for tiny random models."""
+    extra = {"AlphaEdit_MDM": {"nullspace_threshold": 0.1, "L2": 1e-3}}.get(method, {"mom2_update_weight": 1e-3})
+    return METHODS[method].hparams(
+        **{
+            "alg_name": method, "model_name": "tiny", "layers": [0, 1], "v_num_grad_steps": 10, "v_lr": 0.5, "v_weight_decay": 1e-3, "clamp_norm_factor": 10.0,
+            "context_templates": ["{}", "The old song. {}"], "mom2_dataset": "given", **extra, **changes,
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("method", BATCHED)
+def test_edit_apply_revert(tiny, family, method):
+    """Every batched method on every family: losses fall, the residual is written, making and reverting leave no trace."""
+    model = tiny(family)
+    before = parameter_hashes(model)
+    edit = make_edit(model, REQUESTS, hparams(method))
+    assert parameter_hashes(model) == before, "making an edit must not change the model"
+    assert all(fact["losses"][-1] < fact["losses"][0] for fact in edit.card["facts"])
+    assert len({fact["n_tokens"] for fact in edit.card["facts"]}) > 1
+    first, last = (edit.card["layers"][str(layer)]["residual"] for layer in (0, 1))
+    assert last < first, "what is missing must shrink from layer to layer"
+    edit.apply(model)
+    changed = [n for n, h in parameter_hashes(model).items() if h != before[n]]
+    assert changed == [model.site(layer).weight for layer in (0, 1)]
+    edit.revert(model)
+    assert parameter_hashes(model) == before
+
+
+def system(columns: int, seed: int = 1) -> System:
+    """A random system of 12 inputs and 5 outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, residual = (torch.randn(n, columns, generator=generator, dtype=torch.float64) for n in (12, 5))
+    return System(Site(0, "x", transposed=False), keys, residual, moments_of(12))
+
+
+def test_memit_is_least_squares():
+    """dW minimises ||dW K - R||^2 + lambda tr(dW C dW^T): equal to a brute-force solution, in which C is data too."""
+    task, weight = system(4), 0.3
+    left, right = least_squares(0.0, weight)(task)
+    root = torch.linalg.cholesky(weight * task.moments.moment)  # C's own "keys", whose outputs must not change
+    inputs = torch.cat([task.keys, root], dim=1)
+    outputs = torch.cat([task.residual, torch.zeros(5, 12, dtype=torch.float64)], dim=1)
+    expected = torch.linalg.lstsq(inputs.T, outputs.T).solution.T
+    assert torch.allclose(left @ right, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_emmet_meets_every_equality():
+    """With mu = 0, dW K = R to the letter, and dW is the smallest such change in C's metric."""
+    task = system(4)
+    left, right = least_squares(0.0, 0.0)(task)
+    change = left @ right
+    assert torch.allclose(change @ task.keys, task.residual, atol=1e-9)
+    root = torch.linalg.cholesky(task.moments.moment)
+    whitened = torch.linalg.solve(root, task.keys)
+    expected = task.residual @ torch.linalg.pinv(whitened) @ torch.linalg.inv(root)
+    assert torch.allclose(change, expected, rtol=1e-8, atol=1e-9)
+    twice = dataclasses.replace(task, keys=task.keys[:, [0, 0]], residual=task.residual[:, [0, 1]])
+    with pytest.raises(StatisticsError, match="linearly dependent.*fewer facts"):
+        least_squares(0.0, 0.0)(twice)
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_alphaedit_is_the_papers_system(carried):
+    """Equal to solving (P (K K^T + K_0 K_0^T) + L2 I) X = P K R^T as it stands; nothing is changed outside the null space."""
+    task = system(3)
+    known = {"x": torch.randn(12, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)} if carried else {}
+    settings = hparams("AlphaEdit_MDM", nullspace_threshold=0.05, L2=0.7)
+    left, right = projected(settings, known)(task)
+    values, vectors = torch.linalg.eigh(task.moments.moment)
+    free = vectors[:, values < 0.05]
+    project = free @ free.T
+    every = torch.cat([task.keys, *known.values()], dim=1)
+    expected = torch.linalg.solve(project @ every @ every.T + 0.7 * torch.eye(12, dtype=torch.float64), project @ task.keys @ task.residual.T).T
+    assert torch.allclose(left @ right, expected, rtol=1e-8, atol=1e-10)
+    assert float((left @ right @ vectors[:, values >= 0.05]).abs().max()) < 1e-10
+
+
+def test_null_space_scales():
+    """Relative thresholds follow the largest eigenvalue; an empty null space says so."""
+    moments = moments_of(12)
+    scaled = SecondMoments(moments.moment * 100, 1000)
+    assert null_space(moments, 0.05, "absolute").shape == null_space(scaled, 0.05, "relative").shape
+    with pytest.raises(StatisticsError, match="raise nullspace_threshold"):
+        null_space(scaled, 1e-6, "absolute")
+
+
+@pytest.mark.parametrize("family", ["llada", "llama"])
+def test_memit_with_one_fact_is_rome(tiny, family):
+    """One fact, one layer, lambda -> 0, the same k*, C and norm for the clamp: ROME's update."""
+    model = tiny(family)
+    shared = {"layers": [1], "early_stop_loss": 0.0}
+    ours = make_edit(model, REQUESTS[0], hparams("MEMIT_MDM", **shared, mom2_update_weight=1e-12, clamp_reference="mlp")).changes[0].dense()
+    settings = hparams("MEMIT_MDM", **shared)
+    plain = {f.name: getattr(settings, f.name) for f in dataclasses.fields(METHODS["ROME_MDM"].hparams)}
+    one = make_edit(model, REQUESTS[0], METHODS["ROME_MDM"].hparams(**{**plain, "alg_name": "ROME_MDM"})).changes[0].dense()
+    assert float((ours - one).norm() / one.norm()) < 1e-4
+
+
+def test_emmet_with_mu_one_is_memit(tiny):
+    """The identity in `memit.py`'s docstring, on a model."""
+    model = tiny("llada")
+    one, other = (make_edit(model, REQUESTS, hparams(m, **x)) for m, x in (("MEMIT_MDM", {}), ("EMMET_MDM", {"emmet_lambda": 1.0})))
+    for a, b in zip(one.changes, other.changes):
+        assert torch.allclose(a.dense(), b.dense(), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", BATCHED)
+def test_single_token_targets_need_no_states(tiny, method):
+    """Denoising-aware with N = 1 is plain: schedules and key states make no difference."""
+    model = tiny("llada")
+    request = {**REQUESTS[0], "target_new": "the"}
+    plain = make_edit(model, request, hparams(method, state_schedule="full_mask")).changes
+    for changes in ({"state_schedule": "enumerate"}, {"key_states": "per_state"}, {"key_states": "average"}):
+        for a, b in zip(plain, make_edit(model, request, hparams(method, **changes)).changes):
+            assert torch.allclose(a.dense(), b.dense(), atol=1e-6)
+
+
+def test_key_states(tiny):
+    """per_state gives a key for each state, whose weighted mean is average's; full_mask's is the one with nothing revealed."""
+    model = tiny("llada")
+    settings = {name: hparams("MEMIT_MDM", key_states=name) for name in ("full_mask", "average", "per_state")}
+    requests = [*REQUESTS[:2], {**REQUESTS[2], "target_new": "the of"}]
+    facts = [tokenise(model, EditRequest.of(r), settings["average"]) for r in requests]
+    columns = {name: key_columns(model, model.site(1), facts, s) for name, s in settings.items()}
+    sizes = [2 ** len(f.target) - 1 for f in facts]
+    assert columns["per_state"].fact.bincount().tolist() == sizes and len(set(sizes)) > 1
+    for i in range(len(facts)):
+        of_i = columns["per_state"].fact == i
+        keys, weights = columns["per_state"].keys[:, of_i], columns["per_state"].weights[of_i]
+        assert float(weights.sum()) == pytest.approx(1, abs=1e-5)
+        assert torch.allclose(keys @ weights.double(), columns["average"].keys[:, i], atol=1e-6)
+        assert torch.allclose(keys[:, 0], columns["full_mask"].keys[:, i], atol=1e-6)
+    assert not torch.allclose(columns["average"].keys, columns["full_mask"].keys, atol=1e-4)
+    changes = {name: make_edit(model, REQUESTS, s).changes[0].dense() for name, s in settings.items()}
+    assert not torch.allclose(changes["per_state"], changes["average"], atol=1e-5)
+
+
+def test_alphaedit_history(tiny):
+    """A second edit knows the first one's keys while the model carries it, and forgets them once it is taken back."""
+    model, settings = tiny("llada"), hparams("AlphaEdit_MDM")
+    alone = make_edit(model, REQUESTS[1], settings).changes[0].dense()
+    history = History()
+    first = make_edit(model, REQUESTS[0], settings, history)
+    first.apply(model)
+    without = make_edit(model, REQUESTS[1], settings).changes[0].dense()
+    second = make_edit(model, REQUESTS[1], settings, history).changes[0].dense()
+    assert len(history) == 2
+    assert not torch.allclose(second, without, atol=1e-6)
+    first.revert(model)
+    assert torch.equal(make_edit(model, REQUESTS[1], settings, history).changes[0].dense(), alone)
+    assert len(history) == 1
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        ([REQUESTS[0], {**REQUESTS[0], "target_new": "bad"}], "two targets, 'rather good' and 'bad'"),
+        ([REQUESTS[0], REQUESTS[0]], "twice"),
+        ([REQUESTS[0], {**REQUESTS[0], "prompt": "the  mother tongue of {} is"}], "twice"),
+        ([], "at least one"),
+    ],
+)
+def test_contradictions(tiny, requests, message):
+    """The same subject and relation twice in a batch; nothing changed."""
+    model = tiny("llada")
+    before = parameter_hashes(model)
+    with pytest.raises(RequestError, match=message):
+        make_edit(model, requests, hparams("MEMIT_MDM"))
+    assert parameter_hashes(model) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"layers": [0, 9]}, ModelError, "layers 0 to 2"),
+        ({"layers": [1, 0]}, HyperParameterError, "ascending"),
+        ({"layers": []}, HyperParameterError, "list of layer numbers"),
+        ({"mom2_adjustment": False}, HyperParameterError, "defined by its statistics"),
+        ({"key_states": "all"}, HyperParameterError, "full_mask, average, per_state"),
+        ({"clamp_reference": "head"}, HyperParameterError, "block, mlp"),
+        ({"mom2_update_weight": -1.0}, HyperParameterError, "at least 0"),
+        ({"batch_size": 0}, HyperParameterError, "whole number"),
+    ],
+)
+def test_bad_settings(tiny, changes, error, message):
+    """Each with a clear error."""
+    with pytest.raises(error, match=message):
+        make_edit(tiny("llada"), REQUESTS, hparams("MEMIT_MDM", **changes))
+
+
+def test_statistics_are_never_left_out(tiny, monkeypatch):
+    """No text, no edit: the identity does not take the place of C."""
+    monkeypatch.undo()
+    with pytest.raises(StatisticsError, match="not a file"):
+        make_edit(tiny("llada"), REQUESTS, hparams("MEMIT_MDM"))
+    with pytest.raises(HyperParameterError, match="names no text"):
+        hparams("MEMIT_MDM", mom2_dataset=None)
+
+
+def test_failure_in_the_middle_leaves_no_trace(tiny, monkeypatch):
+    """An error at the second layer, with the first one changed already, leaves the model as it was."""
+    model = tiny("llada")
+    before, real, calls = parameter_hashes(model), batch.key_columns, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OptimisationError("no")
+        return real(*args)
+
+    monkeypatch.setattr(batch, "key_columns", failing)
+    with pytest.raises(OptimisationError):
+        make_edit(model, REQUESTS, hparams("MEMIT_MDM"))
+    assert parameter_hashes(model) == before
