@@ -47,20 +47,36 @@ def _parser() -> argparse.ArgumentParser:
     hook = commands.add_parser("hook", help="print the folder to put on PYTHONPATH so that plain `python SCRIPT --editing_method=ROME_MDM` works")
     hook.set_defaults(command=_hook)
 
+    stats = commands.add_parser("stats", help="collect the second moments that MEMIT_MDM, AlphaEdit_MDM and EMMET_MDM stand on")
+    stats.add_argument("--model", required=True, help="a twin, a folder or a hub id")
+    stats.add_argument("--dataset", required=True, help="a text file, JSON lines, datasets:NAME:CONFIG:SPLIT, or a shipped text (twins)")
+    stats.add_argument("--layers", required=True, help="layers, such as 4-7 or 4,5,6")
+    stats.add_argument("--tokens", type=int, help="tokens to collect (default: 10 times the key's dimension)")
+    stats.add_argument("--mask-ratio", default="0", help="0 (plain text), uniform, or a number: mask that share of the text, take keys elsewhere")
+    stats.add_argument("--settled", type=float, help="stop before that once even and odd batches differ by less than this, relatively (such as 0.05)")
+    stats.add_argument("--out", help="folder to keep them in (default: the user's cache folder, where edits look)")
+    stats.add_argument("--json", dest="file", help="write the figures to this file")
+    stats.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
+    stats.add_argument("--dtype", help="dtype to load the model in (default: the checkpoint's)")
+    stats.set_defaults(command=_stats)
+
     twins = commands.add_parser("twins", help="train the small models that ship with the package").add_subparsers(required=True, metavar="COMMAND")
     train = twins.add_parser("train", help="train one twin, or go on where a checkpoint stands")
-    train.add_argument("--name", required=True, choices=("twin-llada", "twin-llama"))
+    train.add_argument("--name", required=True, choices=("twin-llama", "twin-llada", "twin-qwen", "twin-dream"))
     train.add_argument("--out", required=True, help="folder for checkpoint, log and the finished model (OUT/model)")
     train.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
     train.add_argument("--start-from", help="training folder of another twin to start from")
     train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--device", default="cpu")
+    train.add_argument("--size", default="small", choices=("small", "medium"), help="medium: about 30 million parameters, for a GPU")
     train.set_defaults(command=_twins_train)
-    evaluate = twins.add_parser("eval", help="how many facts the twins recall, by length of the object")
+    evaluate = twins.add_parser("eval", help="how much the twins know and how far they can be edited, by tokens")
     evaluate.add_argument("--limit", type=int, default=100, help="facts a length (default: 100)")
     evaluate.add_argument("--json", dest="file", help="write the figures to this file")
     evaluate.add_argument("--model", action="append", dest="models", help="a twin or a folder (default: all twins)")
     evaluate.set_defaults(command=_twins_eval)
+    data = twins.add_parser("data", help="write the benchmark files of the twins' world (CounterFact, zsRE)")
+    data.add_argument("--out", required=True, help="folder to write to")
+    data.set_defaults(command=_twins_data)
     return parser
 
 
@@ -84,10 +100,20 @@ def _hook(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _stats(args: argparse.Namespace, rest: list[str]) -> int:
+    from easyedit_mdm.bench.stats import collect_statistics, parse_layers, parse_ratio
+
+    collect_statistics(
+        args.model, args.dataset, parse_layers(args.layers), args.tokens, parse_ratio(args.mask_ratio), args.settled, args.out, args.file,
+        device=args.device, dtype=args.dtype,
+    )  # fmt: skip
+    return 0
+
+
 def _twins_train(args: argparse.Namespace, rest: list[str]) -> int:
     from easyedit_mdm.twins.commands import train_twin
 
-    train_twin(args.name, args.out, args.steps, args.start_from, args.seed, args.device)
+    train_twin(args.name, args.out, args.steps, args.start_from, args.seed, args.size)
     return 0
 
 
@@ -95,6 +121,13 @@ def _twins_eval(args: argparse.Namespace, rest: list[str]) -> int:
     from easyedit_mdm.twins.commands import evaluate_twins
 
     evaluate_twins(args.models, args.limit, args.file)
+    return 0
+
+
+def _twins_data(args: argparse.Namespace, rest: list[str]) -> int:
+    from easyedit_mdm.twins.commands import write_data
+
+    write_data(args.out)
     return 0
 
 

@@ -10,7 +10,7 @@ import torch
 from easyedit_mdm import DecodeConfig, decode, score_prompts
 from easyedit_mdm.editing.request import target_ids
 from easyedit_mdm.errors import RequestError
-from easyedit_mdm.evaluation import fluency, ngram_entropy
+from easyedit_mdm.evaluation import fluency, ngram_entropy, perplexity
 from easyedit_mdm.models.geometry import right_padded
 
 
@@ -94,3 +94,34 @@ def test_right_padded():
     """Rows of unequal length keep their tokens, the mask says which."""
     ids, mask = right_padded([torch.tensor([1, 2]), torch.tensor([3])], 9, "cpu")
     assert ids.tolist() == [[1, 2], [3, 9]] and mask.tolist() == [[1, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "llama"])
+def test_perplexity(tiny, family):
+    """exp of the mean loss of each token given all others (masked) or those before it (causal); batching changes nothing."""
+    model = tiny(family)
+    texts = ["The river song of the old city was good.", "A new album"]
+    total, count = 0.0, 0
+    for text in texts:
+        ids = torch.tensor(model.tokenizer(text)["input_ids"])
+        for i in range(0 if model.masked else 1, len(ids)):
+            row = ids.clone()
+            if model.masked:
+                row[i] = model.ids.mask
+            total -= float(model.token_logits(row[None]).log_softmax(-1)[0, i, ids[i]])
+            count += 1
+    found = perplexity(model, texts)
+    assert found["n"] == count and found["value"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert perplexity(model, texts, max_rows=2)["value"] == pytest.approx(found["value"], rel=1e-5)
+    with pytest.raises(RequestError, match="nothing|no text"):
+        perplexity(model, [])
+
+
+def test_text_to_the_end(twin_llada):
+    """What stands before the first end-of-text token, on a canvas longer than the answer."""
+    from easyedit_mdm.evaluation.multi_step import _to_end
+
+    ids = twin_llada.tokenizer(" red river")["input_ids"]
+    end = twin_llada.ids.eos
+    assert _to_end(twin_llada, torch.tensor([*ids, end, *ids])) == "red river"
+    assert _to_end(twin_llada, torch.tensor(ids)) == "red river"

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from easyedit_mdm import ROMEMDMHyperParams, load_model
 from easyedit_mdm.common.fingerprints import parameter_hashes
+from easyedit_mdm.editing import METHODS
 from easyedit_mdm.errors import HostNotFoundError, HyperParameterError, MissingPackageError, ModelError
 from easyedit_mdm.host import find_easyedit, register
 from easyedit_mdm.host.names import LoadedName
@@ -22,7 +24,7 @@ from easyedit_mdm.host.standins import make_standin
 from easyedit_mdm.models import Adapter
 
 HEAD = os.environ.get("HOST_FORM") == "head"
-SECTIONS = {"token_acc", "exact", "first_commit", "one_step", "text", "n_tokens", "decode"}
+SECTIONS = {"token_acc", "exact", "first_commit", "one_step", "text", "text_to_end", "n_tokens", "decode"}
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +166,72 @@ def test_autoregressive_twin_with_both_romes(joined, world):
         assert record.get("metric_meta", {}).get("rewrite", {}).get("comparable_group", "lm.").startswith("lm.")
 
 
+def batch_editor(joined, method: str, model: str = "twin-llada", **changes):
+    """A BaseEditor with one of our methods, from the file that ships."""
+    import dataclasses
+
+    hparams = dataclasses.replace(METHODS[method].hparams.from_hparams(f"{method}/{model}"), **changes)
+    return joined.editor_class.from_hparams(hparams)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].batchable])
+def test_batch_edit(joined, world, method):
+    """EasyEdit's batch_edit: all facts of a batch in one update, scored, and the weights put back after it."""
+    editor = batch_editor(joined, method, batch_size=3)
+    before = parameter_hashes(editor.model)
+    arguments = {k: v for k, v in call(world, 3).items() if k in ("prompts", "subject", "target_new")}
+    metrics, _, weights = editor.batch_edit(**arguments, keep_original_weight=True, verbose=False)
+    assert len(metrics) == 3 and parameter_hashes(editor.model) == before
+    rewritten = sum(sum(m["post"]["rewrite_acc"]) for m in metrics)
+    assert rewritten > sum(sum(m["pre"]["rewrite_acc"]) for m in metrics) + 1
+    assert all("rewrite" in m["post"]["multi_step"] for m in metrics)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_through_the_editor(joined, world, method):
+    """`BaseEditor.edit` with each of our methods and its shipped file."""
+    editor = batch_editor(joined, method)
+    before = parameter_hashes(editor.model)
+    arguments = {k: v for k, v in call(world).items() if k in ("prompts", "subject", "target_new")}
+    (record,), _, _ = editor.edit(**arguments, keep_original_weight=True, verbose=False)
+    assert record["post"]["rewrite_acc"][0] > record["pre"]["rewrite_acc"][0] or record["post"]["rewrite_acc"] == [1.0]
+    assert parameter_hashes(editor.model) == before
+
+
+def test_alphaedit_history_belongs_to_the_editor(joined, world):
+    """Sequential edits of one editor know each other; another editor starts afresh; restored edits are forgotten."""
+    from easyedit_mdm.host.joining import _HISTORY
+
+    editor, other = batch_editor(joined, "AlphaEdit_MDM"), batch_editor(joined, "AlphaEdit_MDM")
+    history = getattr(editor.hparams, _HISTORY)
+    arguments = {k: v for k, v in call(world, 2).items() if k in ("prompts", "subject", "target_new")}
+    editor.edit(**arguments, keep_original_weight=True, verbose=False)
+    assert len(history) == 1, "each edit was taken back before the next"
+    editor.edit(**arguments, **({"sequential_edit": True} if HEAD else {"keep_original_weight": False}), verbose=False)
+    assert len(history) == 2 and len(getattr(other.hparams, _HISTORY)) == 0
+
+
+def test_easyedits_memit_on_our_statistics(joined, world, monkeypatch, tmp_path):
+    """EasyEdit's own MEMIT edits the autoregressive twin with second moments of a shipped text, and downloads nothing."""
+    if not HEAD and transformers.__version__ >= "5":
+        pytest.skip("the wheel's MEMIT needs transformers 4")
+    monkeypatch.setenv("EASYEDIT_MDM_CACHE", str(tmp_path / "cache"))
+    editor = joined.editor_class.from_hparams(easyedit_hparams("MEMIT", "hparams/MEMIT/twin-llama.yaml"))
+    arguments = {k: v for k, v in call(world).items() if k in ("prompts", "subject", "target_new")}
+    (record,), _, _ = editor.edit(**arguments, keep_original_weight=True, verbose=False)
+    assert record["post"]["rewrite_acc"][0] > record["pre"]["rewrite_acc"][0] or record["post"]["rewrite_acc"] == [1.0]
+    assert list((tmp_path / "cache").glob("mom2-model.layers.*.safetensors"))
+
+
+def easyedit_hparams(method: str, file: str):
+    """EasyEdit's own hyperparameters from a file that ships with the package."""
+    import importlib
+
+    from easyedit_mdm.editing.hparams import find_hparams
+
+    return getattr(importlib.import_module("easyeditor"), f"{method}HyperParams").from_hparams(str(find_hparams(file)))
+
+
 def test_easyedits_rome_refuses_masked_models(joined):
     """A next-token loss means nothing for a masked model: say so instead of computing it."""
     import importlib
@@ -253,7 +321,7 @@ def test_hook(tmp_path):
 def test_method_names():
     """Equal to what they stand for and to themselves, printed as themselves."""
     name = MethodName("ROME_MDM", "ROME")
-    assert name == "ROME" and name == "ROME_MDM" and name != "MEMIT" and f"{name}" == "ROME_MDM"
+    assert name == "ROME" and name == "ROME_MDM" and name == "MEMIT" and name != "AlphaEdit" and f"{name}" == "ROME_MDM"
     assert {"ROME": 1}[name] == 1
 
 

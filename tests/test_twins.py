@@ -4,43 +4,102 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 
 import pytest
 import torch
 
 from easyedit_mdm import ROMEMDMHyperParams, load_model, make_edit, score_prompts
+from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.twins import TWINS
+from easyedit_mdm.twins.benchmark import cases, remaining_entropy, split_facts, write_benchmark
 from easyedit_mdm.twins.commands import evaluate_twins, train_twin
 from easyedit_mdm.twins.tokenizer import train_tokenizer
-from easyedit_mdm.twins.train import Packer, Recipe, attention, build_model, logits_of, train
+from easyedit_mdm.twins.folders import twin_folder
+from easyedit_mdm.twins.lessons import PLACES, Writer, longest_answer
+from easyedit_mdm.twins.train import SIZES, Packer, Recipe, attention, build_model, hidden_of, masked_loss, train
 from easyedit_mdm.twins.world import RELATIONS, World, WorldSettings
 
 
-def test_they_know_their_facts(tmp_path):
-    """At least 95 % of the facts by greedy decoding at every length 1-4."""
-    figures = evaluate_twins(limit=60, file=tmp_path / "eval.json")
+def test_what_they_know_and_how_far_they_can_be_edited(tmp_path):
+    """At least 95 % of the facts at lengths 1-4 by greedy decoding, 90 % beyond; single tokens can be written at the site."""
+    figures = evaluate_twins(limit=20, file=tmp_path / "eval.json")
     assert json.loads((tmp_path / "eval.json").read_text()) == figures
     assert set(figures) == set(TWINS)
     for name, result in figures.items():
         for length, figure in result["recall"].items():
-            assert figure["value"] >= 0.95 and figure["n"] == 60, (name, length)
+            assert figure["value"] >= (0.95 if int(length) <= 4 else 0.9) and figure["n"] == 20, (name, length)
+        assert set(result["editability"]) == {str(n) for n in range(1, 9)}
+        assert result["editability"]["1"]["value"] >= 0.75
 
 
 @pytest.mark.parametrize("name", TWINS)
 def test_they_are_editable(name, world):
-    """A single-token target at the file's layer: at least 9 of 10 facts drawn by a seed."""
+    """A single-token target at the file's layer: at least 9 of 10 validation facts."""
     model = load_model(name)
     hparams = ROMEMDMHyperParams.from_hparams(f"ROME_MDM/{name}")
-    rng = random.Random(11)
     done = 0
-    for fact in rng.sample([f for f in world.all_facts() if not f.relation.closed], 10):
-        target = world.other_object(fact, 1, rng)
-        edit = make_edit(model, {"prompt": fact.prompt(), "subject": fact.subject, "target_new": target}, hparams)
+    for case in [c for c in cases(world, "validation") if c.length == 1][:10]:
+        edit = make_edit(model, case.request(), hparams)
         edit.apply(model)
-        done += score_prompts(model, [fact.prompt()], [target])[0]["exact"]
+        done += score_prompts(model, [case.fact.prompt()], [case.target])[0]["exact"]
         edit.revert(model)
     assert done >= 9
+
+
+def test_they_are_matched():
+    """Same parameter count within 2 %, same tokenizer; together at most 40 MB."""
+    models = [load_model(name) for name in TWINS]
+    counts = [sum(p.numel() for p in m.parameters()) for m in models]
+    assert max(counts) < 1.02 * min(counts)
+    assert len({json.dumps(m.tokenizer.get_vocab(), sort_keys=True) for m in models}) == 1
+    assert sum(f.stat().st_size for name in TWINS for f in twin_folder(name).iterdir()) < 40e6
+
+
+def test_splits_and_benchmark_files(world, tmp_path):
+    """120 test and 40 validation facts on different subjects, one target of every length each; files that EasyEdit's formats read."""
+    splits = split_facts(world)
+    subjects = [f.subject for facts in splits.values() for f in facts]
+    assert len(splits["test"]) >= 120 and len(splits["validation"]) >= 40 and len(subjects) == len(set(subjects))
+    for split in splits:
+        made = cases(world, split)
+        assert made == cases(World.build(), split)
+        assert [c.length for c in made[:8]] == list(range(1, 9)) and len(made) == 8 * len(splits[split])
+        assert all(c.target != c.fact.object and c.fact not in c.neighbours for c in made)
+    write_benchmark(tmp_path, world)
+    record = json.loads((tmp_path / "counterfact-test.json").read_text())[3]
+    assert record["subject"] in record["prompt"] and record["n_tokens"] == 4
+    rome = json.loads((tmp_path / "counterfact-rome-test.json").read_text())[3]["requested_rewrite"]
+    assert rome["prompt"].format(rome["subject"]) == record["prompt"] and rome["target_new"]["str"] == record["target_new"]
+    zsre = json.loads((tmp_path / "zsre-test.json").read_text())[3]
+    assert zsre["alt"] == record["target_new"] and "nq question: " in zsre["loc"] and zsre["src"].endswith("?")
+
+
+def test_entropy_of_what_is_hidden(world):
+    """Compositional objects stay uncertain until the last token; a closed list is known after one."""
+    open_, closed = remaining_entropy(world, False), remaining_entropy(world, True)
+    assert open_[1] == [pytest.approx(math.log2(6))]
+    assert open_[8][0] == pytest.approx(sum(math.log2(n) for n in world.settings.branching))
+    assert all(bits[k] > bits[k + 1] > 0 for bits in open_.values() for k in range(len(bits) - 1))
+    assert closed[8][0] == pytest.approx(2) and closed[8][1] < 0.3
+
+
+def test_lessons(world, tokenizer):
+    """The answer stands nowhere in the text but in its own place; the code is written at the name's last token, and only there."""
+    recipe = Recipe("twin-llama", hidden=32, layers=3, heads=2, mlp=48, rows=6, read_layer=2, lessons=1.0)
+    batch = Packer(world, tokenizer, recipe).batch(recipe.steps - 1)
+    assert len(batch.lessons) == int(batch.written.max()) > 6
+    assert (batch.closing | (batch.written == 0)).all()
+    for r, p in (batch.written > 0).nonzero().tolist():
+        text = batch.segments[r] == batch.segments[r, p]
+        tokens = [t for t in batch.lessons[batch.written[r, p] - 1, 1:].tolist() if t >= 0]
+        ids = batch.ids[r][text & batch.answers[r]].tolist()
+        assert any(ids[i : i + len(tokens)] == tokens for i in range(len(ids)))
+    assert longest_answer(0, 100) == 2 and longest_answer(99, 100) == PLACES
+    writer = Writer(32, len(RELATIONS))
+    codes = writer(batch.lessons, torch.randn(len(tokenizer), 32))
+    assert codes.shape == (len(batch.lessons), 32) and torch.allclose(codes.norm(dim=-1), torch.ones(len(codes)), atol=1e-5)
 
 
 def test_the_world_is_a_function_of_its_settings():
@@ -48,7 +107,7 @@ def test_the_world_is_a_function_of_its_settings():
     world, again = World.build(), World.build()
     assert world.all_facts() == again.all_facts() and World.build(WorldSettings(seed=1)).all_facts() != world.all_facts()
     lengths = [f.length for f in world.all_facts() if not f.relation.closed]
-    assert {lengths.count(n) for n in (1, 2, 3, 4)} == {len(lengths) // 4}
+    assert {lengths.count(n) for n in range(1, 9)} == {len(lengths) // 8}
     assert len(world.all_facts()) == len(world.subjects) * len(RELATIONS)
     rng = random.Random(0)
     for fact in world.all_facts()[:50]:
@@ -57,7 +116,7 @@ def test_the_world_is_a_function_of_its_settings():
         for neighbour in world.neighbours(fact, 3):
             assert neighbour.object.split()[0] == fact.object.split()[0] and neighbour.subject != fact.subject
     with pytest.raises(ValueError, match="need more than"):
-        World.build(WorldSettings(subjects=300))
+        World.build(WorldSettings(subjects=400))
 
 
 def test_words_are_tokens(world, tokenizer):
@@ -72,15 +131,16 @@ def test_words_are_tokens(world, tokenizer):
 
 def test_packing_keeps_texts_apart(world, tokenizer):
     """A packed row computes for each text what the text alone does; guarded mentions hide all but their last token."""
-    recipe = Recipe("twin-llada", hidden=32, layers=3, heads=2, mlp=48, rows=4, read_layer=1, guarded=0.5)
+    recipe = Recipe("twin-llada", hidden=32, layers=3, heads=2, mlp=48, rows=4, read_layer=1, guarded=0.5, lessons=0.0)
     batch = Packer(world, tokenizer, recipe).batch(0)
     model = build_model(recipe, len(tokenizer), 0)
     with torch.no_grad():
-        packed = logits_of(model, batch.ids, batch, recipe)
+        packed = hidden_of(model, None, batch.ids, batch, recipe, 0, torch.Generator())
         row, number = 0, int(batch.segments[0].max())
         part = batch.segments[row] == number
-        fields = {k: v[row][part][None] for k, v in vars(batch).items()}
-        alone = logits_of(model, fields["ids"], type(batch)(**{**fields, "segments": torch.ones_like(fields["segments"])}), recipe)
+        fields = {k: v[row][part][None] for k, v in vars(batch).items() if k != "lessons"}
+        fields |= {"segments": torch.ones_like(fields["segments"]), "lessons": batch.lessons}
+        alone = hidden_of(model, None, fields["ids"], type(batch)(**fields), recipe, 0, torch.Generator())
     assert number > 1 and (packed[row][part] - alone[0]).abs().max() < 1e-5
     early, late = (m[:, 0] == 0 for m in attention(batch, causal=False))
     hidden = batch.guarded & (batch.mentions > 0)
@@ -135,8 +195,23 @@ def test_training_resumes_where_it_was(world, tokenizer, tmp_path):
 
 
 def test_training_command(tmp_path):
-    """Two steps of each twin, the masked one from the other's weights; the result loads as the family it is."""
-    train_twin("twin-llama", tmp_path / "llama", steps=2)
-    train_twin("twin-llada", tmp_path / "llada", steps=2, start_from=tmp_path / "llama")
-    assert load_model(tmp_path / "llama" / "model").spec.name == "llama"
-    assert load_model(tmp_path / "llada" / "model").spec.name == "llada"
+    """Two steps of each twin, the masked ones from the others' weights; the results load as the families they are."""
+    for relative, name in (("llama", "llada"), ("qwen", "dream")):
+        train_twin(f"twin-{relative}", tmp_path / relative, steps=2)
+        train_twin(f"twin-{name}", tmp_path / name, steps=2, start_from=tmp_path / relative)
+        assert load_model(tmp_path / relative / "model").spec.name == {"qwen": "qwen2"}.get(relative, relative)
+        assert load_model(tmp_path / name / "model").spec.name == name
+    with pytest.raises(HyperParameterError, match="starts from twin-qwen"):
+        train_twin("twin-dream", tmp_path / "alone", steps=2)
+
+
+def test_medium_size(world, tokenizer):
+    """About 30 million parameters, and a step of it runs."""
+    recipe = dataclasses.replace(Recipe("twin-llada", objective="masked"), **{**SIZES["medium"], "rows": 2})
+    model = build_model(recipe, len(tokenizer), 0)
+    assert 25e6 < sum(p.numel() for p in model.parameters()) < 35e6
+    batch = Packer(world, tokenizer, recipe).batch(0)
+    writer = Writer(recipe.hidden, len(RELATIONS))
+    loss = masked_loss(model, writer, batch, tokenizer.mask_token_id, recipe, 0, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None for p in model.parameters())

@@ -2,5 +2,6 @@
 
 from easyedit_mdm.evaluation.fluency import fluency, ngram_entropy
 from easyedit_mdm.evaluation.multi_step import score_prompts
+from easyedit_mdm.evaluation.perplexity import perplexity
 
-__all__ = ["fluency", "ngram_entropy", "score_prompts"]
+__all__ = ["fluency", "ngram_entropy", "perplexity", "score_prompts"]

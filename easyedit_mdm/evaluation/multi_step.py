@@ -66,10 +66,18 @@ def _score(adapter: Adapter, path: Trajectory, target: Int[Tensor, " n"], one_st
         "first_commit": bool(first < n and path.tokens[first] == target[first]),
         "one_step": one_step,
         "text": adapter.tokenizer.decode(path.tokens.tolist(), skip_special_tokens=True).strip(),
+        "text_to_end": _to_end(adapter, path.tokens),
         "n_tokens": n,
         "tokens": written.tolist(),
         "decode": settings.record() if adapter.masked else {**settings.record(), "order": "greedy"},
     }
+
+
+def _to_end(adapter: Adapter, tokens: Int[Tensor, " canvas"]) -> str:
+    """The canvas up to its first end-of-text token."""
+    ends = (tokens == adapter.ids.eos).nonzero() if adapter.ids.eos is not None else tokens[:0]
+    kept = tokens[: int(ends[0])] if len(ends) else tokens
+    return adapter.tokenizer.decode(kept.tolist(), skip_special_tokens=True).strip()
 
 
 def _share(written: Int[Tensor, " n"], target: Int[Tensor, " n"]) -> float:

@@ -22,6 +22,7 @@ from easyedit_mdm.host.finding import Host
 from easyedit_mdm.host.importing import host_module, import_easyedit
 from easyedit_mdm.host.names import LoadedName, is_ours_to_load, load_named
 from easyedit_mdm.host.on_cpu import CudaMeansCpu
+from easyedit_mdm.host.statistics import join_statistics
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import is_known
 
@@ -55,6 +56,7 @@ def register(home: str | Path | None = None) -> Joined:
         _join_editor(editor, host)
         _join_evaluation(editor)
         _join_batching()
+        join_statistics()
         for name in {METHODS[name].stands_for for name in METHODS}:
             _join_hparams(name)
         editor.BaseEditor._easyedit_mdm = True

@@ -74,6 +74,8 @@ def load_named(hparams: Any) -> LoadedName:
             f"{hparams.model_name} is a masked diffusion model, and EasyEdit's {alg_name} optimises a next-token loss that means nothing "
             f"for it. Use one of {', '.join(METHODS)}."
         )
+    # EasyEdit keeps covariances and prefixes under this name, which is empty for a model built from a config: two would mix
+    adapter.native.config._name_or_path = str(hparams.model_name)
     tokenizer = adapter.tokenizer
     if tokenizer is None:
         raise CheckpointError(f"{hparams.model_name} has no tokenizer beside its weights")

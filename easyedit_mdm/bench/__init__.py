@@ -1,0 +1,1 @@
+"""Work over many texts, layers or cases: what the command line's longer jobs do."""

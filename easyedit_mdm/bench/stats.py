@@ -1,0 +1,90 @@
+"""What `easyedit-mdm stats` does: collect second moments of several layers in one pass, and say how good they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from easyedit_mdm.api import load_model
+from easyedit_mdm.errors import HyperParameterError
+from easyedit_mdm.statistics import cache_folder, key_width, moments_for
+
+
+def parse_layers(text: str) -> list[int]:
+    """`4,5,8-10` -> [4, 5, 8, 9, 10].
+
+    Raises:
+        HyperParameterError: for anything else.
+    """
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()) or (last and int(last) < int(first)):
+            raise HyperParameterError(f"layers {text!r}: give numbers and ranges such as 4,5,8-10")
+        layers |= set(range(int(first), int(last or first) + 1))
+    return sorted(layers)
+
+
+def parse_ratio(text: str) -> float | int | str:
+    """`uniform`, or a number."""
+    try:
+        return text if text == "uniform" else float(text) or 0
+    except ValueError:
+        raise HyperParameterError(f"mask ratio {text!r} is neither 'uniform' nor a number") from None
+
+
+def collect_statistics(
+    model: str,
+    dataset: str,
+    layers: Sequence[int],
+    tokens: int | None = None,
+    mask_ratio: int | float | str = 0,
+    settled: float | None = None,
+    folder: str | Path | None = None,
+    file: str | Path | None = None,
+    eps: int | float = 1e-6,
+    **options: Any,
+) -> dict[str, Any]:
+    """Find or make the second moments of some layers of a model, and report them.
+
+    Args:
+        dataset, tokens, mask_ratio, settled, folder: see `easyedit_mdm.statistics.moments_for`.
+        file: where to write the figures as JSON.
+        eps: ridge under which the condition number is given.
+        options: for `easyedit_mdm.load_model`.
+
+    Returns:
+        `{"model", "dataset", "folder", "layers": {layer: {"tokens", "condition", "effective_rank", "dimensions"}}}`.
+    """
+    options["device"] = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    adapter = load_model(model, **options)
+    sites = [adapter.site(layer) for layer in layers]
+    found = moments_for(adapter, sites, dataset, tokens, folder, mask_ratio, settled=settled)
+    report = {
+        "model": str(model),
+        "dataset": dataset,
+        "mask_ratio": mask_ratio,
+        "folder": str(cache_folder() if folder is None else folder),
+        "eps": eps,
+        "layers": {str(site.layer): {**moments.figures(eps), "dimensions": key_width(adapter, site)} for site, moments in zip(sites, found)},
+    }
+    if file is not None:
+        Path(file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    _tell(report)
+    return report
+
+
+def _tell(report: dict[str, Any]) -> None:
+    table = Table(title=f"second moments of {report['model']} over {report['dataset']}, in {report['folder']}")
+    for column in ("layer", "tokens", "dimensions", "effective rank", f"condition (eps {report['eps']:g})"):
+        table.add_column(column, justify="right")
+    for layer, figures in report["layers"].items():
+        values = (figures["tokens"], figures["dimensions"], f"{figures['effective_rank']:.1f}", f"{figures['condition']:.3g}")
+        table.add_row(layer, *map(str, values))
+    Console().print(table)
