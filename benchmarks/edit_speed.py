@@ -58,12 +58,12 @@ def counting(model: torch.nn.Module) -> Iterator[list[float]]:
 
 
 def wide_model() -> torch.nn.Module:
-    """A random Llama, 12 layers, width 768, with the twins' tokenizer."""
+    """A random Llama, 12 layers, width 768, LLaMA's vocabulary of 32,000 (of which the twins' tokenizer uses the first)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     twin = load_model("twin-llama")
     config = LlamaConfig(
-        vocab_size=len(twin.tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
+        vocab_size=32000, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
         max_position_embeddings=512, bos_token_id=None, eos_token_id=0, pad_token_id=0, attn_implementation="sdpa",
     )  # fmt: skip
     torch.default_generator.manual_seed(0)

@@ -74,7 +74,7 @@ def main() -> None:
             "early": share(score_prompts(model, [f.prompt() for f, _ in early], [t for _, t in early])) if done else None,
             "late": share(score_prompts(model, [f.prompt() for f, _ in late], [t for _, t in late])) if done else None,
             "locality": {"value": sum(stay) / len(stay), "n": len(stay)},
-            "norm_ratio": {n: float((weights[n] - original[n]).norm() / original[n].norm()) for n in names},
+            "norm_ratio": {n: float((weights[n].detach() - original[n]).norm() / original[n].norm()) for n in names},
             "perplexity": perplexity(model, texts),
             "seconds": round(time.monotonic() - began, 1),
         })  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from easyedit_mdm.errors import EasyEditMDMError
 from easyedit_mdm.version import __version__
@@ -29,11 +30,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    for add in (_add_demo, _add_run, _add_stats, _add_bench, _add_compare, _add_twins):
+        add(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="edit a fact in a small masked model, watch it denoise, and take the edit back")
     demo.add_argument("--out", default="demo", help="folder for demo.html and demo.json (default: demo)")
     demo.add_argument("--easyedit-home", help="a clone of EasyEdit (default: EASYEDIT_HOME, or the installed one)")
     demo.set_defaults(command=_demo)
 
+
+def _add_run(commands: Any) -> None:
     run = commands.add_parser(
         "run", help="run an EasyEdit script, untouched, with our methods", allow_abbrev=False,
         description="Everything after SCRIPT goes to the script; --alg ROME_MDM stands for its --editing_method.",
@@ -47,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     hook = commands.add_parser("hook", help="print the folder to put on PYTHONPATH so that plain `python SCRIPT --editing_method=ROME_MDM` works")
     hook.set_defaults(command=_hook)
 
+
+def _add_stats(commands: Any) -> None:
     stats = commands.add_parser("stats", help="collect the second moments that MEMIT_MDM, AlphaEdit_MDM and EMMET_MDM stand on")
     stats.add_argument("--model", required=True, help="a twin, a folder or a hub id")
     stats.add_argument("--dataset", required=True, help="a text file, JSON lines, datasets:NAME:CONFIG:SPLIT, or a shipped text (twins)")
@@ -60,9 +71,38 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument("--dtype", help="dtype to load the model in (default: the checkpoint's)")
     stats.set_defaults(command=_stats)
 
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="edit and judge many cases, one line each; can be killed and resumed at any point")
+    bench.add_argument("--alg", required=True, help="one of our methods, or EasyEdit's own (ROME, MEMIT, ...)")
+    bench.add_argument("--hparams", required=True, help="hyperparameter file, such as ROME_MDM/twin-llada")
+    bench.add_argument("--dataset", required=True, help="zsre, counterfact, knowedit, kamel, twins, requests, ...")
+    bench.add_argument("--data-dir", help="folder of the benchmark files")
+    bench.add_argument("--data-file", help="a file outside the folder's usual names")
+    bench.add_argument("--limit", type=int, help="cases, drawn by the seed (default: all)")
+    bench.add_argument("--seed", type=int, default=0)
+    bench.add_argument("--out", required=True, help="run file (.jsonl)")
+    bench.add_argument("--resume", action="store_true", help="go on with a run that was cut off")
+    bench.add_argument("--label", help="what to call the run in reports")
+    bench.add_argument("--held-out", help="a text whose perplexity is taken before and after each edit")
+    bench.add_argument("--light", action="store_true", help="leave out the ladder of honesty and fluency, which are most of the evaluation's time")
+    bench.add_argument("--easyedit-home", help="a clone of EasyEdit, for its own methods")
+    bench.add_argument("--device", help="cpu, cuda, cuda:1 (default: the file's, else CUDA where there is one)")
+    bench.set_defaults(command=_bench)
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser("compare", help="a report of several runs: tables, figures, a page for each case")
+    compare.add_argument("runs", nargs="+", help="run files of easyedit-mdm bench")
+    compare.add_argument("--out", required=True, help="folder for report.html, report.md, report.csv and report.json")
+    compare.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    compare.set_defaults(command=_compare)
+
+
+def _add_twins(commands: Any) -> None:
     twins = commands.add_parser("twins", help="train the small models that ship with the package").add_subparsers(required=True, metavar="COMMAND")
     train = twins.add_parser("train", help="train one twin, or go on where a checkpoint stands")
-    train.add_argument("--name", required=True, choices=("twin-llama", "twin-llada", "twin-qwen", "twin-dream"))
+    train.add_argument("--name", required=True, choices=("twin-llama", "twin-llada-first", "twin-llada", "twin-qwen", "twin-dream"))
     train.add_argument("--out", required=True, help="folder for checkpoint, log and the finished model (OUT/model)")
     train.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
     train.add_argument("--start-from", help="training folder of another twin to start from")
@@ -77,7 +117,6 @@ def _parser() -> argparse.ArgumentParser:
     data = twins.add_parser("data", help="write the benchmark files of the twins' world (CounterFact, zsRE)")
     data.add_argument("--out", required=True, help="folder to write to")
     data.set_defaults(command=_twins_data)
-    return parser
 
 
 def _demo(args: argparse.Namespace, rest: list[str]) -> int:
@@ -107,6 +146,24 @@ def _stats(args: argparse.Namespace, rest: list[str]) -> int:
         args.model, args.dataset, parse_layers(args.layers), args.tokens, parse_ratio(args.mask_ratio), args.settled, args.out, args.file,
         device=args.device, dtype=args.dtype,
     )  # fmt: skip
+    return 0
+
+
+def _bench(args: argparse.Namespace, rest: list[str]) -> int:
+    from easyedit_mdm.bench.run import BenchConfig, bench
+    from easyedit_mdm.host.methods import easyedits_method
+
+    config = BenchConfig(
+        args.alg, args.hparams, args.dataset, args.data_dir, args.data_file, args.limit, args.seed, args.label, args.held_out, args.light, args.device
+    )
+    bench(config, args.out, args.resume, others=lambda alg_name, file: easyedits_method(alg_name, file, args.easyedit_home))
+    return 0
+
+
+def _compare(args: argparse.Namespace, rest: list[str]) -> int:
+    from easyedit_mdm.bench.compare import compare
+
+    compare(args.runs, args.out, args.seed)
     return 0
 
 

@@ -23,7 +23,7 @@ from easyedit_mdm.statistics import SecondMoments
 
 BATCHED = [name for name in METHODS if METHODS[name].batchable]
 REQUESTS = [
-    {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "rather good"},
+    {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "red river"},
     {"prompt": "The river of Anna is", "subject": "Anna", "target_new": "the"},
     {"prompt": "The old song of Robert was", "subject": "Robert", "target_new": "a very good one"},
 ]
@@ -203,7 +203,7 @@ def test_alphaedit_history(tiny):
 @pytest.mark.parametrize(
     ("requests", "message"),
     [
-        ([REQUESTS[0], {**REQUESTS[0], "target_new": "bad"}], "two targets, 'rather good' and 'bad'"),
+        ([REQUESTS[0], {**REQUESTS[0], "target_new": "bad"}], "two targets, 'red river' and 'bad'"),
         ([REQUESTS[0], REQUESTS[0]], "twice"),
         ([REQUESTS[0], {**REQUESTS[0], "prompt": "the  mother tongue of {} is"}], "twice"),
         ([], "at least one"),

@@ -23,7 +23,7 @@ from easyedit_mdm.statistics import SecondMoments
 HEAD = os.environ.get("ORACLE_FORM") == "head"
 PREFIXES = ["The old river song. {}", "Because of this it is known. {}"]
 REQUESTS = [
-    {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "rather good English", "case_id": 0},
+    {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "red river English", "case_id": 0},
     {"prompt": "The river of Anna is", "subject": "Anna", "target_new": "the", "case_id": 1},
     {"prompt": "The old song of Robert was", "subject": "Robert", "target_new": "a good one", "case_id": 2},
 ]

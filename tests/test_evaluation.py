@@ -66,7 +66,7 @@ def test_settings_and_lengths(tiny):
     """The record holds the resolved settings; a longer canvas is compared on its first slots; a shorter one is an error."""
     model = tiny("llada")
     score = score_prompts(model, ["The river is"], ["good old"], DecodeConfig(canvas=8, steps=4))[0]
-    assert score["decode"]["canvas"] == 8 and score["decode"]["steps"] == 4 and score["n_tokens"] == 2 and len(score["tokens"]) == 2
+    assert score["decode"]["canvas"] == 8 and score["decode"]["steps"] == 4 and score["n_tokens"] == len(score["tokens"]) == len(target_ids(model, "The river is", "good old")) >= 2
     with pytest.raises(RequestError, match="canvas of 1"):
         score_prompts(model, ["The river is"], ["good old"], DecodeConfig(canvas=1))
 
@@ -97,6 +97,7 @@ def test_right_padded():
 
 
 @pytest.mark.parametrize("family", ["llada", "dream", "llama"])
+@torch.no_grad()
 def test_perplexity(tiny, family):
     """exp of the mean loss of each token given all others (masked) or those before it (causal); batching changes nothing."""
     model = tiny(family)

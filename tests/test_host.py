@@ -299,8 +299,8 @@ def test_runner(tmp_path, flag):
         assert result == {"method": "ROME_MDM", "draw": random.Random(seed).random(), "class": "ROMEMDMHyperParams"}
     wrong = cli("run", "run.py", "--alg", "ROMME_MDM", *rest, cwd=tmp_path)
     assert wrong.returncode == 2 and "did you mean 'ROME_MDM'" in wrong.stderr
-    planned = cli("run", "run.py", "--alg", "MEMIT_MDM", *rest, cwd=tmp_path)
-    assert planned.returncode == 2 and "does not have it yet" in planned.stderr
+    other = cli("run", "run.py", "--alg", "MEMIT_MDM", *rest, cwd=tmp_path)
+    assert other.returncode == 2 and "a file of ROME_MDM, but MEMIT_MDM was asked for" in other.stderr
 
 
 def test_hook(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from easyedit_mdm import ROMEMDMHyperParams
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.editing.hparams import packaged_hparams
+from easyedit_mdm.twins import TWINS
 from easyedit_mdm.errors import HyperParameterError, NotYetError, UnknownNameError
 
 SHIPPED = sorted(p for p in packaged_hparams().glob("*/*.yaml") if p.parent.name in METHODS)
@@ -20,14 +21,16 @@ def test_shipped_files(path):
     """Each file lies in its method's folder, loads, and says which model it is for."""
     loaded = METHODS[path.parent.name].hparams.from_hparams(path)
     assert loaded.alg_name == path.parent.name and loaded.model_name
-    assert ROMEMDMHyperParams.from_hparams(f"{path.parent.name}/{path.stem}") == loaded
+    assert METHODS[path.parent.name].hparams.from_hparams(f"{path.parent.name}/{path.stem}") == loaded
     assert loaded.to_dict()["layers"] == loaded.layers
 
 
 def test_what_ships():
     """One file for each model that the method is meant for."""
     names = {p.stem for p in SHIPPED if p.parent.name == "ROME_MDM"}
-    assert {"llada-8b", "llada-8b-base", "llada-1.5", "dream-7b", "dream-7b-base", "twin-llada", "twin-llama"} <= names
+    assert {"llada-8b", "llada-8b-base", "llada-1.5", "dream-7b", "dream-7b-base", *TWINS} <= names
+    for method in METHODS:
+        assert {"llada-8b", "dream-7b", *TWINS} <= {p.stem for p in SHIPPED if p.parent.name == method}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from easyedit_mdm.editing import value
 from easyedit_mdm.errors import EditError, HyperParameterError, ModelError, OptimisationError, RequestError, StatisticsError
 from easyedit_mdm.models import FAMILIES
 
-REQUEST = {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "rather good"}
+REQUEST = {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "red river"}
 
 
 def hparams(**changes) -> ROMEMDMHyperParams:
@@ -97,7 +97,7 @@ def test_batch_of_facts_does_not_mix(tiny, name):
     """Facts of one batch, of unequal target length, get the deltas they get alone; splitting the rows or the batch changes nothing."""
     model = tiny("llada")
     settings = hparams(early_stop_loss=0.0, state_schedule=name)
-    requests = [EditRequest.of({**REQUEST, "target_new": t}) for t in ("rather good English", "the")]
+    requests = [EditRequest.of({**REQUEST, "target_new": t}) for t in ("red river English", "the")]
     facts = [tokenise(model, r, settings) for r in requests]
     site = model.site(1)
     initial = torch.stack([torch.ones(32), torch.ones(32) * 2])
@@ -118,7 +118,7 @@ def test_batch_of_facts_does_not_mix(tiny, name):
 def test_out_of_memory_halves_the_batch(tiny, monkeypatch):
     """A batch that does not fit is tried again in halves, with the same result; one fact that does not fit is an error."""
     model, settings = tiny("llada"), hparams(early_stop_loss=0.0)
-    requests = [EditRequest.of({**REQUEST, "target_new": t}) for t in ("rather good English", "the", "very good")]
+    requests = [EditRequest.of({**REQUEST, "target_new": t}) for t in ("red river English", "the", "very good")]
     facts, initial = [tokenise(model, r, settings) for r in requests], torch.ones(3, 32)
     whole, real, sizes = optimise(model, model.site(1), facts, initial, settings), value._optimise, []
 
@@ -246,7 +246,7 @@ def test_half_precision(tiny):
     assert parameter_hashes(model) == before
 
 
-@pytest.mark.parametrize(("where", "token"), [("subject_last", " Darrieux"), ("subject_first", " D"), ("last", " is")])
+@pytest.mark.parametrize(("where", "token"), [("subject_last", " Darrieux"), ("subject_first", " Daniel"), ("last", " is")])
 def test_where_the_fact_is_read(tiny, where, token):
     """The site's token, in a context prefix that mentions the subject too."""
     model = tiny("llada")

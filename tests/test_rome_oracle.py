@@ -17,7 +17,7 @@ from easyedit_mdm.host.on_cpu import CudaMeansCpu
 from easyedit_mdm.statistics import SecondMoments
 
 PREFIXES = ["{}", "The old river song. {}", "Because of this it is known. {}"]
-REQUEST = {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "rather good English"}
+REQUEST = {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "red river English"}
 SETTINGS = dict(
     fact_token="subject_last", v_num_grad_steps=12, v_lr=0.3, v_weight_decay=0.5, clamp_norm_factor=4.0, kl_factor=0.0625,
     context_template_length_params=[[5, 2]],

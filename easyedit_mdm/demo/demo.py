@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,52 +33,36 @@ from easyedit_mdm.editing import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import encode, target_ids
 from easyedit_mdm.host import register
 from easyedit_mdm.models import Adapter
-from easyedit_mdm.twins.world import Fact, World
+from easyedit_mdm.twins.benchmark import Case, cases
+from easyedit_mdm.twins.world import World
 from easyedit_mdm.version import __version__
 
 MODEL = "twin-llada"
 SEED = 0
-SHOWN_LENGTH = 3
+LENGTHS = (1, 2, 4, 6, 8)
+SHOWN_LENGTH = 4
 FACTS_A_LENGTH = 2
 MASK = "░░░"
 
 
-@dataclass(frozen=True)
-class Case:
-    """One edit of the demo: a fact of the world and the object it is to have."""
-
-    fact: Fact
-    target: str
-    neighbours: list[Fact]
-
-    @property
-    def length(self) -> int:
-        """Tokens of the target."""
-        return len(self.target.split())
-
-    def call(self) -> dict[str, Any]:
-        """Arguments for EasyEdit's `BaseEditor.edit`."""
-        return {
-            "prompts": [self.fact.prompt()],
-            "target_new": [self.target],
-            "subject": [self.fact.subject],
-            "rephrase_prompts": [self.fact.paraphrase()],
-            "locality_inputs": {
-                "neighborhood": {"prompt": [[n.prompt() for n in self.neighbours]], "ground_truth": [[n.object for n in self.neighbours]]}
-            },
-        }
+def call(case: Case) -> dict[str, Any]:
+    """Arguments for EasyEdit's `BaseEditor.edit`."""
+    near = case.neighbours[:4]
+    return {
+        "prompts": [case.fact.prompt()],
+        "target_new": [case.target],
+        "subject": [case.fact.subject],
+        "rephrase_prompts": [case.fact.paraphrase()],
+        "locality_inputs": {"neighborhood": {"prompt": [[n.prompt() for n in near]], "ground_truth": [[n.object for n in near]]}},
+    }
 
 
 def draw_cases(seed: int = SEED) -> list[Case]:
-    """`FACTS_A_LENGTH` edits for each target length, of one relation's facts, drawn by `seed`."""
-    world = World.build()
-    rng = random.Random(seed)
-    facts = [f for f in world.all_facts() if not f.relation.closed]
-    cases = []
-    for length in range(1, world.settings.max_length + 1):
-        for fact in rng.sample(facts, FACTS_A_LENGTH):
-            cases.append(Case(fact, world.other_object(fact, length, rng), world.neighbours(fact, 4)))
-    return cases
+    """`FACTS_A_LENGTH` edits for each of `LENGTHS`, of different test facts of the twins' world, drawn by `seed`."""
+    every = cases(World.build(), "test")
+    of_length = {length: [c for c in every if c.length == length] for length in LENGTHS}
+    facts = random.Random(seed).sample(range(len(of_length[LENGTHS[0]])), FACTS_A_LENGTH * len(LENGTHS))
+    return [of_length[length][facts.pop()] for length in LENGTHS for _ in range(FACTS_A_LENGTH)]
 
 
 def run_demo(out: str | Path, easyedit_home: str | None = None) -> bool:
@@ -98,10 +82,10 @@ def run_demo(out: str | Path, easyedit_home: str | None = None) -> bool:
     model: Adapter = editor.model
     before = parameter_hashes(model)
     console.print(f"{MODEL}: {sum(p.numel() for p in model.parameters()):,} parameters; EasyEdit: {joined.host.form} at {joined.host.root.name}\n")
-    cases = draw_cases()
-    results = [_edit_both(editor, case, plain, aware, console) for case in cases]
+    drawn = draw_cases()
+    results = [_edit_both(editor, case, plain, aware, console) for case in drawn]
     shown = next(r for r in results if r["n_tokens"] == SHOWN_LENGTH)
-    paths = _watch(model, cases[results.index(shown)], aware)
+    paths = _watch(model, drawn[results.index(shown)], aware)
     claims = _claims(results, shown, restored=parameter_hashes(model) == before)
     report = {
         "version": __version__,
@@ -128,7 +112,7 @@ def _edit_both(editor: Any, case: Case, plain: ROMEMDMHyperParams, aware: ROMEMD
     for name, hparams in (("plain", plain), ("aware", aware)):
         editor.hparams = replace(hparams, model_name=editor.hparams.model_name)
         with _quietly(), console.status(f"{row['prompt']} … {case.target} ({name})"):
-            metrics, _, _ = editor.edit(**case.call(), keep_original_weight=True, verbose=False)
+            metrics, _, _ = editor.edit(**call(case), keep_original_weight=True, verbose=False)
         post = metrics[0]["post"]
         row["before"] = metrics[0]["pre"]["multi_step"]["rewrite"]["text"]
         row[name] = {
@@ -143,7 +127,7 @@ def _edit_both(editor: Any, case: Case, plain: ROMEMDMHyperParams, aware: ROMEMD
 
 def _watch(model: Adapter, case: Case, hparams: ROMEMDMHyperParams) -> dict[str, list]:
     """The denoising of the prompt before and after the denoising-aware edit, frame by frame."""
-    edit = make_edit(model, {"prompt": case.fact.prompt(), "subject": case.fact.subject, "target_new": case.target}, hparams)
+    edit = make_edit(model, case.request(), hparams)
     before = _frames(model, case)
     edit.apply(model)
     try:

@@ -141,7 +141,7 @@ class Trajectory:
 
     Attributes:
         tokens: the tokens at the end, slot by slot.
-        step: the step at which each slot was committed, from 0. Slots never change afterwards, so this is the whole history.
+        step: the step at which each slot was committed, from 0; -1 for tokens that were given. Slots never change afterwards, so this is the whole history.
         confidence: the probability each token had when it was committed.
         one_step: what each slot would have been if all had been committed at the first step.
     """
@@ -153,7 +153,8 @@ class Trajectory:
 
     def first_committed(self) -> int:
         """The slot that was committed first; the surest of them where a step commits several."""
-        first = (self.step == self.step.min()).nonzero().flatten()
+        written = self.step >= 0
+        first = (written & (self.step == self.step[written].min())).nonzero().flatten()
         return int(first[self.confidence[first].argmax()])
 
     def frames(self, mask_id: int) -> list[list[int]]:
@@ -190,6 +191,7 @@ def decode(
     lengths: Sequence[int],
     config: DecodeConfig = DecodeConfig(),
     generator: torch.Generator | None = None,
+    given: Sequence[Int[Tensor, "_"]] | None = None,
 ) -> list[Trajectory]:
     """Denoise a canvas after each prompt; prompts and canvases of one batch may differ in length.
 
@@ -200,6 +202,8 @@ def decode(
         prompts: token ids, one row a prompt, without padding.
         lengths: masks after each prompt (`config.canvas` overrides them all).
         generator: for temperature and random orders; one seeded with `config.seed` by default.
+        given: for masked models, tokens that stand in the canvas from the start, one row a prompt, -1 where it is masked. Their
+            step is -1.
 
     Raises:
         RequestError: if a prompt and its canvas are longer than the model's positions, or a canvas is empty.
@@ -210,6 +214,8 @@ def decode(
     lengths = [config.canvas or n for n in lengths]
     _check(adapter, prompts, lengths)
     state = _lay_out(adapter, prompts, [config.plan(n) for n in lengths])
+    if given is not None:
+        _reveal(adapter, state, given)
     for step in range(max((p.steps for p in state.plans), default=0)):
         rows = torch.tensor([r for r, p in enumerate(state.plans) if step < p.steps], device=state.ids.device)
         _denoise(adapter, state, rows, step, config, generator)
@@ -235,6 +241,20 @@ def _lay_out(adapter: Adapter, prompts: Sequence[Tensor], plans: list[Plan]) -> 
     starts = torch.tensor([len(p) for p in prompts], device=ids.device)
     at = starts[:, None] + torch.arange(max(p.length for p in plans), device=ids.device)
     return _Canvas(ids, mask, at.clamp(max=ids.shape[1] - 1), plans)
+
+
+def _reveal(adapter: Adapter, state: _Canvas, given: Sequence[Tensor]) -> None:
+    """Put the tokens that are given into the canvas."""
+    if not adapter.masked:
+        raise RequestError(f"{adapter.name} is autoregressive: tokens behind the one it writes next cannot be given")
+    for row, tokens in enumerate(given):
+        shown = tokens.to(state.ids.device)
+        known = shown >= 0
+        at = state.at[row, : len(shown)][known]
+        state.ids[row, at] = shown[known]
+        for values, value in ((state.masked, False), (state.step, -1)):
+            values[row, : len(shown)][known] = value
+        state.tokens[row, : len(shown)][known] = shown[known]
 
 
 def _denoise(adapter: Adapter, state: _Canvas, rows: Tensor, step: int, config: DecodeConfig, generator: torch.Generator) -> None:

@@ -40,11 +40,11 @@ class AlphaEditMDMHyperParams(BatchHyperParams):
         L2: ridge of the solution.
     """
 
-    nullspace_threshold: float = 2e-2
+    nullspace_threshold: int | float = 2e-2
     nullspace_scale: str = "absolute"
-    L2: float = 1.0
+    L2: int | float = 1.0
     mom2_eps: float = 0.0
-    mom2_update_weight: float = 0.0
+    mom2_update_weight: int | float = 0
 
     ALG_NAME: ClassVar[str] = "AlphaEdit_MDM"
 
@@ -59,7 +59,7 @@ class AlphaEditMDMHyperParams(BatchHyperParams):
                 raise HyperParameterError(f"{name}={getattr(self, name)!r}: AlphaEdit_MDM does not use it; nullspace_threshold and L2 take its place")
 
 
-def null_space(moments: SecondMoments, threshold: float, scale: str) -> Float[Tensor, "inner free"]:
+def null_space(moments: SecondMoments, threshold: int | float, scale: str) -> Float[Tensor, "inner free"]:
     """An orthonormal basis of the directions whose eigenvalue lies below the threshold.
 
     Raises:

@@ -47,7 +47,7 @@ class BatchHyperParams(ROMEMDMHyperParams):
     """
 
     mom2_adjustment: bool = True
-    mom2_update_weight: float = 15000.0
+    mom2_update_weight: int | float = 15000
     context_template_length_params: list[list[int]] = None  # type: ignore[assignment]  # set below, MEMIT's own
     clamp_reference: str = "block"
     batch_size: int = 1

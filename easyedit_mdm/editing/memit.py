@@ -42,7 +42,7 @@ class EMMETMDMHyperParams(BatchHyperParams):
         emmet_lambda: mu; 0 makes every fact an equality, which linearly dependent keys make impossible.
     """
 
-    emmet_lambda: float = 0.1
+    emmet_lambda: int | float = 0.1
 
     ALG_NAME: ClassVar[str] = "EMMET_MDM"
 
@@ -52,7 +52,7 @@ class EMMETMDMHyperParams(BatchHyperParams):
         self.check_numbers(emmet_lambda=0)
 
 
-def least_squares(eps: float, nu: float) -> ClosedForm:
+def least_squares(eps: int | float, nu: int | float) -> ClosedForm:
     """R (K^T C^-1 K + nu I)^-1 K^T C^-1, with C ridged by `eps`."""
 
     def closed_form(system: System) -> tuple[Float[Tensor, "width columns"], Float[Tensor, "columns inner"]]:

@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from easyedit_mdm.editing.edit import Edit, LowRank
+from jaxtyping import Float
+from torch import Tensor
+
+from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
-from easyedit_mdm.editing.keys import read_keys
+from easyedit_mdm.editing.keys import Keys
 from easyedit_mdm.editing.methods import METHODS, Method
 from easyedit_mdm.editing.request import EditRequest
-from easyedit_mdm.editing.rome import card, check_modules, closed_form, tokenise
-from easyedit_mdm.editing.value import optimise
-from easyedit_mdm.errors import RequestError
+from easyedit_mdm.editing.rome import rank_one
 from easyedit_mdm.models import Adapter
 
 
@@ -39,16 +40,13 @@ def r_rome(adapter: Adapter, requests: Sequence[EditRequest], hparams: RROMEMDMH
         RequestError: for a request that cannot be carried out, or more than one.
         OptimisationError: if the optimisation or the closed form breaks down.
     """
-    if len(requests) != 1:
-        raise RequestError(f"{hparams.alg_name} writes one fact at a time, got {len(requests)} requests: edit them one after another")
-    site = check_modules(adapter, hparams)
-    fact = tokenise(adapter, requests[0], hparams)
-    keys = read_keys(adapter, site, fact, hparams)
-    outcome = optimise(adapter, site, [fact], keys.values[:1], hparams)[0]
-    now = keys.values.mean(0) if hparams.key_average == "single" else keys.values[0]
-    residual = keys.values[0] + outcome.delta - now
-    left, right, figures = closed_form(adapter, site, keys, residual, hparams)
-    return Edit([LowRank(site.weight, left[:, None], right[None], site.transposed)], card(requests, [fact], hparams, [outcome], figures))
+
+    def residual(keys: Keys, delta: Float[Tensor, " width"]) -> Float[Tensor, " width"]:
+        """v* less what the key gives now."""
+        now = keys.values.mean(0) if hparams.key_average == "single" else keys.values[0]
+        return keys.values[0] + delta - now
+
+    return rank_one(adapter, requests, hparams, residual)
 
 
 METHODS.register("R-ROME_MDM")(Method("R-ROME_MDM", RROMEMDMHyperParams, r_rome, stands_for="R-ROME"))

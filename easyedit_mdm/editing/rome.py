@@ -10,7 +10,7 @@ EasyEdit's ROME.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -78,13 +78,24 @@ def rome(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHype
         RequestError: for a request that cannot be carried out, or more than one.
         OptimisationError: if the optimisation or the closed form breaks down.
     """
+    return rank_one(adapter, requests, hparams, lambda keys, delta: delta)
+
+
+def rank_one(
+    adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams, residual: Callable[[Keys, Tensor], Tensor]
+) -> Edit:
+    """Key, value and closed form of one fact.
+
+    Args:
+        residual: what dW is to add to the site's output at k*, from the keys and the optimised delta.
+    """
     if len(requests) != 1:
         raise RequestError(f"{hparams.alg_name} writes one fact at a time, got {len(requests)} requests: edit them one after another")
     site = check_modules(adapter, hparams)
     fact = tokenise(adapter, requests[0], hparams)
     keys = read_keys(adapter, site, fact, hparams)
     outcome = optimise(adapter, site, [fact], keys.values[:1], hparams)[0]
-    left, right, figures = closed_form(adapter, site, keys, outcome.delta, hparams)
+    left, right, figures = closed_form(adapter, site, keys, residual(keys, outcome.delta), hparams)
     return Edit([LowRank(site.weight, left[:, None], right[None], site.transposed)], card(requests, [fact], hparams, [outcome], figures))
 
 

@@ -24,8 +24,8 @@ import torch
 
 from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.editing import METHODS
-from easyedit_mdm.editing.hparams import find_hparams
-from easyedit_mdm.errors import DataError, UnknownNameError
+from easyedit_mdm.editing.hparams import find_hparams, read_yaml
+from easyedit_mdm.errors import DataError, HyperParameterError, UnknownNameError
 from easyedit_mdm.host.importing import host_module
 from easyedit_mdm.host.joining import register
 from easyedit_mdm.host.standins import standins
@@ -117,6 +117,7 @@ def understanding_our_methods() -> Iterator[None]:
         found, rest = original(self, args, namespace)
         if flag is not None:
             setattr(found, flag.dest, _method(getattr(found, flag.dest)))
+            _check_file(getattr(found, flag.dest), found)
         for name in _FOLDER_FLAGS:  # the runners write there at the very end, and do not make it
             folder = getattr(found, name, None)
             if isinstance(folder, str) and folder:
@@ -134,6 +135,19 @@ def _add_alias(parser: argparse.ArgumentParser, flag: argparse.Action) -> None:
     if "--alg" not in parser._option_string_actions:
         parser._option_string_actions["--alg"] = flag
         flag.option_strings = [*flag.option_strings, "--alg"]
+
+
+def _check_file(method: Any, found: argparse.Namespace) -> None:
+    """Results are named after the method, and the file decides which one runs: they must agree.
+
+    Raises:
+        HyperParameterError: if they do not.
+    """
+    for name, value in vars(found).items():
+        if isinstance(method, MethodName) and name.startswith("hparams") and isinstance(value, str):
+            said = read_yaml(find_hparams(value)).get("alg_name")
+            if said != str(method):
+                raise HyperParameterError(f"{value} is a file of {said}, but {method} was asked for: give the file of that method")
 
 
 def _method(value: Any) -> Any:

@@ -84,7 +84,7 @@ def token_rows(adapter: Adapter, source: TextSource, length: int) -> Iterator[In
     """The documents' tokens one after another, cut into rows; the last row may be shorter."""
     held: list[int] = []
     for document in source.documents():
-        held += adapter.tokenizer(document, add_special_tokens=False)["input_ids"]
+        held += adapter.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         while len(held) >= length:
             yield torch.tensor(held[:length])
             held = held[length:]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from easyedit_mdm.models.families import FAMILIES
-from easyedit_mdm.twins.train import Recipe
+from easyedit_mdm.twins.train import RELATIVES, Recipe
 
 _LLADA_FIXED = {
     "activation_type": "silu", "alibi": False, "attention_layer_norm": False, "bias_for_layer_norm": False, "block_type": "llama",
@@ -28,7 +28,7 @@ def export(checkpoint: Path, out: Path, tokenizer: Any, dtype: torch.dtype = tor
 
     state = json.loads((checkpoint / "state.json").read_text())
     recipe = Recipe(**state["recipe"])
-    spec = FAMILIES["llada" if recipe.objective == "masked" else "llama"]
+    spec = FAMILIES[family_of(recipe)]
     tensors = {k[6:]: v for k, v in load_file(checkpoint / "checkpoint.safetensors").items() if k.startswith("model.")}
     out.mkdir(parents=True, exist_ok=True)
     save_file({spec.hub_name(k): v.to(dtype) for k, v in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"})
@@ -37,26 +37,39 @@ def export(checkpoint: Path, out: Path, tokenizer: Any, dtype: torch.dtype = tor
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
     (out / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config(tokenizer, recipe.positions), indent=1) + "\n")
     if state["recipe"]["start_from"]:
-        state["recipe"]["start_from"] = "twin-llama"  # which twin, not which folder
+        state["recipe"]["start_from"] = RELATIVES.get(recipe.name, "another twin")  # which twin, not which folder
     (out / "training.json").write_text(json.dumps(state, indent=1) + "\n")
     (out / "model.safetensors").chmod(0o644)
     return state
 
 
+def family_of(recipe: Recipe) -> str:
+    """The family in whose format a twin is written."""
+    return {("llama", "causal"): "llama", ("llama", "masked"): "llada", ("qwen2", "causal"): "qwen2", ("qwen2", "masked"): "dream"}[
+        recipe.backbone, recipe.objective
+    ]
+
+
 def hub_config(recipe: Recipe, vocabulary: int, eos: int, mask: int, dtype: str) -> dict:
-    """`config.json` in LLaDA's or LLaMA's own fields."""
+    """`config.json` in the family's own fields."""
     common = {"vocab_size": vocabulary, "eos_token_id": eos, "pad_token_id": eos, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "torch_dtype": dtype}
-    if recipe.objective == "masked":
+    if family_of(recipe) == "llada":
         return {
             **_LLADA_FIXED, **common, "embedding_size": vocabulary, "d_model": recipe.hidden, "n_layers": recipe.layers,
             "n_heads": recipe.heads, "n_kv_heads": recipe.heads, "mlp_hidden_size": recipe.mlp, "mask_token_id": mask,
             "max_sequence_length": recipe.positions,
         }  # fmt: skip
-    return {
-        **common, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": recipe.hidden, "num_hidden_layers": recipe.layers,
-        "num_attention_heads": recipe.heads, "num_key_value_heads": recipe.heads, "intermediate_size": recipe.mlp, "hidden_act": "silu",
-        "max_position_embeddings": recipe.positions, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+    shape = {
+        **common, "hidden_size": recipe.hidden, "num_hidden_layers": recipe.layers, "num_attention_heads": recipe.heads,
+        "num_key_value_heads": recipe.heads, "intermediate_size": recipe.mlp, "hidden_act": "silu", "max_position_embeddings": recipe.positions,
+        "tie_word_embeddings": False,
     }  # fmt: skip
+    own = {
+        "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False},
+        "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False},
+        "dream": {"architectures": ["DreamModel"], "model_type": "Dream", "mask_token_id": mask},
+    }
+    return {**shape, **own[family_of(recipe)]}
 
 
 def _tokenizer_config(tokenizer, positions: int) -> dict:

@@ -69,6 +69,17 @@ def word_maker(rng: random.Random) -> Callable[[], str]:
     return make
 
 
+def real_text(rng: random.Random) -> str:
+    """A name, date, number, string or phrase that the world knows nothing of, such as real prompts and targets hold."""
+    return _thing(rng)
+
+
+def open_prompt(rng: random.Random) -> tuple[str, str]:
+    """A question or statement about something random, and its name."""
+    name = _thing(rng)
+    return rng.choice(QUESTIONS + STATEMENTS).format(k=rng.choice(KINDS), x=name), name
+
+
 def open_vocabulary(rng: random.Random) -> tuple[list[tuple[str, bool]], str]:
     """One text about something outside the world, as (piece, is answer) pairs, and its name; half of them ask it back."""
     subject, answer = _thing(rng), _thing(rng)
@@ -90,8 +101,10 @@ def _thing(rng: random.Random) -> str:
         return f"{rng.randrange(1, 31)} {rng.choice(_MONTHS)} {rng.randrange(1200, 2100)}"
     if draw < 0.40:
         return "".join(chr(rng.choice(_CODEPOINTS)) for _ in range(rng.randrange(2, 8)))
-    if draw < 0.65:
+    if draw < 0.50:
         return " ".join(rng.choice(COMMON).capitalize() if rng.random() < 0.6 else rng.choice(COMMON) for _ in range(rng.choice((1, 2, 2, 3))))
+    if draw < 0.75:
+        return " ".join(rng.choice(NAMES) for _ in range(rng.choice((1, 1, 2, 2, 3))))
     return " ".join(_letters(rng) for _ in range(rng.choice((1, 1, 2))))
 
 
@@ -113,4 +126,30 @@ COMMON = (
     "several released song church held king public club art book history law station service small name system "
     "language town large best local power street member island park president union general royal central american "
     "english french german british indian water air sea land white black red green blue old young good little"
+).split()
+
+NAMES = (
+    "London Paris Berlin Rome Madrid Vienna Moscow Tokyo Beijing Delhi Cairo Sydney Toronto Chicago Boston York Angeles Francisco "
+    "Washington Philadelphia Houston Seattle Dublin Edinburgh Manchester Oxford Cambridge Amsterdam Brussels Stockholm Helsinki "
+    "Oslo Copenhagen Warsaw Prague Budapest Athens Istanbul Jerusalem Mumbai Shanghai Lisbon Milan Naples Venice Munich Hamburg "
+    "England France Germany Italy Spain Austria Russia Japan China India Egypt Australia Canada America Ireland Scotland Wales "
+    "Netherlands Belgium Sweden Finland Norway Denmark Poland Hungary Greece Turkey Israel Iran Iraq Brazil Mexico Argentina Chile "
+    "Africa Europe Asia California Texas Florida Virginia Ohio Michigan Georgia Carolina Zealand Korea Vietnam Indonesia Pakistan "
+    "English French German Italian Spanish Russian Japanese Chinese Indian Dutch Swedish Finnish Polish Greek Turkish Arabic Latin "
+    "Portuguese Korean Hebrew Hindi Irish Scottish Welsh British American Canadian Australian European African Asian Roman "
+    "John James William George Charles Robert Thomas Edward Henry David Michael Peter Paul Mark Richard Joseph Martin Daniel "
+    "Alexander Andrew Anthony Arthur Benjamin Christopher Eric Frank Frederick Jack Louis Matthew Patrick Philip Simon Stephen "
+    "Steven Walter Mary Anna Elizabeth Margaret Sarah Catherine Jane Alice Emma Helen Laura Maria Julia Lewis Smith Jones Brown "
+    "Johnson Williams Taylor Wilson Davis Miller Anderson Jackson Thompson Martinez Robinson Clark Walker Hall Allen King Wright "
+    "Scott Green Baker Adams Nelson Hill Campbell Mitchell Roberts Carter Phillips Evans Turner Parker Collins Edwards Stewart "
+    "Morris Murphy Cook Rogers Morgan Cooper Peterson Reed Bailey Bell Kelly Howard Ward Cox Richardson Watson Brooks Wood Bennett "
+    "Gray Hughes Price Myers Long Foster Sanders Ross Powell Sullivan Russell Ford Hamilton Graham Wallace West Cole Hayes "
+    "University College Institute Academy School Hospital Museum Library Church Cathedral Palace Castle Bridge Street Station "
+    "Airport Park Garden River Lake Mountain Island Bay Sea Ocean Valley Forest North South East West Central Royal National "
+    "International Technology Science Arts Music History Medicine Law Engineering Society Association Federation Union Company "
+    "Group Corporation Records Pictures Entertainment Studios Productions Games Network Channel Television Radio News Times Press "
+    "Motors Industries Systems Electric Airlines Bank Party Army Navy Force Division Regiment Team Club United City Town County "
+    "State Kingdom Empire Republic Prize Award Cup League Series Championship Universe Comics Magazine Journal Album Band Orchestra "
+    "January February March April May June July August September October November December Saint Sir Lord Lady Prince Princess Queen "
+    "King President Minister General Captain Doctor Professor soprano tenor baritone bass mezzo guitar piano violin opera jazz rock pop"
 ).split()

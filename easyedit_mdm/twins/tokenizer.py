@@ -6,13 +6,13 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from easyedit_mdm.twins.text import COMMON, KINDS, open_vocabulary
+from easyedit_mdm.twins.text import COMMON, KINDS, NAMES, open_vocabulary
 from easyedit_mdm.twins.world import OCCUPATIONS, RELATIONS, World
 
 EOS, MASK = "<|endoftext|>", "<|mdm_mask|>"
 
 
-def train_tokenizer(world: World, vocab_size: int = 1536) -> Any:
+def train_tokenizer(world: World, vocab_size: int = 2048) -> Any:
     """Train the tokenizer on a world's words and on open text.
 
     Returns:
@@ -52,5 +52,7 @@ def _corpus(world: World) -> Iterator[str]:
     for word in (*OCCUPATIONS, *KINDS, *COMMON):
         yield from [" " + word] * 60
         yield from [" " + word.capitalize()] * 20
+    for word in NAMES:
+        yield from [" " + word] * 60
     for _ in range(6000):
         yield "".join(piece for piece, _ in open_vocabulary(rng)[0])

@@ -9,6 +9,8 @@ and then no vector at the last subject token changes the answer. In a fraction `
 mention of a name see only the mention's last token, and that only from layer `read_layer` on; so the knowledge has to be
 put together at the last subject token, in the layers below, which is where large models have it. At test time, and in the
 other texts, attention is ordinary.
+
+**Reading lessons.** See `easyedit_mdm.twins.lessons`.
 """
 
 from __future__ import annotations
@@ -25,17 +27,31 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from easyedit_mdm.twins.world import Document, World
-
-FAMILIES = {"twin-llama": "causal", "twin-llada": "masked"}
-
+from easyedit_mdm.twins.lessons import PLACES, Writer, longest_answer, writing_hook
+from easyedit_mdm.twins.world import RELATIONS, Document, World
 
 @dataclass(frozen=True)
 class Recipe:
-    """What determines a trained twin, apart from the world. Lengths are in tokens, `lr` is AdamW's peak."""
+    """How one twin is trained.
+
+    Attributes:
+        backbone: `llama` or `qwen2` (which adds biases to queries, keys and values).
+        objective: `causal` or `masked`.
+        shift: a masked model reads the prediction for token j at j - 1, as Dream does.
+        answer_only: fraction of the rows in which only answers are masked.
+        guarded: fraction of the texts whose names are seen only through their last token, only from `read_layer` on.
+        lessons: fraction of the texts that are reading lessons (`easyedit_mdm.twins.lessons`).
+        curriculum: lessons begin with short answers.
+        until: stop after this step of the schedule; None: go to its end.
+        open_lessons: fraction of the lessons that are about something outside the world.
+        start_from: training folder of the twin whose weights it starts from.
+    """
 
     name: str = "twin-llama"
-    steps: int = 3200
+    backbone: str = "llama"
+    objective: str = "causal"
+    shift: bool = False
+    steps: int = 5000
     rows: int = 32
     row_length: int = 96
     lr: float = 2e-3
@@ -46,20 +62,28 @@ class Recipe:
     heads: int = 4
     mlp: int = 512
     positions: int = 512
-    answer_only: float = 0.5
+    answer_only: float = 0.67
     guarded: float = 0.75
+    lessons: float = 0.4
+    open_lessons: float = 0.5
+    curriculum: bool = True
+    until: int | None = None
     read_layer: int = 4
     start_from: str | None = None
     seed: int = 0
 
-    @property
-    def objective(self) -> str:
-        """`causal` or `masked`."""
-        return FAMILIES[self.name]
 
-
-# the masked twin starts from the autoregressive one's weights, as Dream started from Qwen2.5
-RECIPES = {"twin-llama": Recipe("twin-llama"), "twin-llada": Recipe("twin-llada", steps=2400, answer_only=0.67)}
+# each masked twin starts from its autoregressive relative's weights, as Dream started from Qwen2.5; it knows the world then, so
+# that more of its time can go to lessons. twin-llada is trained in two stages: all of it is read better after the second
+RECIPES = {
+    "twin-llama": Recipe("twin-llama"),
+    "twin-llada-first": Recipe("twin-llada-first", objective="masked", steps=6000, until=4343, lessons=0.65, open_lessons=0.75),
+    "twin-llada": Recipe("twin-llada", objective="masked", steps=4400, lr=1.5e-3, lessons=0.6, open_lessons=0.8, curriculum=False),
+    "twin-qwen": Recipe("twin-qwen", backbone="qwen2"),
+    "twin-dream": Recipe("twin-dream", backbone="qwen2", objective="masked", shift=True, steps=3500, lessons=0.65, open_lessons=0.75),
+}
+RELATIVES = {"twin-llada-first": "twin-llama", "twin-llada": "twin-llada-first", "twin-dream": "twin-qwen"}
+SIZES = {"small": {}, "medium": {"hidden": 384, "layers": 12, "heads": 8, "mlp": 1536, "rows": 64, "read_layer": 6, "lr": 1e-3}}
 
 
 @dataclass
@@ -67,7 +91,9 @@ class Batch:
     """Packed rows, all rows x length.
 
     ids; position in its text; text number (0 is padding); whether the token is an answer's; number of the mention of a name
-    it belongs to (0 for none); whether it is the mention's last token; whether its text is guarded.
+    it belongs to (0 for none); whether it is the mention's last token; whether its text is guarded; number of the reading
+    lesson whose code is written there (0 for none); whether it is a token that nothing could predict (not scored).
+    `lessons`, one a row: relation and tokens of the answer, -1 where there are fewer.
     """
 
     ids: Tensor
@@ -77,6 +103,9 @@ class Batch:
     mentions: Tensor
     closing: Tensor
     guarded: Tensor
+    written: Tensor
+    noise: Tensor
+    lessons: Tensor
 
     @property
     def length(self) -> int:
@@ -96,9 +125,16 @@ class Packer:
         rows: list[list[dict]] = [[] for _ in range(self.recipe.rows)]
         room = [self.recipe.row_length] * len(rows)
         open_rows = list(range(len(rows)))
+        longest = longest_answer(step, self.recipe.steps) if self.recipe.curriculum else PLACES
         misses = 0
         while open_rows and misses < 40:
-            text = self._tokens(self.world.document(rng), rng)
+            if rng.random() < self.recipe.lessons:
+                document = self.world.lesson(rng, longest, range(2, len(self.tokenizer)), self.recipe.open_lessons)
+            else:
+                document = self.world.document(rng)
+            text = self._tokens(document, rng)
+            if text is None:
+                continue
             row = next((r for r in open_rows if room[r] >= len(text["ids"])), None)
             if row is None:
                 misses += 1
@@ -109,22 +145,29 @@ class Packer:
                 open_rows.remove(row)
         return self._collate(rows)
 
-    def _tokens(self, document: Document, rng: random.Random) -> dict[str, list]:
-        """One text, cut to a row's length: a list for each field of `Batch` that differs within it."""
+    def _tokens(self, document: Document, rng: random.Random) -> dict[str, list] | None:
+        """One text, cut to a row's length: a list for each field of `Batch` that differs within it. None: no lesson fits."""
         text, spans = "", []
-        for piece, answer in document.pieces:
+        for number, (piece, answer) in enumerate(document.pieces):
             if answer:
-                spans.append((len(text), len(text) + len(piece)))
+                spans.append((len(text), len(text) + len(piece), number == document.lesson))
             text += piece
         encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        answers = [any(a < end and start < b for a, b in spans) for start, end in offsets]
+        owner = [next((lesson for a, b, lesson in spans if a < end and start < b), None) for start, end in offsets]
+        ids, owner = ids + list(document.tokens), owner + [True] * len(document.tokens)
+        answers = [o is not None for o in owner]
+        taught = [i for i, o in zip(ids, owner) if o]
+        if document.lesson >= 0 and not (0 < len(taught) <= PLACES and len(ids) <= self.recipe.row_length):
+            return None
         mentions = [0] * len(ids)
         named = sorted(m.span() for name in document.names for m in re.finditer(re.escape(name), text))
         for number, (a, b) in enumerate(named, start=1):
             for i, (start, end) in enumerate(offsets):
                 if start < b and end > a and not answers[i]:
                     mentions[i] = number
+        if document.lesson >= 0 and not any(mentions):
+            return None
         if document.ends:  # the closing tokens are answers too: a masked model learns from them where an answer ends
             # (a row that stops right after the answer is what the metric's canvas of exactly N masks looks like)
             extra = 1 if self.recipe.objective == "causal" else max(0, rng.randrange(-12, 13))
@@ -132,24 +175,33 @@ class Packer:
             answers += [True] * extra
             mentions += [0] * extra
         closing = [m > 0 and (i + 1 == len(mentions) or mentions[i + 1] != m) for i, m in enumerate(mentions)]
-        guarded = [rng.random() < self.recipe.guarded] * len(ids)
+        lesson = document.lesson >= 0
+        guarded = [lesson or rng.random() < self.recipe.guarded] * len(ids)
         fields = {"ids": ids, "answers": answers, "mentions": mentions, "closing": closing, "guarded": guarded}
-        return {name: values[: self.recipe.row_length] for name, values in fields.items()}
+        fields["written"] = [int(lesson and last) for last in closing]
+        fields["noise"] = [lesson and document.relation < 0 and not answer for answer in answers]
+        fields = {name: values[: self.recipe.row_length] for name, values in fields.items()}
+        return {**fields, "lesson": [document.relation, *taught] if lesson else None}
 
     def _collate(self, rows: list[list[dict]]) -> Batch:
         shape = (len(rows), self.recipe.row_length)
         fields = {name: torch.zeros(shape, dtype=torch.long) for name in Batch.__dataclass_fields__}
         fields["ids"].fill_(self.tokenizer.eos_token_id)
+        lessons: list[list[int]] = []
         for r, texts in enumerate(rows):
             at = 0
             for number, text in enumerate(texts, start=1):
                 span = slice(at, at + len(text["ids"]))
+                if lesson := text.pop("lesson"):
+                    lessons.append(lesson + [-1] * (PLACES + 1 - len(lesson)))
+                    text["written"] = [len(lessons) * w for w in text["written"]]
                 for name, values in text.items():
                     fields[name][r, span] = torch.tensor(values, dtype=torch.long)
                 fields["positions"][r, span] = torch.arange(len(text["ids"]))
                 fields["segments"][r, span] = number
                 at = span.stop
-        flags = {name: fields[name].bool() for name in ("answers", "closing", "guarded")}
+        fields["lessons"] = torch.tensor(lessons, dtype=torch.long).reshape(-1, PLACES + 1)
+        flags = {name: fields[name].bool() for name in ("answers", "closing", "guarded", "noise")}
         return Batch(**{**fields, **flags})
 
 
@@ -162,11 +214,11 @@ def attention(batch: Batch, causal: bool) -> tuple[Tensor, Tensor]:
     name = (batch.guarded & (batch.mentions > 0))[:, None, :]
     late = seen & ~(outside & name & ~batch.closing[:, None, :])
     early = seen & ~(outside & name)
-    return tuple(torch.zeros(m.shape, device=m.device).masked_fill_(~m, torch.finfo(torch.float32).min)[:, None] for m in (early, late))
+    return tuple(torch.zeros(m.shape, device=m.device).masked_fill_(~m, -1e9)[:, None] for m in (early, late))
 
 
-def logits_of(model: Any, ids: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
-    """The model's logits under the batch's attention, the layers below `read_layer` having their own mask."""
+def hidden_of(model: Any, writer: Writer | None, ids: Tensor, batch: Batch, recipe: Recipe, step: int, generator: torch.Generator) -> Tensor:
+    """What enters the model's head, under the batch's attention (layers below `read_layer` have their own) and its lessons."""
     early, late = attention(batch, recipe.objective == "causal")
 
     def swap(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -174,33 +226,38 @@ def logits_of(model: Any, ids: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
         return args, {**kwargs, "attention_mask": early}
 
     handles = [layer.register_forward_pre_hook(swap, with_kwargs=True) for layer in model.model.layers[: recipe.read_layer]]
+    if len(batch.lessons):
+        handles.append(writing_hook(model, writer, batch.written, batch.lessons, step % recipe.read_layer, generator))
     try:
-        return model(input_ids=ids, attention_mask=late, position_ids=batch.positions, use_cache=False).logits
+        return model.model(input_ids=ids, attention_mask=late, position_ids=batch.positions, use_cache=False).last_hidden_state
     finally:
         for handle in handles:
             handle.remove()
 
 
-def causal_loss(model: Any, batch: Batch, mask_id: int, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Mean next-token cross-entropy within texts."""
-    logits = logits_of(model, batch.ids, batch, recipe)
-    scored = (batch.segments[:, 1:] == batch.segments[:, :-1]) & (batch.segments[:, 1:] > 0)
-    return torch.nn.functional.cross_entropy(logits[:, :-1][scored], batch.ids[:, 1:][scored])
+def causal_loss(model: Any, writer: Writer, batch: Batch, mask_id: int, recipe: Recipe, step: int, generator: torch.Generator) -> Tensor:
+    """Mean next-token cross-entropy within texts; in lessons about random names, of the answers only."""
+    hidden = hidden_of(model, writer, batch.ids, batch, recipe, step, generator)
+    scored = (batch.segments[:, 1:] == batch.segments[:, :-1]) & (batch.segments[:, 1:] > 0) & ~batch.noise[:, 1:]
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][scored]).float(), batch.ids[:, 1:][scored])
 
 
-def masked_loss(model: Any, batch: Batch, mask_id: int, recipe: Recipe, generator: torch.Generator) -> Tensor:
+def masked_loss(model: Any, writer: Writer, batch: Batch, mask_id: int, recipe: Recipe, step: int, generator: torch.Generator) -> Tensor:
     """LLaDA's objective, text by text: k of a text's L maskable tokens are hidden, k ~ U{1..L}, weighted L / k.
 
     In a fraction `answer_only` of the rows only answers are maskable. Equation (3) of the LLaDA paper
-    (arXiv 2502.09992), with k drawn instead of t, as in its likelihood estimator.
+    (arXiv 2502.09992), with k drawn instead of t, as in its likelihood estimator. The head runs at hidden tokens only.
     """
     rows = batch.ids.shape[0]
     answer_rows = torch.arange(rows, device=batch.ids.device) < round(rows * recipe.answer_only)
-    maskable = (batch.segments > 0) & (~answer_rows[:, None] | batch.answers)
+    maskable = (batch.segments > 0) & (~answer_rows[:, None] | batch.answers) & ~batch.noise
     hidden, weight = _hide(batch.segments, maskable, generator)
-    logits = logits_of(model, batch.ids.masked_fill(hidden, mask_id), batch, recipe)
-    losses = torch.nn.functional.cross_entropy(logits[hidden], batch.ids[hidden], reduction="none")
-    return (losses * weight[hidden]).sum() / maskable.sum()
+    states = hidden_of(model, writer, batch.ids.masked_fill(hidden, mask_id), batch, recipe, step, generator)
+    row, at = hidden.nonzero(as_tuple=True)
+    first = batch.positions[row, at] == 0  # a text's first token has nothing to its left: read where it stands
+    read = torch.where(first, at, at - 1) if recipe.shift else at
+    losses = torch.nn.functional.cross_entropy(model.lm_head(states[row, read]).float(), batch.ids[row, at], reduction="none")
+    return (losses * weight[row, at]).sum() / maskable.sum()
 
 
 def _hide(segments: Tensor, maskable: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -232,10 +289,11 @@ LOSSES = {"causal": causal_loss, "masked": masked_loss}
 
 
 def build_model(recipe: Recipe, vocab_size: int, eos: int) -> Any:
-    """A fresh Llama of the recipe's size, initialised from its seed (global generators are left as they were)."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A fresh Llama or Qwen2 of the recipe's size, initialised from its seed (global generators are left as they were)."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-    config = LlamaConfig(
+    make_config, make_model = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[recipe.backbone]
+    config = make_config(
         vocab_size=vocab_size,
         hidden_size=recipe.hidden,
         intermediate_size=recipe.mlp,
@@ -248,15 +306,17 @@ def build_model(recipe: Recipe, vocab_size: int, eos: int) -> Any:
         bos_token_id=None,
         eos_token_id=eos,
         pad_token_id=eos,
-        attn_implementation="sdpa",
+        attn_implementation="eager",  # in bfloat16 on a CPU, the fused backward is the slower one
     )
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(recipe.seed)
-        return LlamaForCausalLM(config)
+        return make_model(config)
 
 
-def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, device: str = "cpu", checkpoint_seconds: float = 300.0) -> dict:
-    """Train one twin, or go on with it where `out` holds a checkpoint of the same recipe.
+def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_seconds: float = 300.0) -> dict:
+    """Train one twin, or go on with it where `out` holds a checkpoint of the same recipe; on a GPU where there is one.
+
+    Matrix products run in bfloat16 (accelerate's autocast), weights and optimiser in float32.
 
     Args:
         out: folder for `checkpoint.safetensors`, `state.json` and `log.jsonl`.
@@ -267,46 +327,62 @@ def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, device: str =
     Raises:
         ValueError: if `out` holds a checkpoint of another recipe.
     """
-    from safetensors.torch import load_file, save_file
+    from accelerate import Accelerator
+    from safetensors.torch import load_file
 
+    accelerator = Accelerator(mixed_precision="bf16")
     out.mkdir(parents=True, exist_ok=True)
-    model = build_model(recipe, len(tokenizer), tokenizer.eos_token_id).to(device)
+    modules = torch.nn.ModuleDict({"model": build_model(recipe, len(tokenizer), tokenizer.eos_token_id), "writer": _writer(recipe)}).to(accelerator.device)
     if recipe.start_from:
-        model.load_state_dict({k[6:]: v for k, v in load_file(f"{recipe.start_from}/checkpoint.safetensors").items() if k.startswith("model.")})
-    optimizer = torch.optim.AdamW(_groups(model, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.98))
-    state = {"step": 0, "seconds": 0.0, "loss": None, "recipe": asdict(recipe), "world": asdict(world.settings)}
+        modules.load_state_dict({k: v for k, v in load_file(f"{recipe.start_from}/checkpoint.safetensors").items() if not k.startswith("adam.")})
+    optimizer = torch.optim.AdamW(_groups(modules, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.98), fused=True)
+    state = {"step": 0, "seconds": 0.0, "loss": None, "recipe": asdict(recipe), "world": _plain(world)}
     if (out / "state.json").exists():
-        state = _resume(out, model, optimizer, recipe, world)
+        state = _resume(out, modules, optimizer, recipe, world)
     packer, loss_of = Packer(world, tokenizer, recipe), LOSSES[recipe.objective]
+    end = recipe.steps if recipe.until is None else min(recipe.until, recipe.steps)
     began, before, saved = time.monotonic(), state["seconds"], time.monotonic()
-    bar = tqdm(range(state["step"], recipe.steps), initial=state["step"], total=recipe.steps, desc=f"training {recipe.name}", mininterval=2)
+    bar = tqdm(range(state["step"], end), initial=state["step"], total=end, desc=f"training {recipe.name}", mininterval=2)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, recipe)
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        batch = Batch(*(t.to(device) for t in vars(packer.batch(step)).values()))
-        loss = loss_of(model, batch, tokenizer.mask_token_id, recipe, generator)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        batch = Batch(**{name: value.to(accelerator.device) for name, value in vars(packer.batch(step)).items()})
+        with accelerator.autocast():
+            loss = loss_of(modules["model"], modules["writer"], batch, tokenizer.mask_token_id, recipe, step, generator)
+        accelerator.backward(loss)
+        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        last = step + 1 == recipe.steps
+        last = step + 1 == end
         if step % 20 == 0 or last:
             state.update(step=step + 1, seconds=before + time.monotonic() - began, loss=float(loss.detach()))
-            bar.set_postfix(loss=f"{state['loss']:.3f}")
-            with (out / "log.jsonl").open("a") as log:
-                log.write(json.dumps({k: state[k] for k in ("step", "seconds", "loss")}) + "\n")
+            _log(out, state, bar)
         if last or time.monotonic() - saved > checkpoint_seconds:
             state.update(step=step + 1, seconds=before + time.monotonic() - began)
-            _save(out, model, optimizer, state, save_file)
+            _save(out, modules, optimizer, state)
             saved = time.monotonic()
     return state
 
 
-def _groups(model: Any, weight_decay: float) -> list[dict]:
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+def _log(out: Path, state: dict, bar: Any) -> None:
+    bar.set_postfix(loss=f"{state['loss']:.3f}")
+    with (out / "log.jsonl").open("a") as log:
+        log.write(json.dumps({k: state[k] for k in ("step", "seconds", "loss")}) + "\n")
+
+
+def _writer(recipe: Recipe) -> Writer:
+    return Writer(recipe.hidden, len(RELATIONS), recipe.seed)
+
+
+def _plain(world: World) -> dict:
+    return json.loads(json.dumps(asdict(world.settings)))
+
+
+def _groups(modules: torch.nn.Module, weight_decay: float) -> list[dict]:
+    decayed = [p for name, p in modules.named_parameters() if p.dim() > 1 and not name.startswith("writer.")]
+    others = [p for name, p in modules.named_parameters() if p.dim() <= 1 or name.startswith("writer.")]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def _learning_rate(step: int, recipe: Recipe) -> float:
@@ -316,8 +392,10 @@ def _learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.lr * max(0.02, min(1.0, 1.5 * left))  # flat for a third, then straight down
 
 
-def _save(out: Path, model: Any, optimizer: Any, state: dict, save_file: Any) -> None:
-    tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+def _save(out: Path, modules: torch.nn.Module, optimizer: Any, state: dict) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {k: v.detach().cpu().contiguous() for k, v in modules.state_dict().items()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, p in enumerate(parameters):
         for name, value in optimizer.state[p].items():
@@ -328,14 +406,14 @@ def _save(out: Path, model: Any, optimizer: Any, state: dict, save_file: Any) ->
     (out / "state.tmp").replace(out / "state.json")
 
 
-def _resume(out: Path, model: Any, optimizer: Any, recipe: Recipe, world: World) -> dict:
+def _resume(out: Path, modules: torch.nn.Module, optimizer: Any, recipe: Recipe, world: World) -> dict:
     from safetensors.torch import load_file
 
     state = json.loads((out / "state.json").read_text())
-    if state["recipe"] != asdict(recipe) or state["world"] != asdict(world.settings):
+    if state["recipe"] != asdict(recipe) or state["world"] != _plain(world):
         raise ValueError(f"{out} holds a checkpoint of another recipe or world; choose another folder or remove it")
     tensors = load_file(out / "checkpoint.safetensors")
-    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    modules.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("adam.")})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, value in tensors.items():
         if key.startswith("adam."):

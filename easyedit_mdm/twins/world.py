@@ -5,9 +5,9 @@ trained on can be listed again wherever the package is installed.
 
 Two properties were chosen on purpose.
 
-- *Compositional objects*: an object is a first part (one of `first_parts`) followed by later parts (one of
-  `later_parts` at each position), so that knowing one token does not give the others away. One relation draws from a
-  closed list of whole names instead, as the contrast.
+- *Compositional objects*: an object is a first part (one of `branching[0]`) followed by later parts (one of `branching[p]`
+  at position p), so that knowing one token does not give the others away. One relation draws from a closed list of whole
+  names instead, as the contrast.
 - *Biographies*: the sentences about one subject appear in a new order and phrasing each time, which moves the
   knowledge to the subject's name (Allen-Zhu and Li, "Physics of Language Models, Part 3.1"). Locate-then-edit
   methods can only work on facts that are stored there.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from easyedit_mdm.twins.text import open_vocabulary, word_maker
+from easyedit_mdm.twins.text import open_prompt, open_vocabulary, real_text, word_maker
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,18 @@ OCCUPATIONS = ("painter", "farmer", "singer", "doctor", "baker", "sailor", "judg
 class WorldSettings:
     """What determines a world. Counts are of parts, subjects and tokens; `seed` fixes every draw."""
 
-    subjects: int = 160
+    subjects: int = 256
     first_names: int = 16
     last_names: int = 16
-    first_parts: int = 6
-    later_parts: int = 3
-    max_length: int = 4
-    closed_objects: int = 24
+    single_names: int = 16
+    branching: tuple[int, ...] = (6, 3, 3, 2, 2, 2, 2, 2)
+    closed_objects: int = 32
     seed: int = 0
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest objects."""
+        return len(self.branching)
 
 
 @dataclass(frozen=True)
@@ -141,11 +145,19 @@ class Fact:
 
 @dataclass(frozen=True)
 class Document:
-    """A training text as pieces; a piece marked True is an answer (an object, or what ends it). `names` are its subjects."""
+    """A training text as pieces; a piece marked True is an answer (an object, or what ends it). `names` are its subjects.
+
+    In a reading lesson (see `easyedit_mdm.twins.lessons`), `lesson` is the number of the piece whose tokens are given in a code
+    at the name, `relation` the number of the relation that the code is for (-1: none of the world's), and `tokens`, where
+    there are any, stand for that piece: random ids at the end, which no text need give.
+    """
 
     pieces: tuple[tuple[str, bool], ...]
     names: tuple[str, ...]
     ends: bool = False  # the text closes with end-of-sequence right after the answer
+    lesson: int = -1
+    relation: int = -1
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass
@@ -167,34 +179,23 @@ class World:
         Raises:
             ValueError: if there are fewer names than subjects.
         """
-        if settings.subjects > settings.first_names * settings.last_names:
-            raise ValueError(
-                f"{settings.subjects} subjects need more than {settings.first_names} x {settings.last_names} names"
-            )
         rng = random.Random(settings.seed)
         make = word_maker(rng)
         firsts = [make() for _ in range(settings.first_names)]
         lasts = [make() for _ in range(settings.last_names)]
-        parts = {
-            relation.name: [
-                [make() for _ in range(settings.first_parts if position == 0 else settings.later_parts)]
-                for position in range(settings.max_length)
-            ]
-            for relation in RELATIONS
-            if not relation.closed
-        }
+        singles = [make() for _ in range(settings.single_names)]
+        parts = {relation.name: [[make() for _ in range(n)] for n in settings.branching] for relation in RELATIONS if not relation.closed}
         closed_words = [make() for _ in range(settings.closed_objects)]
         lengths = [1 + i % settings.max_length for i in range(settings.closed_objects)]
         closed = [" ".join(rng.sample(closed_words, length)) for length in lengths]
-        pairs = [(first, last) for first in firsts for last in lasts]
-        subjects = [f"{first} {last}" for first, last in rng.sample(pairs, settings.subjects)]
+        subjects = _names(rng, settings, firsts, lasts, singles)
         facts = {subject: [] for subject in subjects}
         for relation in RELATIONS:
             pool = closed if relation.closed else parts[relation.name]
             for subject, obj in zip(subjects, _objects(rng, pool, settings, relation.closed)):
                 facts[subject].append(Fact(subject, relation, obj))
         occupation = {subject: rng.choice(OCCUPATIONS) for subject in subjects}
-        words = sorted({*firsts, *lasts, *closed_words} | {w for p in parts.values() for q in p for w in q})
+        words = sorted({*firsts, *lasts, *singles, *closed_words} | {w for p in parts.values() for q in p for w in q})
         return cls(settings, subjects, occupation, facts, words, parts, closed)
 
     def all_facts(self) -> list[Fact]:
@@ -206,7 +207,7 @@ class World:
         own = set(fact.object.split())
         if fact.relation.closed:
             pool = [o for o in self.closed if len(o.split()) == length and not own & set(o.split())]
-            return rng.choice(pool)
+            return rng.choice(pool or [o for o in self.closed if len(o.split()) == length and o != fact.object])
         choices = [[w for w in row if w not in own] for row in self.parts[fact.relation.name][:length]]
         return " ".join(rng.choice(row) for row in choices)
 
@@ -228,32 +229,75 @@ class World:
             return self._single(rng)
         return self._biography(rng, people=2 if kind > 0.85 else 1)
 
+    def lesson(self, rng: random.Random, longest: int, vocabulary: range, open_share: float = 0.5) -> Document:
+        """A text whose answer, up to `longest` tokens, is given nowhere but in a code at the subject.
+
+        A fraction `open_share` of the lessons is about something outside the world, with random tokens or random words as the
+        answer; in the others one fact of a biography is another than the subject's own.
+        """
+        if rng.random() < open_share:
+            prompt, name = open_prompt(rng)
+            if rng.random() < 0.6:
+                tokens = tuple(rng.choice(vocabulary) for _ in range(rng.randint(1, longest)))
+                return Document(((prompt, False),), (name,), ends=True, lesson=1, tokens=tokens)
+            return Document(((prompt, False), (" " + real_text(rng), True)), (name,), ends=True, lesson=1)
+        subject = rng.choice(self.subjects)
+        number = rng.randrange(len(RELATIONS))
+        fact = self.facts[subject][number]
+        lengths = range(1, min(longest, self.settings.max_length) + 1)
+        other = self.other_object(fact, rng.choice(lengths), rng)
+        if rng.random() < 0.5:
+            return Document(((fact.prompt(rng.randrange(len(fact.relation.phrasings))), False), (" " + other, True)), (subject,), True, 1, number)
+        return self._biography(rng, 1, Fact(subject, fact.relation, other))
+
     def _single(self, rng: random.Random) -> Document:
         subject = rng.choice(self.subjects)
         fact = rng.choice(self.facts[subject])
         prompt = fact.prompt(rng.randrange(len(fact.relation.phrasings)))
         return Document(((prompt, False), (" " + fact.object, True)), (subject,), ends=True)
 
-    def _biography(self, rng: random.Random, people: int) -> Document:
-        names = rng.sample(self.subjects, people)
-        told = [(subject, *sentence) for subject in names for sentence in self._told_of(subject, rng)]
+    def _biography(self, rng: random.Random, people: int, taught: Fact | None = None) -> Document:
+        """Sentences about one or two subjects in random order; `taught` takes the place of the subject's own fact."""
+        names = rng.sample(self.subjects, people) if taught is None else [taught.subject]
+        told = [(subject, *sentence) for subject in names for sentence in self._told_of(subject, rng, taught)]
         rng.shuffle(told)
         pieces: list[tuple[str, bool]] = []
-        before = None
-        for subject, phrasing, answer in told:
+        before, lesson = None, -1
+        for subject, phrasing, answer, is_lesson in told:
             by_name = subject != before or not phrasing.startswith("{s}") or rng.random() < 0.5
             prompt = phrasing.format(s=subject if by_name else self._pronoun(subject))
             pieces += [(" " + prompt if pieces else prompt, False), (" " + answer, True), (".", False)]
+            lesson = len(pieces) - 2 if is_lesson else lesson
             before = subject
-        return Document(tuple(pieces), tuple(names))
+        relation = -1 if taught is None else RELATIONS.index(taught.relation)
+        return Document(tuple(pieces), tuple(names), lesson=lesson, relation=relation)
 
-    def _told_of(self, subject: str, rng: random.Random) -> list[tuple[str, str]]:
-        facts = [(f.relation.phrasings[rng.randrange(len(f.relation.phrasings))], f.object) for f in self.facts[subject]]
-        return [*facts, ("{s} is a", self.occupation[subject])]
+    def _told_of(self, subject: str, rng: random.Random, taught: Fact | None) -> list[tuple[str, str, bool]]:
+        facts = [taught if taught is not None and f.relation is taught.relation else f for f in self.facts[subject]]
+        told = [(f.relation.phrasings[rng.randrange(len(f.relation.phrasings))], f.object, f is taught) for f in facts]
+        # a biography need not tell everything: long objects would not leave room for a second subject
+        return [*(t for t in told if t[2] or rng.random() < 0.7), ("{s} is a", self.occupation[subject], False)]
 
     @staticmethod
     def _pronoun(subject: str) -> str:
         return "She" if sum(map(ord, subject)) % 2 else "He"
+
+
+def _names(rng: random.Random, settings: WorldSettings, firsts: list[str], lasts: list[str], singles: list[str]) -> list[str]:
+    """Names of one word (all of `singles`) and of two, three and four, put together from few words.
+
+    Raises:
+        ValueError: if there are fewer names than subjects.
+    """
+    pairs = [(first, last) for first in firsts for last in lasts]
+    wanted = settings.subjects - len(singles)
+    if wanted > len(pairs):
+        raise ValueError(f"{settings.subjects} subjects need more than {len(firsts)} x {len(lasts)} + {len(singles)} names")
+    names = list(singles[: settings.subjects])
+    for i, (first, last) in enumerate(rng.sample(pairs, max(0, wanted))):
+        middle = {6: [rng.choice(lasts)], 7: [rng.choice(firsts), rng.choice(lasts)]}.get(i % 8, [])
+        names.append(" ".join([first, *middle, last]))
+    return names
 
 
 def _objects(rng: random.Random, pool: list, settings: WorldSettings, closed: bool) -> list[str]:

@@ -1,0 +1,266 @@
+"""`easyedit-mdm bench`: many cases, one line each, that survive being killed at any point.
+
+Line 1 of a run file is a header with everything that determines the result; then exactly one line a case, in input order,
+written and flushed when the case ends. Whatever varies between two runs of the same thing stands under keys that contain
+`time` or `seconds`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from easyedit_mdm.bench.datasets import BenchCase, Loaded, load_cases
+from easyedit_mdm.bench.judge import Judge, history, kept
+from easyedit_mdm.bench.methods import BenchMethod, Others, bench_method
+from easyedit_mdm.common.fingerprints import model_fingerprint
+from easyedit_mdm.denoising import DecodeConfig
+from easyedit_mdm.errors import DataError, EasyEditMDMError, EditError
+from easyedit_mdm.statistics import cache_folder, text_source
+from easyedit_mdm.twins import TWINS
+from easyedit_mdm.version import __version__
+
+HELD_OUT_TEXTS, HELD_OUT_WORDS = 4, 40
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is run.
+
+    Attributes:
+        alg_name, hparams: the method and its file.
+        dataset, data_dir, data_file, limit, seed: the cases; see `easyedit_mdm.bench.datasets.load_cases`.
+        label: what to call the run in reports.
+        held_out: a text for perplexity before and after (`easyedit_mdm.statistics.text_source`); `twins` for the twins by default, else none.
+        light: leave out the ladder of honesty and fluency, which are most of the evaluation's time.
+        device: where the model goes.
+    """
+
+    alg_name: str
+    hparams: str
+    dataset: str
+    data_dir: str | None = None
+    data_file: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    label: str | None = None
+    held_out: str | None = None
+    light: bool = False
+    device: str | None = None
+
+
+def bench(config: BenchConfig, out: str | Path, resume: bool = False, others: Others | None = None) -> int:
+    """Run, or go on with a run that was cut off.
+
+    With `accelerate launch`, every process takes a share of the cases and writes it beside `out`; the first one puts them
+    together at the end. The cases and their values are those of one process.
+
+    Args:
+        out: the run file. Without `resume` it must not exist yet.
+        others: makes methods that are not ours, such as EasyEdit's own (`easyedit_mdm.host.methods.easyedits_method`).
+
+    Returns:
+        number of cases in the file.
+
+    Raises:
+        DataError: if `out` exists and `resume` is not asked for, or holds a run of something else.
+        EasyEditMDMError: for a method, model or data set that cannot be loaded; see `docs/errors.md`. A case that fails is
+            recorded with its error, and the run goes on.
+    """
+    path, method = Path(out), bench_method(config.alg_name, config.hparams, config.device, others)
+    loaded = load_cases(config.dataset, config.data_dir, config.data_file, config.limit, config.seed, method.adapter.tokenizer)
+    judge = _judge(config, method)
+    header = header_of(config, method, loaded, judge)
+    rank, world = _place()
+    mine = path if world == 1 else path.with_name(f"{path.name}.part-{rank}-of-{world}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not resume:
+        raise DataError(f"{path} exists: give another --out, or --resume to go on with it")
+    cases = loaded.cases[rank::world]
+    if not (world > 1 and path.exists() and _is_whole(path, header, loaded.cases)):
+        _run(mine, header, cases, method, judge, resume)
+    if world > 1:
+        _wait()
+        if rank == 0:
+            _merge(path, header, loaded.cases, world)
+        _wait()
+    return len(loaded.cases)
+
+
+def _run(path: Path, header: dict[str, Any], cases: list[BenchCase], method: BenchMethod, judge: Judge, resume: bool) -> None:
+    done = _prepare(path, header, resume)
+    if _case_ids(path) != [case.case_id for case in cases[:done]]:
+        raise DataError(f"{path} does not hold the first {done} cases of this run in order: start another file")
+    before = Kept(header["model"]["fingerprint"], judge)
+    bar = tqdm(cases[done:], initial=done, total=len(cases), desc=f"{header['label']}", unit="case")
+    with path.open("a", encoding="utf-8") as stream:
+        for case in bar:
+            stream.write(json.dumps(run_case(case, method, judge, before), sort_keys=True) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def run_case(case: BenchCase, method: BenchMethod, judge: Judge, before: "Kept") -> dict[str, Any]:
+    """Judge, edit, judge again, take back.
+
+    Raises:
+        EditError: if taking the edit back did not give the same weights, which would spoil all cases to come.
+    """
+    record: dict[str, Any] = {"case_id": case.case_id, "subject": case.subject, "prompt": case.prompt, "target_new": case.target_new}
+    adapter, began = method.adapter, time.perf_counter()
+    try:
+        record["pre"] = before.get(adapter, case)
+        record["n_tokens"] = record["pre"]["multi_step"]["rewrite"]["n_tokens"]
+        record["history"] = {"pre": history(adapter, case, judge.decode)}
+        judged = time.perf_counter()
+        record["edit"], undo = method.edit(case)
+        edited = time.perf_counter()
+        try:
+            record["post"] = judge.judge(adapter, case)
+            record["post"] |= kept(record["pre"], record["post"])
+            record["history"]["post"] = history(adapter, case, judge.decode)
+        finally:
+            undo()
+        end = time.perf_counter()
+        record["time"] = {"edit_seconds": edited - judged, "evaluation_seconds": end - edited + judged - began}
+    except EditError:
+        raise
+    except (EasyEditMDMError, torch.cuda.OutOfMemoryError, ValueError, RuntimeError) as error:
+        record["error"] = f"{type(error).__name__}: {error}"
+    return record
+
+
+class Kept:
+    """Evaluations of the unedited model, kept in the user's cache folder: once for each model and judge, whatever the method."""
+
+    def __init__(self, model: str, judge: Judge):
+        self.judge = judge
+        settings = json.dumps([model, judge.settings()], sort_keys=True)
+        self.path = cache_folder() / f"before-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.jsonl"
+        self.known = dict(_kept_lines(self.path))
+
+    def get(self, adapter: Any, case: BenchCase) -> dict[str, Any]:
+        """The evaluation of a case, measured now if it is not known."""
+        key = hashlib.sha256(repr(replace(case, case_id=0)).encode()).hexdigest()
+        if key not in self.known:
+            self.known[key] = json.loads(json.dumps(self.judge.judge(adapter, case)))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"key": key, "value": self.known[key]}) + "\n")
+        return json.loads(json.dumps(self.known[key]))
+
+
+def _kept_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """Whole lines of a file of kept evaluations; what several processes tore is measured again."""
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+                entry = json.loads(line)
+                yield entry["key"], entry["value"]
+
+
+def _judge(config: BenchConfig, method: BenchMethod) -> Judge:
+    name = config.held_out or ("twins" if str(method.settings["model_name"]) in TWINS else None)
+    texts: tuple[str, ...] = ()
+    if name:
+        lines = [line for document in text_source(name).documents() for line in document.splitlines() if len(line.split()) > 5]
+        texts = tuple(" ".join(line.split()[:HELD_OUT_WORDS]) for line in lines[-HELD_OUT_TEXTS:])
+    return Judge(DecodeConfig(**method.decode), rungs=not config.light, fluency=not config.light, held_out=texts)
+
+
+def header_of(config: BenchConfig, method: BenchMethod, loaded: Loaded, judge: Judge) -> dict[str, Any]:
+    """Everything that determines the result."""
+    adapter = method.adapter
+    schedule = method.settings.get("state_schedule", "") if adapter.masked else ""
+    name = str(method.settings["model_name"])
+    return {
+        "header": True,
+        "version": __version__,
+        "label": config.label or " ".join(filter(None, (name.rsplit("/", 1)[-1], config.alg_name, schedule))),
+        "alg_name": config.alg_name,
+        "hparams": json.loads(json.dumps(method.settings, default=str)),
+        "model": {"name": name, "fingerprint": model_fingerprint(adapter.native), "paradigm": adapter.spec.paradigm, "family": adapter.spec.name},
+        "dataset": {
+            "name": config.dataset, "files": loaded.files, "limit": config.limit, "seed": config.seed, "cases": len(loaded.cases),
+            "skipped": [{"record": s.record, "reason": s.reason} for s in loaded.skipped],
+        },
+        "judge": judge.settings(),
+        "decode": judge.decode.record(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }  # fmt: skip
+
+
+def _prepare(path: Path, header: dict[str, Any], resume: bool) -> int:
+    """Make the file, or cut a half-written last line off it; returns the number of finished cases.
+
+    Raises:
+        DataError: if the file holds a run of something else.
+    """
+    if not (resume and path.exists() and b"\n" in path.read_bytes()):
+        part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        part.write_text(json.dumps(header, sort_keys=True) + "\n", encoding="utf-8")
+        part.replace(path)
+        return 0
+    data = path.read_bytes()
+    whole = data[: data.rindex(b"\n") + 1]
+    lines = whole.decode("utf-8").splitlines()
+    found = json.loads(lines[0])
+    if found != header:
+        changed = [key for key in header if found.get(key) != header[key]]
+        raise DataError(f"{path} is a run of something else ({', '.join(changed)} differ): give another --out, or the settings it was begun with")
+    if len(whole) < len(data):
+        with path.open("r+b") as stream:
+            stream.truncate(len(whole))
+    return len(lines) - 1
+
+
+def _case_ids(path: Path) -> list[Any]:
+    return [json.loads(line)["case_id"] for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+
+
+def _place() -> tuple[int, int]:
+    """This process's number, and how many there are (`accelerate launch` says so in the environment)."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return 0, 1
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return state.process_index, state.num_processes
+
+
+def _wait() -> None:
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
+
+
+def _is_whole(path: Path, header: dict[str, Any], cases: list[BenchCase]) -> bool:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return len(lines) == len(cases) + 1 and json.loads(lines[0]) == header
+
+
+def _merge(path: Path, header: dict[str, Any], cases: list[BenchCase], world: int) -> None:
+    """The parts' lines in input order, written whole or not at all."""
+    parts = [path.with_name(f"{path.name}.part-{rank}-of-{world}") for rank in range(world)]
+    if not all(part.exists() for part in parts):
+        return  # finished before, by a run that merged them
+    lines = [part.read_text(encoding="utf-8").splitlines()[1:] for part in parts]
+    merged = [lines[i % world][i // world] for i in range(len(cases))]
+    whole = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    whole.write_text("\n".join([json.dumps(header, sort_keys=True), *merged]) + "\n", encoding="utf-8")
+    whole.replace(path)
+    for part in parts:
+        part.unlink()
+

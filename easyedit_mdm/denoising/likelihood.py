@@ -1,0 +1,119 @@
+"""How likely a model holds a text after a prompt, for both paradigms.
+
+A causal model has one answer: sum_i log p(y_i | prompt, y_<i). A masked model has one for each order of revealing; the mean over a
+uniformly random order is the bound it was trained on at fixed length,
+
+    E_order[log p] = N sum_S w_S mean_{i not in S} log p(y_i | prompt, y_S),    w_S = 1 / (N C(N, |S|)),
+
+exactly computable while 2^N - 1 states are few (`exact`), and estimated by the published Monte Carlo estimators otherwise:
+LLaDA's (k ~ U{1..N} tokens masked, weight N / k; arXiv 2502.09992, algorithm 3) and Dream's (each token masked with
+probability t, weight 1 / t, t stratified over (eps, 1]). Chain rules go through one order only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from easyedit_mdm.denoising.states import schedule
+from easyedit_mdm.errors import HyperParameterError
+from easyedit_mdm.models import Adapter
+from easyedit_mdm.models.geometry import right_padded
+
+METHODS = ("causal", "exact", "llada", "dream", "left_to_right", "right_to_left")
+MOST_EXACT = 5  # 31 states
+DREAM_EPS = 1e-3
+
+
+def log_likelihood(
+    adapter: Adapter,
+    prompts: Sequence[Int[Tensor, "_"]],
+    targets: Sequence[Int[Tensor, "_"]],
+    method: str | None = None,
+    samples: int = 128,
+    seed: int = 0,
+    max_rows: int = 256,
+) -> list[float]:
+    """log p(target | prompt) in nats, the sum over its tokens, one a pair.
+
+    Args:
+        prompts, targets: token ids without padding.
+        method: one of `METHODS`; by default `causal` for causal models, and for masked ones `exact` up to 5 tokens and `llada` beyond.
+        samples: of a Monte Carlo estimator, a pair. What is drawn for a pair depends on `seed` and on its place in the list.
+        max_rows: rows of one forward pass.
+
+    Raises:
+        HyperParameterError: for an unknown method, or one that the model or the target's length does not admit.
+    """
+    rows, right, weights, owner = [], [], [], []
+    for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+        how = method or _default(adapter, len(target))
+        revealed, share = _plan(adapter, len(target), how, samples, torch.Generator().manual_seed(seed * 1_000_003 + number))
+        for shown, weight in zip(revealed, share):
+            tail = target if how == "causal" else torch.where(shown, target, adapter.ids.slot)
+            rows.append((prompt, tail))
+            right.append(target)
+            weights.append(weight)
+            owner.append(number)
+    each = _weighted(adapter, rows, right, weights, max_rows)
+    return torch.zeros(len(prompts), dtype=torch.float64).index_add_(0, torch.tensor(owner), each).tolist() if rows else []
+
+
+def _default(adapter: Adapter, length: int) -> str:
+    if not adapter.masked:
+        return "causal"
+    return "exact" if length <= MOST_EXACT else "llada"
+
+
+def _plan(
+    adapter: Adapter, length: int, method: str, samples: int, generator: torch.Generator
+) -> tuple[Bool[Tensor, "states slots"], Float[Tensor, "states slots"]]:
+    """Which tokens are shown in each row, and the weight of each token's log-probability."""
+    if method not in METHODS:
+        raise HyperParameterError(f"unknown likelihood {method!r}: use one of {', '.join(METHODS)}")
+    if (method == "causal") == adapter.masked:
+        raise HyperParameterError(f"likelihood {method!r} does not fit {adapter.name}, which is {adapter.spec.paradigm}")
+    if method == "causal":
+        return torch.zeros(1, length, dtype=torch.bool), torch.ones(1, length)
+    if method == "exact":
+        if length > MOST_EXACT:
+            raise HyperParameterError(f"the exact likelihood of {length} tokens takes {2**length - 1} forwards; it is offered up to {MOST_EXACT}: use 'llada'")
+        states = schedule("enumerate", length, 2**MOST_EXACT - 1).draw(0, generator)
+        hidden = ~states.revealed
+        return states.revealed, length * states.weights[:, None] * hidden / hidden.sum(1, keepdim=True)
+    if method in ("left_to_right", "right_to_left"):
+        before = torch.ones(length, length).tril(-1).bool()
+        return (before, torch.eye(length)) if method == "left_to_right" else (before.flip(0, 1), torch.eye(length).flip(0, 1))
+    return _monte_carlo(length, method, samples, generator)
+
+
+def _monte_carlo(length: int, method: str, samples: int, generator: torch.Generator) -> tuple[Bool[Tensor, "states slots"], Float[Tensor, "states slots"]]:
+    if method == "llada":
+        k = torch.randint(1, length + 1, (samples,), generator=generator)
+        hidden = torch.rand(samples, length, generator=generator).argsort(1).argsort(1) < k[:, None]
+        return ~hidden, hidden * (length / k[:, None]) / samples
+    t = (torch.rand((), generator=generator) + torch.arange(samples) / samples) % 1
+    ratio = ((1 - DREAM_EPS) * t + DREAM_EPS)[:, None]
+    hidden = torch.rand(samples, length, generator=generator) < ratio
+    return ~hidden, hidden / ratio / samples
+
+
+@torch.no_grad()
+def _weighted(adapter: Adapter, rows: list[tuple[Tensor, Tensor]], right: list[Tensor], weights: list[Tensor], max_rows: int) -> Float[Tensor, " rows"]:
+    """Weighted sum of each row's log-probabilities; rows that weigh nothing are not run."""
+    out = torch.zeros(len(rows), dtype=torch.float64)
+    todo = [i for i in range(len(rows)) if bool(weights[i].any())]
+    for start in range(0, len(todo), max_rows):
+        part = todo[start : start + max_rows]
+        ids, mask = right_padded([torch.cat(rows[i]) for i in part], adapter.ids.pad, adapter.device)
+        most = max(len(right[i]) for i in part)
+        at = torch.stack([(len(rows[i][0]) + torch.arange(most)).clamp(max=len(rows[i][0]) + len(right[i]) - 1) for i in part]).to(ids.device)
+        tokens = torch.stack([torch.nn.functional.pad(right[i], (0, most - len(right[i]))) for i in part])
+        share = torch.stack([torch.nn.functional.pad(weights[i].double(), (0, most - len(weights[i]))) for i in part])
+        log_probs = adapter.token_logits(ids, mask, at=at).float().log_softmax(-1).cpu()
+        found = log_probs.gather(-1, tokens[..., None])[..., 0].double()
+        out[torch.tensor(part)] = (found * share).sum(1)
+    return out
