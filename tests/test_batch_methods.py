@@ -39,7 +39,7 @@ def moments_of(size: int, seed: int = 0) -> SecondMoments:
 def statistics(monkeypatch):
     """Well-behaved statistics for tiny models: what is tested here is what is done with them."""
 
-    def given(adapter, sites, *_):
+    def given(adapter, sites, *_, **__):
         return [moments_of(adapter.module(s.name).weight.shape[0 if s.transposed else 1], s.layer) for s in sites]
 
     monkeypatch.setattr(rome, "moments_for", given)

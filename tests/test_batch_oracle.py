@@ -87,7 +87,7 @@ def their_update(method: str, adapter, family: str, layers: list[int], moments: 
 
 def our_update(method: str, adapter, layers: list[int], moments: dict[int, torch.Tensor], monkeypatch) -> list[torch.Tensor]:
     """The dense updates of our method with EasyEdit's conventions."""
-    monkeypatch.setattr(rome, "moments_for", lambda adapter, sites, *_: [SecondMoments(moments[s.layer].double(), 1) for s in sites])
+    monkeypatch.setattr(rome, "moments_for", lambda adapter, sites, *_, **__: [SecondMoments(moments[s.layer].double(), 1) for s in sites])
     conventions = {} if method == "R-ROME" else {"mom2_dataset": "given", "mom2_eps": 0.0, "key_average": "easyedit"}
     hparams = METHODS[f"{method}_MDM"].hparams(
         alg_name=f"{method}_MDM", model_name="tiny", layers=layers, **SHARED, **OWN[method][0], **conventions, v_loss_layer=2,

@@ -101,9 +101,11 @@ def test_spread_deals_every_kind_evenly(length):
     """Over a cycle each number k of revealed tokens comes up equally often; where all states fit, each state within its k too."""
     plan = schedule("spread", length)
     states = plan.draw(0, torch.Generator().manual_seed(0))
-    assert plan.dealt and plan.fixed and plan.cycle == len(states.weights) <= 31
+    assert plan.dealt and plan.fixed and len(states.weights) <= 31 and plan.cycle == length
     counts = states.revealed.sum(1).tolist()
     assert all(counts.count(k) == len(counts) // length for k in range(length))
+    n = len(counts)
+    assert all({counts[(c + t) % n] for t in range(start, start + plan.cycle)} == set(range(length)) for c in range(3) for start in range(n)), "a cycle"
     if length <= 3:
         for k in range(length):
             of_k = [tuple(s.tolist()) for s in states.revealed if int(s.sum()) == k]

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from easyedit_mdm import ROMEMDMHyperParams, make_edit
+from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.errors import StatisticsError
 from easyedit_mdm.models.hooks import reading_input
 from easyedit_mdm.statistics import CollectConfig, SecondMoments, TextSource, cache_folder, collect, collecting, moments_for, read, text_source
@@ -96,6 +97,9 @@ def test_figures():
     low = SecondMoments(torch.diag(torch.tensor([1.0, 1, 0, 0], dtype=torch.float64)), 100)
     assert low.figures()["condition"] == float("inf") and low.figures()["effective_rank"] == pytest.approx(2)
     assert low.figures(0.1)["condition"] == pytest.approx(1.05 / 0.05)
+    assert SecondMoments(torch.eye(8, dtype=torch.float64), 100).cheap_figures() == flat
+    wide = SecondMoments(torch.eye(2049, dtype=torch.float64), 100)
+    assert wide.cheap_figures() == {"tokens": 100}, "no minutes of eigenvalues in the middle of an edit"
 
 
 def test_solve():
@@ -128,6 +132,22 @@ def test_kept_and_not_mixed_up(tiny, tmp_path):
         other.module("model.embed_tokens").weight[5] += 1
     moments_for(other, [other.site(1)], text, 200, folder)
     assert len(list(folder.iterdir())) == 5
+
+
+def test_an_edited_model_does_not_write_under_the_base_models_name(tiny, tmp_path):
+    """Statistics asked for after an edit are the base model's where they are known, else kept under the edited model's fingerprint."""
+    text, folder = tmp_path / "text.txt", tmp_path / "stats"
+    text.write_text(TEXT)
+    model = tiny("llada")
+    (base,) = moments_for(model, [model.site(1)], text, 200, folder)
+    other = tiny("llada")
+    moments_for(other, [other.site(0)], text, 200, folder)  # seen first as the base model
+    with torch.no_grad():
+        other.module("model.layers.0.mlp.down_proj").weight.mul_(3)
+    (known,) = moments_for(other, [other.site(1)], text, 200, folder)
+    assert torch.equal(known.moment, base.moment), "found where the base model's were kept"
+    (unknown,) = moments_for(other, [other.site(2)], text, 200, folder)
+    assert unknown.settings["model"] == model_fingerprint(other.native) != base.settings["model"]
 
 
 def test_files_are_not_trusted(tiny, tmp_path):

@@ -166,7 +166,7 @@ def spread(length: int, max_states: int = MAX_STATES) -> Schedule:
     """A fixed set of states dealt out over the context prefixes and steps: no more forwards than `full_mask`.
 
     The set holds rounds of N states, one for each number k = 0..N-1 of revealed tokens, so that over a cycle every k weighs
-    the same in every prefix; in round r stands the r-th of the C(N, k) states with k revealed, in random order. As many
+    the same in every prefix, after N steps already; in round r stands the r-th of the C(N, k) states with k revealed, in random order. As many
     rounds as make all states equally frequent within their k, at most max_states / N (at least one).
     """
     counts = torch.linspace(0, length - 1, min(length, max_states)).round().int().tolist()
@@ -180,7 +180,7 @@ def spread(length: int, max_states: int = MAX_STATES) -> Schedule:
             kept.append(_states(torch.stack([states[r] for r in range(rounds) for states in sets])))
         return kept[0]
 
-    return Schedule("spread", "spread", True, rounds * len(counts), draw, dealt=True)
+    return Schedule("spread", "spread", True, len(counts), draw, dealt=True)
 
 
 def _shuffled(length: int, k: int, n: int, generator: torch.Generator) -> Bool[Tensor, "n slots"]:

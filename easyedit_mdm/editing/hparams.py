@@ -39,6 +39,7 @@ class ROMEMDMHyperParams:
             or `twins` (`easyedit_mdm.statistics.text_source`).
         mom2_n_tokens: tokens of it that are used; None means 10 times the key's dimension.
         mom2_mask_ratio: 0: plain text; a number or `uniform`: masked text, keys at unmasked positions (masked models only).
+        mom2_settled: collect no further once even and odd batches differ by less than this, relatively; None: all tokens.
         mom2_eps: ridge, as a fraction of the mean eigenvalue, added to the second moments.
         key_states: states of the target under which k* is read in a masked model: `full_mask`, or `average` over all of them.
         max_rows: rows of one forward pass; more are split, with the same result.
@@ -72,6 +73,7 @@ class ROMEMDMHyperParams:
     mom2_dataset: str | None = None
     mom2_n_tokens: int | None = None
     mom2_mask_ratio: int | float | str = 0
+    mom2_settled: float | None = None
     mom2_eps: float = 1e-6
     stats_dir: str | None = None
     device: Any = None

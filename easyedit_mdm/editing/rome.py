@@ -113,7 +113,7 @@ def closed_form(
     if hparams.mom2_adjustment:
         moments = statistics(adapter, [site], hparams)[0]
         u = moments.solve(u, hparams.mom2_eps)
-        figures |= moments.figures(hparams.mom2_eps)
+        figures |= moments.cheap_figures(hparams.mom2_eps)
     u = u / u.norm()
     key = bare if hparams.key_average == "easyedit" else solved
     denominator = torch.dot(key, u)
@@ -125,7 +125,7 @@ def closed_form(
 
 def statistics(adapter: Adapter, sites: Sequence[Site], hparams: ROMEMDMHyperParams) -> list[SecondMoments]:
     """The second moments that hyperparameters ask for, found or made."""
-    return moments_for(adapter, sites, hparams.mom2_dataset, hparams.mom2_n_tokens, hparams.stats_dir, hparams.mom2_mask_ratio)
+    return moments_for(adapter, sites, hparams.mom2_dataset, hparams.mom2_n_tokens, hparams.stats_dir, hparams.mom2_mask_ratio, settled=hparams.mom2_settled)
 
 
 def card(requests: Sequence[EditRequest], facts: Sequence[Fact], hparams: ROMEMDMHyperParams, outcomes: Sequence[Optimised], figures: dict) -> dict:

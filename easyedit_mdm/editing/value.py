@@ -68,7 +68,7 @@ def optimise(
         part = slice(len(done), len(done) + size)
         try:
             done += _optimise(adapter, site, facts[part], initial[part], hparams)
-        except (torch.cuda.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError
             if size == 1 or not _out_of_memory(error):
                 raise
             size = (size + 1) // 2

@@ -69,7 +69,9 @@ class _Sums:
 
     def add(self, site: str, keys: Tensor) -> None:
         """Add k k^T of some keys to the sum of this batch's parity."""
-        halves = self.sums.setdefault(site, [torch.zeros(keys.shape[1], keys.shape[1], dtype=torch.float64, device=keys.device) for _ in range(2)])
+        if site not in self.sums:
+            self.sums[site] = [torch.zeros(keys.shape[1], keys.shape[1], dtype=torch.float64, device=keys.device) for _ in range(2)]
+        halves = self.sums[site] = [half.to(keys.device) for half in self.sums[site]]  # a checkpoint's come from the disk
         halves[self.batches % 2].addmm_(keys.T, keys)
 
     def difference(self) -> float:

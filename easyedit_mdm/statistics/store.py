@@ -22,7 +22,7 @@ from easyedit_mdm.statistics.moments import SecondMoments
 from easyedit_mdm.statistics.texts import TextSource, text_source
 
 _IN_MEMORY: "weakref.WeakKeyDictionary[nn.Module, dict[tuple, SecondMoments]]" = weakref.WeakKeyDictionary()
-_FINGERPRINTS: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
+_FIRST_SEEN: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 
 
 def cache_folder() -> Path:
@@ -77,12 +77,9 @@ def key_width(adapter: Adapter, site: Site) -> int:
     return weight.shape[0] if site.transposed else weight.shape[1]
 
 
-def _settings(adapter: Adapter, source: TextSource, config: CollectConfig) -> dict[str, Any]:
-    native = adapter.native
-    if native not in _FINGERPRINTS:
-        _FINGERPRINTS[native] = model_fingerprint(native)
+def _settings(model: str, source: TextSource, config: CollectConfig) -> dict[str, Any]:
     return {
-        "model": _FINGERPRINTS[native],
+        "model": model,
         "text": hashlib.sha256(source.fingerprint.encode()).hexdigest(),
         "tokens": config.tokens,
         "context_length": config.context_length,
@@ -93,11 +90,18 @@ def _settings(adapter: Adapter, source: TextSource, config: CollectConfig) -> di
 
 
 def _read_or_collect(adapter: Adapter, sites: Sequence[Site], source: TextSource, config: CollectConfig, folder: Path) -> dict[str, SecondMoments]:
-    settings = _settings(adapter, source, config)
-    files = {site.name: folder / f"mom2-{site.name}-{run_name(settings, [site])}.safetensors" for site in sites}
-    found = {site.name: read(files[site.name], settings["model"]) for site in sites if files[site.name].exists()}
+    """From the files of the model as it was first seen, else of the model as it is now; what is in neither is collected.
+
+    The fingerprint is taken anew each time: a model that was edited since must not leave its statistics under the base model's name.
+    """
+    now = model_fingerprint(adapter.native)
+    found: dict[str, SecondMoments] = {}
+    for model in dict.fromkeys((_FIRST_SEEN.setdefault(adapter.native, now), now)):
+        settings = _settings(model, source, config)
+        files = {site.name: folder / f"mom2-{site.name}-{run_name(settings, [site])}.safetensors" for site in sites}
+        found |= {name: read(file, model) for name, file in files.items() if name not in found and file.exists()}
     absent = [site for site in sites if site.name not in found]
-    if absent:
+    if absent:  # settings and files are those of the model as it is now
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint = folder / f"unfinished-{run_name(settings, absent)}.safetensors"
         for name, moments in collect(adapter, absent, source, config, checkpoint).items():
