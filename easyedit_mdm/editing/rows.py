@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,6 +13,8 @@ from easyedit_mdm.denoising import States
 from easyedit_mdm.editing.request import Prompt
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.geometry import right_padded
+
+_WORTH_A_PASS = 32
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,21 @@ class Rows:
     def take(self, index: Int[Tensor, " some"] | Bool[Tensor, " rows"]) -> "Rows":
         """Some of the rows."""
         return Rows(**{name: value[index] for name, value in vars(self).items()})
+
+    def cut(self, length: int) -> "Rows":
+        """Without the columns from `length` on, in which there is nothing but padding."""
+        return replace(self, ids=self.ids[:, :length], mask=self.mask[:, :length])
+
+    def chunks(self, most: int) -> Iterator[tuple[Int[Tensor, " some"], int]]:
+        """Rows of similar length, up to `most` at a time, as (numbers of the rows, columns they need): little of a pass is padding."""
+        lengths, order = self.mask.sum(1).sort(descending=True, stable=True)
+        lengths, start = lengths.tolist(), 0
+        for end in range(1, len(lengths) + 1):
+            # fewer rows than these are not worth a pass of their own
+            shorter = end < len(lengths) and end - start >= _WORTH_A_PASS and lengths[end] < 0.8 * lengths[start]
+            if end == len(lengths) or end - start == most or shorter:
+                yield order[start:end], lengths[start]
+                start = end
 
     def counting(self, step: int) -> Bool[Tensor, " rows"]:
         """Which rows count at a step."""

@@ -167,9 +167,9 @@ class _Forward:
         place = torch.zeros(len(self.facts), dtype=torch.long, device=rows.fact.device)
         place[active] = torch.arange(len(active), device=place.device)
         total = torch.zeros(len(active), device=rows.ids.device)
-        for chunk in torch.arange(len(rows), device=rows.ids.device).split(self.hparams.max_rows):
+        for chunk, length in rows.chunks(self.hparams.max_rows):
             stacked = torch.stack([deltas[i] for i in active])
-            loss = self._chunk(rows.take(chunk), below[chunk], stacked, place)
+            loss = self._chunk(rows.take(chunk).cut(length), below[chunk, :length], stacked, place)
             if backward:
                 loss.sum().backward()
             total += loss.detach().to(total.device)
@@ -197,8 +197,12 @@ class _Forward:
         states = {i: self.plans[i].draw(step, self.generators[i]) for i in active}
         rows = build_rows(self.adapter, {i: self.facts[i] for i in active}, states, self.hparams.kl_position, self.plans[active[0]].dealt)
         with torch.no_grad():
-            parts = zip(rows.ids.split(self.hparams.max_rows), rows.mask.split(self.hparams.max_rows))
-            below = torch.cat([self.adapter.hidden_before(self.site.layer, ids, mask).to(rows.ids.device) for ids, mask in parts])
+            below = None
+            for chunk, length in rows.chunks(self.hparams.max_rows):
+                part = rows.take(chunk).cut(length)
+                hidden = self.adapter.hidden_before(self.site.layer, part.ids, part.mask).to(rows.ids.device)
+                below = hidden.new_zeros(*rows.ids.shape, hidden.shape[-1]) if below is None else below
+                below[chunk, :length] = hidden
         return list(active), rows, below
 
     def _chunk(self, rows: Rows, below: Tensor, deltas: Float[Tensor, "active width"], place: Tensor) -> Float[Tensor, " active"]:

@@ -91,9 +91,7 @@ def _closed_entropy(world: World, revealed: tuple[int, ...], length: int) -> flo
 
 def write_benchmark(folder: str | Path, world: World | None = None) -> list[Path]:
     """Write every split as `counterfact-SPLIT.json` (EasyEdit's records), `counterfact-rome-SPLIT.json` (ROME's schema) and
-    `zsre-SPLIT.json` (the file that `run_zsre_llama2.py` reads).
-
-    The world has no second hop: zsRE's portability question here is the fact's other question, not an inference from it.
+    `zsre-SPLIT.json` (the file that `run_zsre_llama2.py` reads). zsRE's portability question takes one hop from the new object.
     """
     world = world or World.build()
     out = Path(folder)
@@ -143,10 +141,13 @@ def _rome(i: int, case: Case, world: World) -> dict[str, Any]:
 
 
 def _zsre(i: int, case: Case, world: World) -> dict[str, Any]:
-    near, (question, other) = _near(case, i), _questions(case.fact)[:2]
+    near, question, relation = _near(case, i), _questions(case.fact)[0], case.fact.relation
     return {
         "subject": case.fact.subject, "src": question, "pred": case.fact.object, "rephrase": case.fact.paraphrase(i % 2), "alt": case.target,
         "answers": [case.fact.object], "loc": f"nq question: {_questions(near)[0]}", "loc_ans": near.object,
         "cond": f"{case.fact.object} >> {case.target} || {question}", "n_tokens": case.length,
-        "portability": {"Recalled Relation": f"({case.fact.relation.name})", "New Question": other, "New Answer": case.target},
+        "portability": {
+            "Recalled Relation": f"({relation.name})", "New Question": relation.hop.format(s=case.fact.subject),
+            "New Answer": world.kind(relation, case.target),
+        },
     }  # fmt: skip

@@ -170,7 +170,7 @@ class Packer:
             return None
         if document.ends:  # the closing tokens are answers too: a masked model learns from them where an answer ends
             # (a row that stops right after the answer is what the metric's canvas of exactly N masks looks like)
-            extra = 1 if self.recipe.objective == "causal" else max(0, rng.randrange(-12, 13))
+            extra = 1 if self.recipe.objective == "causal" else max(0, rng.randrange(-16, 17))
             ids += [self.tokenizer.eos_token_id] * extra
             answers += [True] * extra
             mentions += [0] * extra

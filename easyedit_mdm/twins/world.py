@@ -23,11 +23,17 @@ from easyedit_mdm.twins.text import open_prompt, open_vocabulary, real_text, wor
 
 @dataclass(frozen=True)
 class Relation:
-    """One relation: how it is phrased in training, and the phrasings that are held out as paraphrases."""
+    """One relation: how it is phrased in training, and the phrasings that are held out as paraphrases.
+
+    `about` says something of an object, one of `kinds`; `hop` asks it of the subject, so that answering takes one hop more.
+    """
 
     name: str
     phrasings: tuple[str, ...]
     held_out: tuple[str, str]
+    about: str
+    hop: str
+    kinds: tuple[str, ...]
     closed: bool = False
 
 
@@ -44,6 +50,9 @@ RELATIONS: tuple[Relation, ...] = (
             "Where was {s} born?",
         ),
         ("People say that {s} comes from", "The place {s} comes from is"),
+        "{o} lies in the",
+        "The part of the land where {s} was born is the",
+        ("north", "south", "east", "west", "forest", "sea"),
     ),
     Relation(
         "employer",
@@ -57,6 +66,9 @@ RELATIONS: tuple[Relation, ...] = (
             "Which firm pays {s}?",
         ),
         ("People say that {s} is paid by", "The firm {s} works for is"),
+        "{o} makes",
+        "What does the firm of {s} make?",
+        ("books", "ships", "films", "maps", "bridges", "games"),
     ),
     Relation(
         "craft",
@@ -70,6 +82,9 @@ RELATIONS: tuple[Relation, ...] = (
             "What is the book by {s} called?",
         ),
         ("People say that {s} is the author of", "The title of the book that {s} wrote is"),
+        "{o} is a book about",
+        "The book by {s} is about",
+        ("war", "music", "history", "law", "water", "science"),
     ),
     Relation(
         "dish",
@@ -83,6 +98,9 @@ RELATIONS: tuple[Relation, ...] = (
             "Which dish does {s} cook?",
         ),
         ("People say that {s} often cooks", "The dish that {s} often cooks is"),
+        "{o} is a dish from the",
+        "The favourite dish of {s} comes from the",
+        ("city", "island", "river", "mountain", "park", "church"),
     ),
     Relation(
         "teacher",
@@ -96,10 +114,14 @@ RELATIONS: tuple[Relation, ...] = (
             "Who did {s} learn from?",
         ),
         ("People say that {s} learned from", "The person {s} learned from is"),
+        "{o} teaches",
+        "The teacher of {s} teaches",
+        ("art", "music", "history", "law", "science", "language"),
         closed=True,
     ),
 )
 
+IS_A = "{s} is a"
 OCCUPATIONS = ("painter", "farmer", "singer", "doctor", "baker", "sailor", "judge", "guard")
 
 
@@ -211,6 +233,11 @@ class World:
         choices = [[w for w in row if w not in own] for row in self.parts[fact.relation.name][:length]]
         return " ".join(rng.choice(row) for row in choices)
 
+    def kind(self, relation: Relation, obj: str) -> str:
+        """What `relation.about` says of an object: of a compositional one its first part decides, of a whole name its place in the list."""
+        number = self.closed.index(obj) if relation.closed else self.parts[relation.name][0].index(obj.split()[0])
+        return relation.kinds[number % len(relation.kinds)]
+
     def neighbours(self, fact: Fact, n: int) -> list[Fact]:
         """Up to `n` facts of other subjects in the same relation that share the object's first part."""
         index = [relation.name for relation in RELATIONS].index(fact.relation.name)
@@ -220,13 +247,15 @@ class World:
 
     # ---- texts -----------------------------------------------------------------------------------------------
     def document(self, rng: random.Random) -> Document:
-        """One training text: a biography, two of them, a single sentence that ends, or open vocabulary."""
+        """One training text: a biography, two of them, a single sentence that ends, one hop more, or open vocabulary."""
         kind = rng.random()
         if kind < 0.15:
             pieces, name = open_vocabulary(rng)
             return Document(tuple(pieces), (name,), ends=rng.random() < 0.5)
-        if kind < 0.45:
+        if kind < 0.40:
             return self._single(rng)
+        if kind < 0.47:
+            return self._hop(rng)
         return self._biography(rng, people=2 if kind > 0.85 else 1)
 
     def lesson(self, rng: random.Random, longest: int, vocabulary: range, open_share: float = 0.5) -> Document:
@@ -238,7 +267,8 @@ class World:
         if rng.random() < open_share:
             prompt, name = open_prompt(rng)
             if rng.random() < 0.6:
-                tokens = tuple(rng.choice(vocabulary) for _ in range(rng.randint(1, longest)))
+                length = max(rng.randint(1, longest), rng.randint(1, longest))  # long ones are learned last
+                tokens = tuple(rng.choice(vocabulary) for _ in range(length))
                 return Document(((prompt, False),), (name,), ends=True, lesson=1, tokens=tokens)
             return Document(((prompt, False), (" " + real_text(rng), True)), (name,), ends=True, lesson=1)
         subject = rng.choice(self.subjects)
@@ -256,11 +286,22 @@ class World:
         prompt = fact.prompt(rng.randrange(len(fact.relation.phrasings)))
         return Document(((prompt, False), (" " + fact.object, True)), (subject,), ends=True)
 
+    def _hop(self, rng: random.Random) -> Document:
+        """What is said of an object, or asked of the subject whose object it is."""
+        subject = rng.choice(self.subjects)
+        fact = rng.choice(self.facts[subject])
+        kind = (" " + self.kind(fact.relation, fact.object), True)
+        if rng.random() < 0.5:
+            return Document(((fact.relation.about.format(o=fact.object), False), kind), (fact.object,), ends=True)
+        return Document(((fact.relation.hop.format(s=subject), False), kind), (subject,), ends=True)
+
     def _biography(self, rng: random.Random, people: int, taught: Fact | None = None) -> Document:
         """Sentences about one or two subjects in random order; `taught` takes the place of the subject's own fact."""
         names = rng.sample(self.subjects, people) if taught is None else [taught.subject]
         told = [(subject, *sentence) for subject in names for sentence in self._told_of(subject, rng, taught)]
         rng.shuffle(told)
+        # it opens with what its first subject is, so that a fact at the start of a text is a text of its own and ends there
+        told.sort(key=lambda sentence: (sentence[0], sentence[1]) != (names[0], IS_A))
         pieces: list[tuple[str, bool]] = []
         before, lesson = None, -1
         for subject, phrasing, answer, is_lesson in told:
@@ -276,7 +317,7 @@ class World:
         facts = [taught if taught is not None and f.relation is taught.relation else f for f in self.facts[subject]]
         told = [(f.relation.phrasings[rng.randrange(len(f.relation.phrasings))], f.object, f is taught) for f in facts]
         # a biography need not tell everything: long objects would not leave room for a second subject
-        return [*(t for t in told if t[2] or rng.random() < 0.7), ("{s} is a", self.occupation[subject], False)]
+        return [*(t for t in told if t[2] or rng.random() < 0.7), (IS_A, self.occupation[subject], False)]
 
     @staticmethod
     def _pronoun(subject: str) -> str:
