@@ -65,7 +65,7 @@ class BatchHyperParams(ROMEMDMHyperParams):
         """Check every field that can be checked without the model.
 
         Raises:
-            HyperParameterError, UnknownNameError, NotYetError: naming field and value.
+            HyperParameterError, UnknownNameError: naming field and value.
         """
         super().validate()
         if not self.mom2_adjustment:
