@@ -69,9 +69,9 @@ def freeze() -> None:
                 if all(s is None for s in scores):
                     continue
                 best = max(range(len(scores)), key=lambda i: (scores[i] or 0.0, -i))
-                chosen.setdefault(model, {}).setdefault(method, {})[arm] = GRID[method][best]
+                chosen.setdefault(model, {}).setdefault(method, {})[arm] = dict(GRID[method][best])
                 print(model, method, arm, [None if s is None else round(s, 3) for s in scores], GRID[method][best])  # noqa: T201
-    FROZEN.write_text("# chosen on the validation split by `python benchmarks/multi_token/report.py freeze`\n" + yaml.safe_dump(chosen))
+    FROZEN.write_text("# chosen on the validation split by `python benchmarks/multi_token/report.py freeze`\n" + yaml.safe_dump(json.loads(json.dumps(chosen))))
 
 
 def _score(rows: Sequence[Line]) -> float | None:
