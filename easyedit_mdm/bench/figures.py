@@ -108,9 +108,21 @@ def rendered(template: str, **values: Any) -> str:
 
 
 def save(figure: Any, path: Path) -> None:
-    """The figure as PNG and as SVG beside it (`path` without an ending), on white."""
+    """The figure as PNG and as SVG beside it (`path` without an ending), on white, in colours of its own. Call `svg` first: it is drawn over."""
     matplotlib, _ = matplotlib_parts()
+    figure.set_layout_engine("none")  # laid out already
+    _printed(figure, matplotlib.colors.to_hex)
     with matplotlib.rc_context({"svg.hashsalt": path.name}), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # as in `svg`
-        figure.savefig(path.with_name(path.name + ".png"), dpi=150, facecolor="white")
+        figure.savefig(path.with_name(path.name + ".png"), dpi=130, facecolor="white")
         figure.savefig(path.with_name(path.name + ".svg"), facecolor="white", metadata={"Date": None})
+
+
+def _printed(figure: Any, to_hex: Any) -> None:
+    """The page's series colours turned into real ones, in lines and shades."""
+    real = dict(zip(SERIES, PRINTED))
+    for artist in figure.findobj():
+        if hasattr(artist, "get_linestyle") and hasattr(artist, "set_markerfacecolor") and to_hex(artist.get_color()) in real:
+            artist.set_color(real[to_hex(artist.get_color())])
+        elif hasattr(artist, "get_facecolors") and len(artist.get_facecolors()) and to_hex(artist.get_facecolors()[0]) in real:
+            artist.set_facecolor(real[to_hex(artist.get_facecolors()[0])])
