@@ -122,7 +122,10 @@ def _printed(figure: Any, to_hex: Any) -> None:
     """The page's series colours turned into real ones, in lines and shades."""
     real = dict(zip(SERIES, PRINTED))
     for artist in figure.findobj():
-        if hasattr(artist, "get_linestyle") and hasattr(artist, "set_markerfacecolor") and to_hex(artist.get_color()) in real:
-            artist.set_color(real[to_hex(artist.get_color())])
-        elif hasattr(artist, "get_facecolors") and len(artist.get_facecolors()) and to_hex(artist.get_facecolors()[0]) in real:
-            artist.set_facecolor(real[to_hex(artist.get_facecolors()[0])])
+        if hasattr(artist, "set_markerfacecolor"):  # a line
+            artist.set_color(real.get(to_hex(artist.get_color()), artist.get_color()))
+        elif hasattr(artist, "get_edgecolors"):  # shades and whiskers
+            for part in ("facecolor", "edgecolor"):
+                colours = getattr(artist, f"get_{part}")()
+                if len(colours) and to_hex(colours[0]) in real:
+                    getattr(artist, f"set_{part}")(real[to_hex(colours[0])])

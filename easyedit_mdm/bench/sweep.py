@@ -20,7 +20,7 @@ from rich.table import Table
 
 from easyedit_mdm.bench.compare import show
 from easyedit_mdm.bench.datasets import Loaded, load_cases
-from easyedit_mdm.bench.figures import DASHES, INK, MARKERS, SERIES, SOFT, dressed, legend, new_figure, rendered, save, short, spans, svg
+from easyedit_mdm.bench.figures import DASHES, INK, MARKERS, SERIES, SOFT, dressed, legend, new_figure, rendered, save, spans, svg
 from easyedit_mdm.bench.methods import load_ours, ours
 from easyedit_mdm.bench.run import BenchConfig, header_of, judge_of, run_cases
 from easyedit_mdm.bench.statistics_of_runs import read_run, summary
@@ -81,8 +81,9 @@ def sweep(job: SweepJob, out: str | Path) -> dict[str, Any]:
     settings = ranked([_setting(config, adapter, hparams, layers, loaded, folder) for layers in choices])
     traced, note = (given, None) if given is not None else _trace(adapter, loaded, job)
     report = {
-        "version": __version__, "alg_name": config.alg_name, "model": adapter.name, "layers": adapter.layers, "hparams": json.loads(json.dumps(hparams.to_dict(), default=str)),
-        "dataset": config.dataset, "seed": config.seed, "cases": len(loaded.cases), "settings": settings, "chosen": f"layers: {settings[0]['layers']}",
+        "version": __version__, "alg_name": config.alg_name, "model": adapter.name, "layers": adapter.layers,
+        "hparams": json.loads(json.dumps(hparams.to_dict(), default=str)), "dataset": config.dataset, "seed": config.seed, "cases": len(loaded.cases),
+        "settings": settings, "chosen": f"layers: {settings[0]['layers']}",
         "trace": traced, "trace_note": note, "prediction": [] if traced is None else prediction(settings, traced),
     }  # fmt: skip
     _write(report, folder)
@@ -104,14 +105,17 @@ def layer_choices(
         raise HyperParameterError(f"layers {beyond} do not exist: {hparams.model_name} has layers 0 to {layers - 1}")
     widths = sorted(set(windows)) if windows is not None else [1] if hparams.ONE_LAYER else [1, WINDOW]
     if min(widths) < 1 or (hparams.ONE_LAYER and max(widths) > 1):
-        raise HyperParameterError(f"windows of {widths} layers: {hparams.alg_name} edits {'one layer' if hparams.ONE_LAYER else 'at least one layer'}")
+        able = "one layer" if hparams.ONE_LAYER else "at least one layer"
+        raise HyperParameterError(f"windows of {widths} layers: {hparams.alg_name} edits {able}; give such --windows")
     found = [list(range(first, first + width)) for width in widths for first in which if set(range(first, first + width)) <= set(which)]
     if not found:
         raise HyperParameterError(f"no window of {widths} contiguous layers fits into layers {which}")
     return found
 
 
-def _setting(config: BenchConfig, adapter: Adapter, hparams: ROMEMDMHyperParams, layers: list[int], loaded: Loaded, folder: Path) -> dict[str, Any]:
+def _setting(
+    config: BenchConfig, adapter: Adapter, hparams: ROMEMDMHyperParams, layers: list[int], loaded: Loaded, folder: Path
+) -> dict[str, Any]:
     """All cases edited at some layers, from the run file where it is whole already."""
     name = "-".join(map(str, sorted({layers[0], layers[-1]})))
     method = ours(adapter, replace(hparams, layers=layers))
@@ -169,10 +173,9 @@ def prediction(settings: Sequence[dict[str, Any]], traced: dict[str, Any]) -> li
 def words(row: dict[str, Any]) -> str:
     """A row of `prediction` as a sentence."""
     close = "cannot be told (flat, or fewer than three windows)" if row["with_score"] is None else f"{row['with_score']:+.2f}"
-    return (
-        f"{TITLES[row['kind']]} trace, {row['width']} layer{'s' if row['width'] > 1 else ''}: largest effect at {row['traced_best']}, which ranks {row['its_rank']} of "
-        f"{row['windows']} in the sweep; rank correlation with the score {close}"
-    )
+    layers = f"{row['width']} layer{'s' if row['width'] > 1 else ''}"
+    place = f"largest effect at {row['traced_best']}, which ranks {row['its_rank']} of {row['windows']} in the sweep"
+    return f"{TITLES[row['kind']]} trace, {layers}: {place}; rank correlation with the score {close}"
 
 
 def sweep_figure(report: dict[str, Any]) -> Any:
@@ -199,24 +202,25 @@ def sweep_figure(report: dict[str, Any]) -> Any:
 def _sweep_panel(axes: Any, settings: Sequence[dict[str, Any]], width: int) -> dict[str, Any]:
     dressed(axes, "editing, one layer at a time" if width == 1 else f"editing, {width} layers, by the middle of the window")
     handles = {}
-    found = sorted(settings, key=lambda s: s["layers"])
+    settings = sorted(settings, key=lambda s: s["layers"])
     for i, (key, title) in enumerate(SCORED.items()):
-        rows = [(sum(s["layers"]) / width, s["measures"][key]) for s in found if s["measures"].get(key, {}).get("mean") is not None]
+        rows = [(sum(s["layers"]) / width, s["measures"][key]) for s in settings if s["measures"].get(key, {}).get("mean") is not None]
         if rows:
             look = {"color": SERIES[i], "marker": MARKERS[i], "linestyle": DASHES[i]}
-            handles[title] = axes.errorbar([x + (i - 1) * 0.06 for x, _ in rows], [e["mean"] for _, e in rows], spans([e for _, e in rows]), capsize=2, elinewidth=0.8, **look)
+            at, found = [x + (i - 1) * 0.06 for x, _ in rows], [e for _, e in rows]
+            handles[title] = axes.errorbar(at, [e["mean"] for e in found], spans(found), capsize=2, elinewidth=0.8, **look)
     axes.set_ylim(-0.03, 1.03)
     return handles
 
 
 def _trace_panel(axes: Any, traced: dict[str, Any]) -> dict[str, Any]:
-    dressed(axes, short(f"tracing, average indirect effect at the last subject token, {traced['averages']['none']['hidden']['probability']['subject_last']['n']} facts"))
     handles = {}
     for i, kind in enumerate(KINDS):
         table = traced["averages"]["none"][kind]["probability"]["subject_last"]
         look = {"color": SERIES[i + 3], "marker": MARKERS[i + 3], "linestyle": DASHES[i]}
         if table["low"][0] is not None:
             axes.fill_between(range(len(table["mean"])), table["low"], table["high"], color=look["color"], alpha=0.14, linewidth=0)
+        dressed(axes, f"tracing, average indirect effect at the last subject token, {table['n']} facts")
         handles[f"trace: {TITLES[kind]}"] = axes.plot(range(len(table["mean"])), table["mean"], **look)[0]
     return handles
 

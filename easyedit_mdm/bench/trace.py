@@ -29,14 +29,15 @@ from easyedit_mdm.version import __version__
 SHOWN = 4  # facts with heatmaps; all are in trace.json
 RESAMPLES = 2000
 NOTES = (
-    "Indirect effect: the measure in a run with a corrupted subject in which one layer's output (hidden state), or the outputs of a window of MLPs or "
-    "attentions, are restored at one token, minus the measure in the corrupted run; mean over corrupted runs.",
+    "Indirect effect: the measure in a run with a corrupted subject in which one layer's output (hidden state), or the outputs of a window of "
+    "MLPs or attentions, are restored at one token, minus the measure in the corrupted run; mean over corrupted runs.",
     "Probability: joint over the slots that are read. Masked models read all masked slots in one pass, autoregressive ones each slot after the right "
     "tokens before it; the two numbers are not the same quantity, their shapes over layers can be compared.",
-    "Final log-probability (masked models): restored at one denoising step only, then denoised on under the corruption; what the right object gets in the "
-    "steps at which its slots are written.",
+    "Final log-probability (masked models): restored at one denoising step only, then denoised on under the corruption; what the right object "
+    "gets in the steps at which its slots are written.",
     "In brackets and as shades: 95 % bootstrap intervals that resample subjects; too narrow with fewer than about ten, absent with one.",
-    "A band holds the layers with at least half of the largest effect. An effect shows where information passes, not that editing there works: sweep it.",
+    "A band holds the layers with at least half of the largest effect. An effect shows where information passes, not that editing there works: "
+    "sweep it.",
 )
 
 
@@ -150,7 +151,9 @@ def _traced(model: Adapter, facts: Sequence[TracedFact], config: TraceConfig, ot
     return model_report(model, [t.record() for t in traces], left_out, config, resamples)
 
 
-def model_report(model: Adapter, records: list[dict[str, Any]], left_out: list[dict[str, str]], config: TraceConfig, resamples: int) -> dict[str, Any]:
+def model_report(
+    model: Adapter, records: list[dict[str, Any]], left_out: list[dict[str, str]], config: TraceConfig, resamples: int
+) -> dict[str, Any]:
     """Records of a model's facts, with their averages."""
     average = averages(records, config.seed, resamples)
     forwards = [record["forwards"] for record in records]
@@ -206,8 +209,8 @@ def _tell(report: dict[str, Any], folder: Path) -> None:
     for pair in report["pairs"]:
         console.print(words(pair), markup=False, highlight=False)
     for model in report["models"]:
-        told = f"{model['name']}: {model['forwards_a_fact']:.0f} forward passes a fact ({model['rows_a_fact']:.0f} rows), {model['seconds']} s for {len(model['facts'])}"
-        console.print(told, markup=False, highlight=False)
+        cost = f"{model['forwards_a_fact']:.0f} forward passes a fact ({model['rows_a_fact']:.0f} rows)"
+        console.print(f"{model['name']}: {cost}, {model['seconds']} s for {len(model['facts'])}", markup=False, highlight=False)
     console.print(f"{folder / 'trace.html'}, trace.json and figures written", markup=False, highlight=False)
 
 
@@ -246,7 +249,8 @@ def read_trace(file: str | Path, model: Adapter) -> dict[str, Any]:
         mine = model_fingerprint(model.native)
         found = [part for part in models if part["fingerprint"] == mine]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} cannot be read as a trace ({type(error).__name__}: {error}): give the trace.json of `easyedit-mdm trace`") from error
+        raise DataError(f"{file} cannot be read as a trace ({type(error).__name__}: {error}): give a trace.json of `easyedit-mdm trace`") from error
     if not found:
-        raise DataError(f"{file} holds traces of {', '.join(part['name'] for part in models)}, but none of the weights of {model.name}: trace it again")
+        names = ", ".join(part["name"] for part in models)
+        raise DataError(f"{file} holds traces of {names}, but none of the weights of {model.name}: trace it again")
     return found[0]

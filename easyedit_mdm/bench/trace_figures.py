@@ -105,10 +105,11 @@ def heat_figure(fact: dict[str, Any], mask: str = "░") -> Any:
     for line, (title, state, measure) in zip(grid, rows):
         most = max(float(np.abs(state["effects"][kind][measure]).max()) for kind in KINDS) or 1.0
         for axes, kind in zip(line, KINDS):
-            shades = axes.imshow(np.array(state["effects"][kind][measure]).T, aspect="auto", cmap=_shades(), vmin=-most, vmax=most, interpolation="nearest")
+            values = np.array(state["effects"][kind][measure]).T
+            shades = axes.imshow(values, aspect="auto", cmap=_shades(), vmin=-most, vmax=most, interpolation="nearest")
             dressed(axes, TITLES[kind] if kind != "hidden" else f"{title}:\n{TITLES[kind]}")
             axes.set_yticks(range(len(labels)), labels, fontsize=7)
-            axes.set_xticks(range(0, len(state["effects"][kind][measure]), max(1, len(state["effects"][kind][measure]) // 8)))
+            axes.set_xticks(range(0, values.shape[1], max(1, values.shape[1] // 8)))
         scale = figure.colorbar(shades, ax=line, fraction=0.02, pad=0.01)
         scale.ax.tick_params(colors=INK, labelsize=7)
         scale.solids.set_rasterized(True)

@@ -60,11 +60,15 @@ def totals(facts: Sequence[dict[str, Any]], seed: int = 0, resamples: int = 2000
     subjects = [fact["subject"] for fact in facts]
     result: dict[str, Any] = {}
     for group, measure in ((g, m) for g in GROUPS for m in MEASURES):
-        runs = {run: [_mean_of([s[run][measure] for s in f["states"] if group_of(s) == group and measure in s[run]]) for f in facts] for run in ("clean", "corrupted")}
+        runs = {run: [_mean_of(_state_values(fact, group, run, measure)) for fact in facts] for run in ("clean", "corrupted")}
         if any(value is not None for value in runs["clean"]):
             result.setdefault(group, {})[measure] = {run: bootstrap_mean(values, subjects, seed, resamples) for run, values in runs.items()}
     joint = {run: bootstrap_mean([fact["joint"][run] for fact in facts], subjects, seed, resamples) for run in ("clean", "corrupted")}
     return {**result, "joint": {**joint, "methods": sorted({fact["joint"]["method"] for fact in facts})}}
+
+
+def _state_values(fact: dict[str, Any], group: str, run: str, measure: str) -> list[float]:
+    return [s[run][measure] for s in fact["states"] if group_of(s) == group and measure in s[run]]
 
 
 def _mean_of(values: Sequence[float]) -> float | None:
@@ -89,7 +93,9 @@ def peaks(average: dict[str, Any], measure: str = "probability") -> list[dict[st
     return rows
 
 
-def side_by_side(names: Sequence[str], models: Sequence[dict[str, Any]], at: str = "subject_last", measure: str = "probability") -> list[dict[str, Any]]:
+def side_by_side(
+    names: Sequence[str], models: Sequence[dict[str, Any]], at: str = "subject_last", measure: str = "probability"
+) -> list[dict[str, Any]]:
     """Every two models, kind by kind: do the same layers light up?
 
     Profiles over layers are laid over each other by relative depth. `overlap` is the share of depth that lies in both bands, of what

@@ -116,8 +116,8 @@ def _with_subject(adapter: Adapter, placed: Placed, other: str) -> Int[Tensor, "
     template = placed.fact.request.template
     found = place(adapter, TracedFact(template.replace("{}", other, 1), other, placed.fact.answer))
     fits = len(found.ids) == len(placed.ids) and (found.first, found.end) == (placed.first, placed.end)
-    same = fits and bool((found.ids[: placed.first] == placed.ids[: placed.first]).all() and (found.ids[placed.end :] == placed.ids[placed.end :]).all())
-    return found.ids if same else None
+    changed = (found.ids != placed.ids).nonzero().flatten().tolist() if fits else []
+    return found.ids if fits and all(placed.first <= i < placed.end for i in changed) else None
 
 
 @CORRUPTIONS.register("mask")

@@ -141,7 +141,8 @@ def check_known(adapters: Sequence[Adapter], facts: Sequence[TracedFact], limit:
                 break
     if not found.facts:
         told = [f"{u['prompt']!r} gives {u['written']}, not {u['answer']!r}" for u in found.unknown[:3]] + [u["reason"] for u in found.unusable[:3]]
-        raise DataError(f"none of {len(facts)} facts is known, so there is nothing to trace: {'; '.join(told)}. Give facts that the model writes itself")
+        reasons = "; ".join(told)
+        raise DataError(f"none of {len(facts)} facts is known, so there is nothing to trace: {reasons}. Give facts (--known) that the model writes itself")
     return found
 
 
@@ -218,7 +219,8 @@ def _fact_of(record: Any) -> TracedFact:
     inner = record.get("requested_rewrite")
     part = inner if isinstance(inner, dict) else record
     true = part.get("target_true")
-    answer = true.get("str") if isinstance(true, dict) else next((part[k] for k in ("attribute", "ground_truth", "target_true") if k in part), None)
+    given = next((part[key] for key in ("attribute", "ground_truth", "target_true") if key in part), None)
+    answer = true.get("str") if isinstance(true, dict) else given
     answer = answer[0] if isinstance(answer, list) and answer else answer
     texts = {"prompt": part.get("prompt"), "subject": part.get("subject"), "attribute (or ground_truth)": answer}
     for name, value in texts.items():
