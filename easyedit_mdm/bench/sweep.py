@@ -131,7 +131,8 @@ def _setting(
 
 def score(measures: dict[str, Any]) -> float:
     """Harmonic mean of those of success, paraphrase and locality that the cases measure; 0 where one of them is 0."""
-    return round(harmonic_mean([max(0.0, e["mean"]) for e in measures.values() if e["mean"] is not None] or [0.0]), 6)
+    found = [max(0.0, e["mean"]) for e in measures.values() if e["mean"] is not None]
+    return round(float(harmonic_mean(found or [0.0])), 6)
 
 
 def ranked(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
