@@ -266,8 +266,8 @@ def test_noise(tiny):
     changed = (noisy[0] - clean[0]).abs().sum(-1)[0] > 0
     assert changed.nonzero().flatten().tolist() == list(range(placed.first, placed.end))
     other = TracedFact("Where does Danielle Darrieux live?", "Danielle Darrieux", "red")
-    alone, beside = trace_facts(adapter, [FACT], TraceConfig(samples=1), progress=False), trace_facts(adapter, [other, FACT], TraceConfig(samples=1), progress=False)
-    assert torch.equal(alone[0][0].states[0].effects["mlp"]["probability"], beside[0][1].states[0].effects["mlp"]["probability"])
+    alone, beside = (trace_facts(adapter, facts, TraceConfig(samples=1), progress=False)[0][-1] for facts in ([FACT], [other, FACT]))
+    assert torch.equal(alone.states[0].effects["mlp"]["probability"], beside.states[0].effects["mlp"]["probability"])
 
 
 def test_replace(twin_llama, world):
@@ -291,7 +291,8 @@ def test_mask(twin_llada, twin_llama, world):
     """Masks at the subject, one sample; an autoregressive model has none."""
     (fact,) = twin_facts(world, 2, 1)
     placed, corruption = corruption_of(twin_llada, fact, "mask", 5)
-    assert corruption.samples == 1 and (corruption.ids[0] == twin_llada.ids.mask).nonzero().flatten().tolist() == list(range(placed.first, placed.end))
+    masked = (corruption.ids[0] == twin_llada.ids.mask).nonzero().flatten().tolist()
+    assert corruption.samples == 1 and masked == list(range(placed.first, placed.end))
     trace = trace_fact(twin_llada, fact, TraceConfig("mask"))
     assert trace.samples == 1 and trace.states[0].clean["probability"] > 2 * trace.states[0].corrupted["probability"]
     with pytest.raises(HyperParameterError, match="'mask' needs a mask token"):
@@ -300,7 +301,7 @@ def test_mask(twin_llada, twin_llama, world):
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"samples": 0}, "samples=0"), ({"window": 0}, "window=0"), ({"level": 0}, "level=0"), ({"reveal": "all"}, "reveal='all'"), ({"revealed": (-1,)}, "revealed")],
+    [({"samples": 0}, "samples=0"), ({"window": 0}, "window=0"), ({"level": 0}, "level=0"), ({"reveal": "all"}, "reveal="), ({"revealed": (-1,)}, "revealed")],
 )
 def test_settings_are_checked(settings, says):
     """Each error names the setting and its value."""
