@@ -14,7 +14,7 @@ from easyedit_mdm.bench import run as running
 from easyedit_mdm.bench.run import BenchConfig
 from easyedit_mdm.bench.sweep import SweepJob, layer_choices, prediction, ranked, score, sweep
 from easyedit_mdm.bench.trace import TraceJob, read_trace, trace
-from easyedit_mdm.bench.trace_numbers import averages, band, correlation, peaks, rank_correlation, side_by_side, totals
+from easyedit_mdm.bench.trace_numbers import averages, band, correlation, peaks, rank_correlation, ranges, side_by_side, totals
 from easyedit_mdm.cli import main
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.editing.hparams import find_hparams
@@ -82,6 +82,7 @@ def test_averages_by_hand():
 def test_bands_and_correlations():
     """Half of the largest effect; Pearson over depth whatever the numbers of layers; Spearman with ties."""
     assert band([0.1, 0.5, 1.0, 0.4]) == [1, 2] and band([-1.0, 0.0]) == []
+    assert ranges([0, 1, 2, 5]) == "0-2, 5" and ranges([3]) == "3" and ranges([]) == "none"
     assert correlation([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == 1.0 and correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
     assert correlation([1.0, 2.0], [1.0, 2.0]) is None
     assert rank_correlation([1.0, 10.0, 100.0], [3.0, 2.0, 1.0]) == -1.0

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from easyedit_mdm.bench.compare import show
+from easyedit_mdm.bench.compare import middle, show
 from easyedit_mdm.bench.datasets import Loaded, load_cases
 from easyedit_mdm.bench.figures import DASHES, INK, MARKERS, SERIES, SOFT, dressed, legend, new_figure, rendered, save, spans, svg
 from easyedit_mdm.bench.methods import load_ours, ours
@@ -241,7 +241,7 @@ def _tell(report: dict[str, Any], folder: Path) -> None:
     for column in ("layers", "score", *SCORED.values(), "failed"):
         table.add_column(column, justify="left" if column == "layers" else "right")
     for setting in report["settings"]:
-        cells = [escape(show(setting["measures"].get(key))) for key in SCORED]
+        cells = [middle(setting["measures"].get(key, {"mean": None})) for key in SCORED]  # with intervals on the page
         table.add_row(escape(str(setting["layers"])), f"{setting['score']:.3f}", *cells, str(setting["failed"]))
     console.print(table)
     if report["trace_note"]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,7 +18,7 @@ from easyedit_mdm.api import load_model
 from easyedit_mdm.bench.compare import show
 from easyedit_mdm.bench.figures import rendered, save, svg
 from easyedit_mdm.bench.trace_figures import TITLES, average_figure, compare_figure, group_title, heat_figure
-from easyedit_mdm.bench.trace_numbers import GROUPS, averages, peaks, side_by_side, totals
+from easyedit_mdm.bench.trace_numbers import GROUPS, averages, peaks, ranges, side_by_side, totals
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.errors import DataError, HyperParameterError
 from easyedit_mdm.models import Adapter
@@ -80,7 +81,8 @@ def trace(job: TraceJob, out: str | Path, config: TraceConfig = TraceConfig(), r
         CheckpointError: for a model that cannot be loaded.
     """
     _check(job)
-    models = [load_model(name, **{k: v for k, v in (("device", job.device), ("dtype", job.dtype)) if v is not None}) for name in job.models]
+    device = job.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    models = [load_model(name, device=device, dtype=job.dtype) for name in job.models]
     names = _names(job.models)
     for model, name in zip(models, names):
         model.name = name
@@ -175,7 +177,7 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
         figure = draw()
         shown[name] = (title, svg(figure, name))
         save(figure, folder / name)
-    page = rendered("trace.html", report=report, figures=shown, classes=CLASSES, groups=GROUPS, kinds=TITLES, show=show)
+    page = rendered("trace.html", report=report, figures=shown, classes=CLASSES, groups=GROUPS, kinds=TITLES, show=show, ranges=ranges)
     (folder / "trace.html").write_text(page, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
@@ -221,7 +223,7 @@ def _peak_table(model: dict[str, Any]) -> Table:
     for row in model["peaks"]:
         if row["group"] == "none" and row["class"] in ("subject_last", "last", "slots"):
             effect = show({"mean": row["effect"], "low": row["low"], "high": row["high"]})
-            table.add_row(TITLES[row["kind"]], CLASSES[row["class"]], str(row["layer"]), escape(effect), _layers(row["band"]), str(row["n"]))
+            table.add_row(TITLES[row["kind"]], CLASSES[row["class"]], str(row["layer"]), escape(effect), ranges(row["band"]), str(row["n"]))
     return table
 
 
@@ -229,13 +231,9 @@ def words(pair: dict[str, Any]) -> str:
     """What two models have in common at the last subject token, in a sentence."""
     close = "flat" if pair["correlation"] is None else f"correlation {pair['correlation']:.2f}"
     return (
-        f"{TITLES[pair['kind']]} at the last subject token, {pair['first']} and {pair['second']}: layers {_layers(pair['bands'][0])} and "
-        f"{_layers(pair['bands'][1])}, overlap {pair['overlap']:.2f}, {close}"
+        f"{TITLES[pair['kind']]} at the last subject token, {pair['first']} and {pair['second']}: layers {ranges(pair['bands'][0])} and "
+        f"{ranges(pair['bands'][1])}, overlap {pair['overlap']:.2f}, {close}"
     )
-
-
-def _layers(band: Sequence[int]) -> str:
-    return ", ".join(map(str, band)) or "none"
 
 
 def read_trace(file: str | Path, model: Adapter) -> dict[str, Any]:

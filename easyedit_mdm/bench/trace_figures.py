@@ -57,7 +57,7 @@ def _layer_axis(axes: Any, layers: int) -> None:
     axes.grid(axis="y", color=SOFT, alpha=0.2, linewidth=0.7)
 
 
-def compare_figure(models: Sequence[dict[str, Any]], at: Sequence[str] = ("subject_last", "last")) -> Any:
+def compare_figure(models: Sequence[dict[str, Any]], at: Sequence[str] = ("subject_last", "last", "slots")) -> Any:
     """The models over each other, by relative depth: a row a class of tokens, a column a kind."""
     figure = new_figure(figsize=(11, 0.9 + 2.7 * len(at)))
     handles: dict[str, Any] = {}

@@ -81,6 +81,13 @@ def band(profile: Sequence[float]) -> list[int]:
     return [layer for layer, value in enumerate(profile) if value >= most / 2] if most > 0 else []
 
 
+def ranges(layers: Sequence[int]) -> str:
+    """`[0, 1, 2, 5]` -> `0-2, 5`; `none` without layers."""
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    ends = [layer for layer in layers if layer + 1 not in layers]
+    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in zip(starts, ends)) or "none"
+
+
 def peaks(average: dict[str, Any], measure: str = "probability") -> list[dict[str, Any]]:
     """Where each class's effect is largest: `{"group", "kind", "class", "layer", "effect", "low", "high", "n", "band"}`."""
     rows = []
