@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for add in (_add_demo, _add_run, _add_stats, _add_bench, _add_compare, _add_twins):
+    for add in (_add_demo, _add_run, _add_stats, _add_bench, _add_compare, _add_trace, _add_sweep, _add_twins):
         add(commands)
     return parser
 
@@ -99,6 +99,50 @@ def _add_compare(commands: Any) -> None:
     compare.set_defaults(command=_compare)
 
 
+def _add_trace(commands: Any) -> None:
+    trace = commands.add_parser("trace", help="causal tracing: which layers and tokens carry a fact that the model knows")
+    which = trace.add_mutually_exclusive_group()
+    which.add_argument("--model", help="a twin, a folder or a hub id (default: twin-llada)")
+    which.add_argument("--compare", nargs="+", metavar="MODEL", help="several models, on the facts that all of them know")
+    trace.add_argument("--prompt", help="one fact: the prompt, with the subject (or {} for it) in it")
+    trace.add_argument("--subject", help="the subject in --prompt")
+    trace.add_argument("--target", help="the answer (default: what the model itself writes)")
+    trace.add_argument("--answer-tokens", type=int, default=1, help="tokens of the answer where --target is left out (default: 1)")
+    trace.add_argument("--known", help="facts as in ROME's known_1000.json, requests with ground_truth, CounterFact (default: the twins' own)")
+    trace.add_argument("--limit", type=int, help="known facts to trace, drawn by the seed (default: all)")
+    trace.add_argument("--corrupt", default="noise", help="noise, replace (other subjects) or mask (masked models); default: noise")
+    trace.add_argument("--noise", type=float, default=3.0, help="standard deviations of the noise, in those of the embeddings (default: 3)")
+    trace.add_argument("--replace-with", nargs="+", metavar="SUBJECT", help="subjects for --corrupt replace (default: those of the other facts)")
+    trace.add_argument("--samples", type=int, default=10, help="corrupted runs a fact (default: 10)")
+    trace.add_argument("--window", type=int, help="MLPs or attentions restored together (default: 10 of 48 layers, as in ROME)")
+    trace.add_argument("--revealed", type=int, nargs="+", metavar="K", help="masked models: trace with K slots revealed (default: 0 and half of them)")
+    trace.add_argument("--reveal", default="path", help="which slots: those the model writes first (path, default) or random ones")
+    trace.add_argument("--max-rows", type=int, default=256, help="rows of one forward pass (default: 256)")
+    trace.add_argument("--seed", type=int, default=0)
+    trace.add_argument("--out", required=True, help="folder for trace.html, trace.json and the figures")
+    trace.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
+    trace.add_argument("--dtype", help="dtype to load the models in (default: the checkpoint's)")
+    trace.set_defaults(command=_trace)
+
+
+def _add_sweep(commands: Any) -> None:
+    sweep = commands.add_parser("sweep", help="where editing works: success, paraphrase and locality by layer, beside the trace")
+    sweep.add_argument("--alg", required=True, help="one of our methods")
+    sweep.add_argument("--hparams", required=True, help="hyperparameter file, such as ROME_MDM/twin-llada")
+    sweep.add_argument("--dataset", default="twins_validation", help="as for bench (default: twins_validation)")
+    sweep.add_argument("--data-dir", help="folder of the benchmark files")
+    sweep.add_argument("--data-file", help="a file outside the folder's usual names")
+    sweep.add_argument("--limit", type=int, default=16, help="cases, drawn by the seed (default: 16)")
+    sweep.add_argument("--layers", help="layers to try, such as 0-7 (default: all)")
+    sweep.add_argument("--windows", type=int, nargs="+", metavar="W", help="layers edited together (default: 1, for batched methods also 4)")
+    sweep.add_argument("--trace", dest="trace_file", metavar="FILE", help="trace.json to put beside it (default: the cases' own facts are traced)")
+    sweep.add_argument("--trace-limit", type=int, default=8, help="facts to trace where --trace is left out (default: 8)")
+    sweep.add_argument("--seed", type=int, default=0)
+    sweep.add_argument("--out", required=True, help="folder for sweep.html, sweep.json, figures and run files; what is there is not run again")
+    sweep.add_argument("--device", help="cpu, cuda, cuda:1 (default: the file's, else CUDA where there is one)")
+    sweep.set_defaults(command=_sweep)
+
+
 def _add_twins(commands: Any) -> None:
     twins = commands.add_parser("twins", help="train the small models that ship with the package").add_subparsers(required=True, metavar="COMMAND")
     train = twins.add_parser("train", help="train one twin, or go on where a checkpoint stands")
@@ -164,6 +208,33 @@ def _compare(args: argparse.Namespace, rest: list[str]) -> int:
     from easyedit_mdm.bench.compare import compare
 
     compare(args.runs, args.out, args.seed)
+    return 0
+
+
+def _trace(args: argparse.Namespace, rest: list[str]) -> int:
+    from easyedit_mdm.bench.trace import TraceJob, trace
+    from easyedit_mdm.tracing import TraceConfig
+
+    revealed = None if args.revealed is None else tuple(args.revealed)
+    config = TraceConfig(args.corrupt, args.noise, args.samples, args.window, revealed, args.reveal, args.max_rows, args.seed)
+    models = args.compare or [args.model or "twin-llada"]
+    job = TraceJob(
+        models, args.prompt, args.subject, args.target, args.answer_tokens, args.known, args.limit, args.replace_with, args.device, args.dtype
+    )
+    trace(job, args.out, config)
+    return 0
+
+
+def _sweep(args: argparse.Namespace, rest: list[str]) -> int:
+    from easyedit_mdm.bench.run import BenchConfig
+    from easyedit_mdm.bench.stats import parse_layers
+    from easyedit_mdm.bench.sweep import SweepJob, sweep
+
+    config = BenchConfig(
+        args.alg, args.hparams, args.dataset, args.data_dir, args.data_file, args.limit, args.seed, light=True, device=args.device
+    )
+    layers = None if args.layers is None else parse_layers(args.layers)
+    sweep(SweepJob(config, layers, args.windows, args.trace_file, args.trace_limit), args.out)
     return 0
 
 

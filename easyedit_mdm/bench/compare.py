@@ -10,7 +10,6 @@ import html
 import io
 import json
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from easyedit_mdm.bench.figures import DASHES, HATCHES, INK, MARKERS, SERIES, SOFT, dressed, legend, new_figure, rendered, short, spans, svg
 from easyedit_mdm.bench.statistics_of_runs import (
     PAIRED,
     RUNGS,
@@ -36,7 +36,7 @@ from easyedit_mdm.bench.statistics_of_runs import (
     scores,
     summary,
 )
-from easyedit_mdm.errors import DataError, HyperParameterError, MissingPackageError
+from easyedit_mdm.errors import DataError, HyperParameterError
 from easyedit_mdm.version import __version__
 
 MEASURES = {
@@ -69,13 +69,6 @@ NOTES = (
     "Mirage gap: exact when teacher-forced minus exact in context. Cost: medians of the edits that did not fail.",
     "Paired differences are first minus second on the cases that both runs have. One interval in twenty misses 0 by chance: the more pairs, the more of these.",
 )
-
-# colours that the page turns into its own, so that figures follow light and dark mode
-INK, SOFT = "#010203", "#010204"
-SERIES = tuple(f"#0a0b{i:02x}" for i in range(8))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p")
-DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
-HATCHES = ("", "///", "...", "\\\\\\", "xx", "--", "++", "oo", "||")
 
 
 def compare(paths: Sequence[str | Path], out: str | Path, seed: int = 0, resamples: int = 2000) -> dict[str, Any]:
@@ -311,73 +304,14 @@ def _markdown_text(text: str) -> str:
 # the figures
 
 
-def _matplotlib() -> tuple[Any, Any]:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingPackageError("the report's figures need the package matplotlib: pip install matplotlib") from None
-    return matplotlib, Figure
-
-
-def _plain(text: str) -> str:
-    """A run's name as a figure can hold it: not too long, no mathematics between dollars, not hidden by a leading underscore."""
-    short = text if len(text) <= 60 else text[:59] + "…"
-    return " " + re.sub(r"[\x00-\x1f\ud800-\udfff]", " ", short).replace("$", r"\$")
-
-
-def _dressed(axes: Any, title: str) -> None:
-    axes.set_title(title, color=INK, fontsize=10, loc="left")
-    axes.patch.set_alpha(0)
-    axes.tick_params(colors=INK, labelsize=9)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(SOFT)
-    axes.set_axisbelow(True)
-
-
-def _svg(figure: Any, salt: str) -> str:
-    """The figure as inline SVG: its colours are the page's variables, and it names no other document."""
-    matplotlib, _ = _matplotlib()
-    figure.patch.set_alpha(0)
-    stream = io.StringIO()
-    # the salt keeps bytes and ids the same from run to run, and ids of two figures apart
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # glyphs that the measuring font lacks; the browser has its own fonts
-        figure.savefig(stream, format="svg", metadata={"Date": None})
-    text = stream.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r'<g id="[^"]*"', "<g", text)
-    for colour, name in ((INK, "currentColor"), (SOFT, "var(--soft)"), *((c, f"var(--series-{i})") for i, c in enumerate(SERIES))):
-        text = text.replace(f'fill="{colour}"', f'style="fill: {name}"').replace(colour, name)
-    width, _ = figure.get_size_inches()
-    head, rest = text.split(">", 1)
-    # as wide as the page allows, up to the size it was drawn for
-    return re.sub(r' (width|height)="[^"]*"', "", head) + f' role="img" style="max-width: {width * 1.1:.1f}in">' + rest
-
-
-def _legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], width: int | float) -> None:
-    columns = max(1, min(len(labels), int(width * 11 / (max(map(len, labels)) + 8))))
-    found = figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, handlelength=3.2)
-    for text in found.get_texts():
-        text.set_color(INK)
-
-
-def _spans(estimates: Sequence[Estimate]) -> list[list[float]]:
-    """Lengths of the whiskers below and above each mean, 0 where there is no interval."""
-    below = [0.0 if e["low"] is None else max(0.0, e["mean"] - e["low"]) for e in estimates]
-    return [below, [0.0 if e["high"] is None else max(0.0, e["high"] - e["mean"]) for e in estimates]]
-
-
 def length_figure(report: dict[str, Any]) -> str:
     """Success against the length of the target, one line a run; empty where no run has lengths."""
     lengths = _lengths(report)
     if not lengths:
         return ""
-    figure = _matplotlib()[1](figsize=(7.6, 3.9 + 0.16 * len(report["runs"])), layout="constrained")
+    figure = new_figure(figsize=(7.6, 3.9 + 0.16 * len(report["runs"])))
     axes = figure.add_subplot()
-    _dressed(axes, "share of cases, 95 % interval")
+    dressed(axes, "share of cases, 95 % interval")
     drawn = [(i, run) for i, run in enumerate(report["runs"]) if run["success_by_length"]]
     handles = []
     for place, (i, run) in enumerate(drawn):
@@ -385,12 +319,12 @@ def length_figure(report: dict[str, Any]) -> str:
         # side by side, so that whiskers do not hide each other
         at = [int(length) + (place - (len(drawn) - 1) / 2) * min(0.09, 0.6 / len(drawn)) for length in run["success_by_length"]]
         look = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)]}
-        handles.append(axes.errorbar(at, [e["mean"] for e in estimates], _spans(estimates), capsize=3, elinewidth=1, markersize=6, clip_on=False, **look))
+        handles.append(axes.errorbar(at, [e["mean"] for e in estimates], spans(estimates), capsize=3, elinewidth=1, markersize=6, clip_on=False, **look))
     axes.set(xticks=lengths, xlim=(lengths[0] - 0.5, lengths[-1] + 0.5), ylim=(0, 1))
     axes.set_xlabel("tokens of the target, N", color=INK)
     axes.grid(axis="y", color=SOFT, alpha=0.25, linewidth=0.7)
-    _legend(figure, handles, [_plain(run["name"]) for _, run in drawn], 7.6)
-    return _svg(figure, "length")
+    legend(figure, handles, [short(run["name"]) for _, run in drawn], 7.6)
+    return svg(figure, "length")
 
 
 def ladder_figure(report: dict[str, Any]) -> str:
@@ -404,14 +338,14 @@ def ladder_figure(report: dict[str, Any]) -> str:
         return ""
     most, runs = max(len(rows) for _, rows in groups), len(report["runs"])
     width = 5.2 * len(groups)
-    figure = _matplotlib()[1](figsize=(width, 0.9 + 0.2 * runs + most * (0.17 * runs + 0.12)), layout="constrained")
+    figure = new_figure(figsize=(width, 0.9 + 0.2 * runs + most * (0.17 * runs + 0.12)))
     for axes, (title, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups):
         handles = _bars(axes, report["runs"], rows)
-        _dressed(axes, title)
+        dressed(axes, title)
         axes.set(xlim=(0, 1.16), ylim=(most - 0.5, -0.5), xticks=[0, 0.25, 0.5, 0.75, 1])
-        axes.set_yticks(range(len(rows)), [_plain(text) for text in rows.values()])
-    _legend(figure, handles, [_plain(run["name"]) for run in report["runs"]], width)
-    return _svg(figure, "ladder")
+        axes.set_yticks(range(len(rows)), [short(text) for text in rows.values()])
+    legend(figure, handles, [short(run["name"]) for run in report["runs"]], width)
+    return svg(figure, "ladder")
 
 
 def _bars(axes: Any, runs: Sequence[dict[str, Any]], rows: dict[str, str]) -> list[Any]:
@@ -425,10 +359,10 @@ def _bars(axes: Any, runs: Sequence[dict[str, Any]], rows: dict[str, str]) -> li
         if not found:  # still in the legend
             handles.append(axes.barh([0], [0], 0, **look))
             continue
-        spans = _spans([e for _, e in found])
+        reaches = spans([e for _, e in found])
         whiskers = {"ecolor": INK, "capsize": 2, "elinewidth": 0.9}
-        handles.append(axes.barh(at, [e["mean"] for _, e in found], thick * 0.92, xerr=spans, error_kw=whiskers, **look))
-        for y, (_, estimate), reach in zip(at, found, spans[1]):
+        handles.append(axes.barh(at, [e["mean"] for _, e in found], thick * 0.92, xerr=reaches, error_kw=whiskers, **look))
+        for y, (_, estimate), reach in zip(at, found, reaches[1]):
             axes.text(estimate["mean"] + reach + 0.015, y, f"{estimate['mean']:.2f}", color=INK, fontsize=7, va="center")
     return handles
 
@@ -474,14 +408,8 @@ def _denoising(history: Any) -> list[list[Any]] | None:
 
 
 def _html(report: dict[str, Any], pages: dict[str, Any]) -> str:
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingPackageError("the report's page needs the package jinja2: pip install jinja2") from None
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    template = environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
-    return template.render(
+    return rendered(
+        "report.html",
         report=report,
         tables=dict(_sections(report)),
         bounds=bounds,

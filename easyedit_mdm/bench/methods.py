@@ -11,7 +11,7 @@ import torch
 
 from easyedit_mdm.api import load_model, make_edit
 from easyedit_mdm.bench.datasets import BenchCase
-from easyedit_mdm.editing import METHODS
+from easyedit_mdm.editing import METHODS, ROMEMDMHyperParams
 from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.models import Adapter
 
@@ -49,7 +49,7 @@ def bench_method(alg_name: str, hparams_file: str | Path, device: str | None = N
         HyperParameterError: if the file is another method's, or the method is not known.
     """
     if alg_name in METHODS:
-        return _ours(alg_name, hparams_file, device)
+        return ours(*load_ours(alg_name, hparams_file, device))
     if others is None:
         raise HyperParameterError(f"method {alg_name!r} is not one of ours ({', '.join(METHODS)}), and EasyEdit was not asked for")
     return _others(*others(alg_name, hparams_file))
@@ -63,10 +63,20 @@ def _others(adapter: Adapter, settings: dict[str, Any], apply: Callable[[dict[st
     return BenchMethod(adapter, settings, edit, {})
 
 
-def _ours(alg_name: str, hparams_file: str | Path, device: str | None) -> BenchMethod:
+def load_ours(alg_name: str, hparams_file: str | Path, device: str | None = None) -> tuple[Adapter, ROMEMDMHyperParams]:
+    """The hyperparameters of one of our methods, and the model that they name.
+
+    Raises:
+        HyperParameterError: if the file is another method's.
+        UnknownNameError: for a method that is not ours.
+    """
     hparams = METHODS[alg_name].hparams.from_hparams(hparams_file)
     where = device or (str(hparams.device) if hparams.device is not None else None) or ("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = load_model(hparams.model_name, device=where, dtype=hparams.dtype, mask_id=hparams.mask_id)
+    return load_model(hparams.model_name, device=where, dtype=hparams.dtype, mask_id=hparams.mask_id), hparams
+
+
+def ours(adapter: Adapter, hparams: ROMEMDMHyperParams) -> BenchMethod:
+    """One of our methods on a model."""
 
     def edit(case: BenchCase) -> tuple[dict[str, Any], Undo]:
         """Make and apply."""

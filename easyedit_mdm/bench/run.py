@@ -80,7 +80,7 @@ def bench(config: BenchConfig, out: str | Path, resume: bool = False, others: Ot
     """
     path, method = Path(out), bench_method(config.alg_name, config.hparams, config.device, others)
     loaded = load_cases(config.dataset, config.data_dir, config.data_file, config.limit, config.seed, method.adapter.tokenizer)
-    judge = _judge(config, method)
+    judge = judge_of(config, method)
     header = header_of(config, method, loaded, judge)
     rank, world = _place()
     mine = path if world == 1 else path.with_name(f"{path.name}.part-{rank}-of-{world}")
@@ -89,7 +89,7 @@ def bench(config: BenchConfig, out: str | Path, resume: bool = False, others: Ot
         raise DataError(f"{path} exists: give another --out, or --resume to go on with it")
     cases = loaded.cases[rank::world]
     if not (world > 1 and path.exists() and _is_whole(path, header, loaded.cases)):
-        _run(mine, header, cases, method, judge, resume)
+        run_cases(mine, header, cases, method, judge, resume)
     if world > 1:
         _wait()
         if rank == 0:
@@ -98,7 +98,12 @@ def bench(config: BenchConfig, out: str | Path, resume: bool = False, others: Ot
     return len(loaded.cases)
 
 
-def _run(path: Path, header: dict[str, Any], cases: list[BenchCase], method: BenchMethod, judge: Judge, resume: bool) -> None:
+def run_cases(path: Path, header: dict[str, Any], cases: list[BenchCase], method: BenchMethod, judge: Judge, resume: bool) -> None:
+    """Write a run file, or go on with the one that is there.
+
+    Raises:
+        DataError: if the file holds a run of something else.
+    """
     done = _prepare(path, header, resume)
     if _case_ids(path) != [case.case_id for case in cases[:done]]:
         raise DataError(f"{path} does not hold the first {done} cases of this run in order: start another file")
@@ -170,7 +175,8 @@ def _kept_lines(path: Path) -> Iterator[tuple[str, dict]]:
                 yield entry["key"], entry["value"]
 
 
-def _judge(config: BenchConfig, method: BenchMethod) -> Judge:
+def judge_of(config: BenchConfig, method: BenchMethod) -> Judge:
+    """What a run measures."""
     name = config.held_out or ("twins" if str(method.settings["model_name"]) in TWINS else None)
     texts: tuple[str, ...] = ()
     if name:
