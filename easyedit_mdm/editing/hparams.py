@@ -12,6 +12,7 @@ import yaml
 
 from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.denoising import SCHEDULES, DecodeConfig
+from easyedit_mdm.editing.guard import GuardConfig
 from easyedit_mdm.errors import HyperParameterError
 
 FACT_TOKENS = ("subject_last", "subject_first", "subject_first_after_last", "last")
@@ -44,6 +45,7 @@ class ROMEMDMHyperParams:
         key_states: states of the target under which k* is read in a masked model: `full_mask`, or `average` over all of them.
         max_rows: rows of one forward pass; more are split, with the same result.
         facts_per_batch: facts whose values are optimised together; halved where memory runs out.
+        guard: thresholds of the collapse guard (`easyedit_mdm.editing.guard.GuardConfig`), or {} for its own; None: no edit is refused.
         decode: settings of the multi-step metric (`easyedit_mdm.denoising.DecodeConfig`).
         dtype: dtype to load the model in; None keeps the checkpoint's.
         mask_id: the mask token, where the checkpoint does not say.
@@ -91,6 +93,7 @@ class ROMEMDMHyperParams:
     key_states: str = "full_mask"
     max_rows: int = 256
     facts_per_batch: int = 64
+    guard: dict[str, Any] | None = None
     decode: dict[str, Any] = field(default_factory=dict)
     mask_id: int | None = None
     seed: int = 0
@@ -126,6 +129,7 @@ class ROMEMDMHyperParams:
         if self.mom2_adjustment and not self.mom2_dataset:
             raise HyperParameterError("mom2_adjustment is on, but mom2_dataset names no text file: give one, or turn it off")
         self.decode_config()
+        self.guard_config()
 
     def _check_layers(self) -> None:
         layers = self.layers
@@ -162,6 +166,14 @@ class ROMEMDMHyperParams:
             if key not in known:
                 raise HyperParameterError(f"decode setting {key!r} is not known{did_you_mean(key, known)} Known: {', '.join(known)}")
         return DecodeConfig(**self.decode)
+
+    def guard_config(self) -> GuardConfig | None:
+        """The thresholds of the collapse guard, or None where it is off.
+
+        Raises:
+            HyperParameterError: for a setting that does not exist, or is no number.
+        """
+        return None if self.guard is None else GuardConfig.of(self.guard)
 
     @classmethod
     def from_hparams(cls, path: str | Path) -> "ROMEMDMHyperParams":

@@ -34,8 +34,10 @@ class Method:
     sequential: bool = False
 
     def edit(self, adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams, history: History | None = None) -> Edit:
-        """Make the edit, with the history if the method has a use for it."""
-        return self.make(adapter, requests, hparams, **({"history": history} if self.sequential else {}))
+        """Make the edit, with the history if the method has a use for it; its card says whether a guard looked at it."""
+        edit = self.make(adapter, requests, hparams, **({"history": history} if self.sequential else {}))
+        edit.card["guard"] = {"on": False, "why": "not applied through the guard" if hparams.guard is not None else "guard is not set in the hyperparameters"}
+        return edit
 
 
 METHODS: Registry[Method] = Registry("editing method")
