@@ -7,7 +7,7 @@ kept (W + D - D is not W in floating point), and the copying itself is not cut i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -161,26 +161,6 @@ class Edit:
         """Whether `apply` has put this edit into the model and `revert` has not taken it back."""
         return identity(model) in self._states
 
-    @torch.no_grad()
-    def adopt(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
-        """Take a model that was loaded with this edit in its weights for one to which it has been applied.
-
-        Args:
-            originals: the weights before the edit, by parameter name, as they were kept when it was applied.
-
-        Raises:
-            EditError: if these are not the edit's weights, or the edit is in the model already.
-        """
-        native = identity(model)
-        names, weights = self._names(native), dict(native.named_parameters())
-        if native in self._states:
-            raise EditError("this edit is already applied to this model: revert it first")
-        wrong = [n for n in names.values() if n not in originals or originals[n].shape != weights[n].shape or originals[n].dtype != weights[n].dtype]
-        if wrong or set(originals) != set(names.values()):
-            raise EditError(f"the originals that were kept do not belong to this edit and model: {', '.join(wrong) or 'there are more of them'}")
-        self._states[native] = _State({n: originals[n].to(weights[n].device) for n in names.values()}, {n: tensor_sha256(weights[n]) for n in names.values()})
-        self._register(native)
-
     def originals(self, model: nn.Module) -> dict[str, Tensor]:
         """The weights that this edit replaced in a model, by parameter name.
 
@@ -190,6 +170,19 @@ class Edit:
         if not self.is_applied(model):
             raise EditError("this edit is not applied to this model")
         return dict(self._states[identity(model)].originals)
+
+    def edited_hashes(self, model: nn.Module) -> dict[str, str]:
+        """SHA-256 of what the edit puts, or has put, into a model's weights, by parameter name.
+
+        Raises:
+            EditError: if it does not fit.
+        """
+        native = identity(model)
+        if native in self._states:
+            return dict(self._states[native].edited)
+        names, weights = self._names(native), dict(native.named_parameters())
+        with torch.no_grad():
+            return {names[c.name]: tensor_sha256(_sum(weights[names[c.name]], c)) for c in self.changes}
 
     def _register(self, native: nn.Module) -> None:
         _CARRIED[native] = [*(known for known in _CARRIED.get(native, []) if known() is not None), weakref.ref(self)]
@@ -289,6 +282,34 @@ class Edit:
         from easyedit_mdm.editing.export import to_peft
 
         return to_peft(self, folder)
+
+
+def adopt(model: nn.Module, stack: "Sequence[tuple[Edit, Mapping[str, Tensor], Mapping[str, str]]]") -> None:
+    """Take a model that was loaded with edits in its weights for one to which they have been applied.
+
+    Args:
+        stack: in the order of application, each edit with the weights that it replaced and the hashes of what it put there, by
+            parameter name, as they were kept.
+
+    Raises:
+        EditError: if the weights are not those that the edits left; nothing is noted then.
+    """
+    native = identity(model)
+    now: dict[str, Tensor] = dict(native.named_parameters())
+    states: list[tuple[Edit, _State]] = []
+    for edit, originals, edited in reversed(stack):
+        names = set(edit._names(native).values())
+        wrong = [n for n in names if n not in originals or originals[n].shape != now[n].shape or originals[n].dtype != now[n].dtype]
+        changed = [n for n in names if edited.get(n) != tensor_sha256(now[n])]
+        if wrong or set(originals) != names:
+            raise EditError(f"the originals that were kept do not belong to edit and model: {', '.join(sorted(wrong)) or 'there are more of them'}")
+        if changed:
+            raise EditError(f"{', '.join(sorted(changed))} has been changed since the edit {edit.card.get('id')} was applied: it cannot be taken back")
+        states.append((edit, _State({n: originals[n].to(now[n].device) for n in names}, dict(edited))))
+        now |= originals
+    for edit, state in reversed(states):
+        edit._states[native] = state
+        edit._register(native)
 
 
 def keeping(model: nn.Module, names: list[str], work: Callable[[], Result]) -> Result:

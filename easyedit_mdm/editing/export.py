@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +77,14 @@ def _factors(change: Change) -> tuple[Tensor, Tensor]:
     return (left * scale).float(), (right / scale).float()
 
 
-def write_model(adapter: Adapter, base: str | Path, folder: str | Path, extra: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
+def write_model(adapter: Adapter, base: str | Path, folder: str | Path, more: Callable[[Path], None] | None = None) -> Path:
     """Write a model as it is now as a folder in the hub's own format, laid out like the folder that it came from.
 
     Key names and shards are those of `base`, weights are in the dtype that the model is in, which `config.json` then names; tokenizer and
     other small files are copied. Weights in other formats (.bin, .gguf, ...) are left out: they would be the unedited ones.
 
     Args:
-        extra: files to write beside: JSON by relative path, or tensors by name where the path ends in `.safetensors`.
+        more: writes what else is to be in the folder, called with it before it gets its name.
 
     Raises:
         CheckpointError: if `base` is not the folder of this model.
@@ -104,9 +104,8 @@ def write_model(adapter: Adapter, base: str | Path, folder: str | Path, extra: M
         if index.exists():
             table = read_json(index, CheckpointError, "the index of a model's shards")
             write_json(part / index.name, {**table, "metadata": {**(table.get("metadata") or {}), "total_size": total}}, indent=2)
-        for name, value in (extra or {}).items():
-            (part / name).parent.mkdir(parents=True, exist_ok=True)
-            (write_tensors if name.endswith(".safetensors") else write_json)(part / name, value)
+        if more is not None:
+            more(part)
     return folder
 
 

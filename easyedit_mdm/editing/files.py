@@ -82,7 +82,7 @@ def load(folder: str | Path) -> Edit:
         odd = sorted(set(tensors) ^ wanted)[0]
         raise EditError(f"{folder / TENSORS} and {CARD} do not belong together: {odd!r} is in only one of them; get the edit again")
     changes = [_change(name, about, tensors, folder) for name, about in weights.items()]
-    return Edit(changes, {k: v for k, v in told.items() if k not in _OWN or k == "id"})
+    return Edit(changes, {**{k: v for k, v in told.items() if k not in _OWN}, "id": told["tensors"]["sha256"][:16]})
 
 
 def file_sha256(path: Path) -> str:
@@ -128,7 +128,7 @@ def _check_card(told: Mapping[str, Any], path: Path) -> None:
     Raises:
         EditError: for one that has another form.
     """
-    for name, kind in (("facts", list), ("hyperparameters", dict), ("norms", dict), ("metrics", dict), ("guard", dict), ("versions", dict)):
+    for name, kind in (("facts", list), ("hyperparameters", dict), ("norms", dict), ("metrics", dict), ("guard", dict), ("versions", dict), ("edited", dict)):
         if name in told and not isinstance(told[name], kind):
             raise EditError(f"{path}: {name} is {type(told[name]).__name__}, not {kind.__name__}; get the edit again")
     for number, fact in enumerate(told.get("facts", [])):

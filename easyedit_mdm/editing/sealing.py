@@ -31,6 +31,7 @@ def seal(edit: Edit, model: nn.Module, name: str | None = None) -> Edit:
         "weights": {change: tensor_sha256(own.get(first, weights[change])) for change, first in names.items()},
         "carries": [other.card.get("id") for other in carried(native) if other is not edit],
     }
+    edit.card["edited"] = edit.edited_hashes(model)
     edit.card.setdefault("seed", edit.card.get("hyperparameters", {}).get("seed"))
     edit.card["versions"] = versions()
     edit.card["norms"] = {row["weight"]: {k: row[k] for k in ("norm", "norm_ratio")} for row in weight_figures(edit, model)}

@@ -68,7 +68,9 @@ def load_adapter(
     model.eval()
     tok = tokenizer if tokenizer is not None else load_tokenizer(folder, spec)
     ids = special_ids(spec, config, tok, model.get_input_embeddings().weight.shape[0], mask_id)
-    return Adapter(model, spec, ids, tok, name=str(name or name_or_folder))
+    adapter = Adapter(model, spec, ids, tok, name=str(name or name_or_folder))
+    adapter.source = folder
+    return adapter
 
 
 def find_folder(name_or_folder: str | Path, revision: str | None = None) -> Path:
