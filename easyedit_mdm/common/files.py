@@ -171,7 +171,7 @@ def read_json(path: str | Path, error: type[EasyEditMDMError], what: str) -> dic
 
 
 @contextmanager
-def opened_tensors(path: str | Path, error: type[EasyEditMDMError], what: str) -> Iterator[Any]:
+def opened_tensors(path: str | Path, error: type[EasyEditMDMError], what: str, cure: str = "remove it, or get it again") -> Iterator[Any]:
     """safetensors' `safe_open`; whatever goes wrong with the file inside the block becomes one error.
 
     Raises:
@@ -185,11 +185,11 @@ def opened_tensors(path: str | Path, error: type[EasyEditMDMError], what: str) -
     except EasyEditMDMError:
         raise
     except (SafetensorError, *_FOREIGN) as problem:
-        raise error(f"{path} is not {what} ({problem}): remove it, or get it again") from problem
+        raise error(f"{path} is not {what} ({problem}): {cure}") from problem
     except BaseException as problem:
         if type(problem).__name__ != "PanicException":
             raise
-        raise error(f"{path} is not {what} (it breaks the safetensors library): remove it") from problem
+        raise error(f"{path} is not {what} (it breaks the safetensors library): {cure}") from problem
 
 
 def read_tensors(path: str | Path, error: type[EasyEditMDMError], what: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -33,10 +33,10 @@ class GuardConfig:
             with the package, else a few plain sentences.
     """
 
-    norm_ratio: float | int | None = 50.0
+    norm_ratio: float | int | None = 20.0
     condition: float | int | None = 1e9
     denominator: float | int | None = 1e-4
-    perplexity_ratio: float | int | None = 2.0
+    perplexity_ratio: float | int | None = 1.5
     text: str | None = None
 
     def __post_init__(self) -> None:
