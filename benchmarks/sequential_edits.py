@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -33,7 +34,7 @@ def share(scores: list[dict], key: str = "exact") -> dict:
 def drawn(world: World, edits: int, seed: int) -> tuple[list[tuple], list]:
     """(fact, target) of every edit, and facts that are left alone."""
     rng = random.Random(seed)
-    facts = [f for f in world.all_facts() if not f.relation.closed]
+    facts = world.all_facts()
     rng.shuffle(facts)
     if edits > len(facts) - 40:
         raise SystemExit(f"the world has {len(facts)} facts to edit: at most {len(facts) - 40} edits")
@@ -51,10 +52,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--watch", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weight", type=float, help="mom2_update_weight (lambda), where it is to be another than the file's")
     parser.add_argument("--out")
     args = parser.parse_args()
     alg_name = read_yaml(find_hparams(args.hparams))["alg_name"]
     hparams = METHODS[alg_name].hparams.from_hparams(args.hparams)
+    if args.weight is not None:
+        hparams = replace(hparams, mom2_update_weight=args.weight)
     model, world, history = load_model(hparams.model_name), World.build(), History()
     todo, alone = drawn(world, args.edits, args.seed)
     names = [model.site(layer).weight for layer in hparams.layers]

@@ -21,6 +21,7 @@ _LAZY = {
     "EditRequest": "easyedit_mdm.editing",
     "ROMEMDMHyperParams": "easyedit_mdm.editing",
     "make_edit": "easyedit_mdm.api",
+    "make_edits": "easyedit_mdm.api",
     "score_prompts": "easyedit_mdm.evaluation",
     "register": "easyedit_mdm.host",
     "BaseEditor": "easyedit_mdm.host",

@@ -63,3 +63,13 @@ def make_edit(
     """
     requests = [request] if isinstance(request, (Mapping, EditRequest)) else request
     return METHODS[hparams.alg_name].edit(model, [EditRequest.of(r) for r in requests], hparams, history)
+
+
+def make_edits(model: Adapter, requests: Sequence[Mapping[str, Any] | EditRequest], hparams: ROMEMDMHyperParams) -> list[Edit]:
+    """One edit a request, each as `make_edit` would make it for the model as it is now, but several times faster: the values of
+    all are optimised together.
+
+    Raises:
+        RequestError, HyperParameterError, ModelError, StatisticsError, OptimisationError: see `easyedit_mdm.errors`.
+    """
+    return METHODS[hparams.alg_name].edit_each(model, [EditRequest.of(r) for r in requests], hparams)

@@ -19,10 +19,6 @@ class UnknownNameError(EasyEditMDMError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
-class NotYetError(EasyEditMDMError, NotImplementedError):
-    """A name that is reserved for something this version does not have."""
-
-
 class HostNotFoundError(EasyEditMDMError, ImportError):
     """EasyEdit could not be found or is not usable."""
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from easyedit_mdm import make_edit
+from easyedit_mdm import make_edit, make_edits
 from easyedit_mdm.common.fingerprints import parameter_hashes
 from easyedit_mdm.editing import METHODS, EditRequest, History
 from easyedit_mdm.editing import batch, rome
@@ -48,12 +48,29 @@ def statistics(monkeypatch):
 def hparams(method: str, **changes):
     """Settings for tiny random models."""
     extra = {"AlphaEdit_MDM": {"nullspace_threshold": 0.1, "L2": 1e-3}}.get(method, {"mom2_update_weight": 1e-3})
+    given = {**extra, **changes}
     return METHODS[method].hparams(
         **{
             "alg_name": method, "model_name": "tiny", "layers": [0, 1], "v_num_grad_steps": 10, "v_lr": 0.5, "v_weight_decay": 1e-3, "clamp_norm_factor": 10.0,
-            "context_templates": ["{}", "The old song. {}"], "mom2_dataset": "given", **extra, **changes,
+            "context_templates": ["{}", "The old song. {}"], "mom2_dataset": "given", **{k: v for k, v in given.items() if (k, v) != ("mom2_update_weight", None)},
         }
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["dream", "llama"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_edits_made_together_are_those_made_alone(tiny, family, method):
+    """make_edits: for every method, to 1e-5 of the update's norm, whatever the lengths of the other targets."""
+    model = tiny(family)
+    layers = [0, 1] if METHODS[method].batchable else [1]
+    extra = {} if METHODS[method].batchable else {"mom2_update_weight": None, "mom2_adjustment": True}
+    settings = hparams(method, layers=layers, state_schedule="enumerate", early_stop_loss=3.0, **extra)
+    together = make_edits(model, REQUESTS, settings)
+    for request, edit in zip(REQUESTS, together, strict=True):
+        alone = make_edit(model, request, settings)
+        assert [f["target_new"] for f in edit.card["facts"]] == [request["target_new"]]
+        for ours, theirs in zip(edit.changes, alone.changes, strict=True):
+            assert (ours.dense() - theirs.dense()).norm() <= 1e-5 * theirs.dense().norm()
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

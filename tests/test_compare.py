@@ -57,6 +57,37 @@ def write(path: Path, *records: dict) -> Path:
     return path
 
 
+EXTRA = {
+    "counterfact": {"sum": {"ES": 1.0, "PS": 0.5, "NS": 0.75, "EM": 0.4, "PM": 0.1, "NM": 0.2}}, "given_k": [False, True],
+    "first_wrong": {"step": 1, "slot": 0}, "fluency": {"ngram_entropy": 3.0}, "perplexity": {"value": 30.0, "n": 9},
+}  # fmt: skip
+
+
+def with_extras(i: int) -> dict:
+    """A case with everything that a full evaluation adds."""
+    whole = case(i)
+    whole["pre"] |= {"fluency": {"ngram_entropy": 4.0}, "perplexity": {"value": 10.0, "n": 9}}
+    whole["pre"]["multi_step"]["with_statement"] = {"near": [score(True)]}
+    whole["post"] |= EXTRA
+    whole["post"]["multi_step"]["with_statement"] = {"near": [score(i % 2 == 0)]}
+    return whole
+
+
+def test_extras_reach_every_form_of_the_report(tmp_path):
+    """Likelihoods, success given k, first wrong token, fluency and perplexity: as figures, and named in all files but for the run without them."""
+    full = write(tmp_path / "full.jsonl", header(), *(with_extras(i) for i in range(4)))
+    report = compare([full, write(tmp_path / "bare.jsonl", header("full_mask"), *(case(i) for i in range(4)))], tmp_path / "out")
+    measures = report["runs"][0]["measures"]
+    wanted = {"sum.ES": 1, "sum.NS": 0.75, "sum.EM": 0.4, "given_k.0": 0, "given_k.1": 1, "first_wrong_step": 1, "with_statement_acc": 0.75, "with_statement_acc_before": 1}
+    assert {name: measures[name]["mean"] for name in wanted} == wanted
+    assert (measures["fluency_ratio"]["mean"], measures["perplexity_ratio"]["mean"]) == (0.75, 3.0)
+    assert "sum.ES" not in report["runs"][1]["measures"]
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "ES (log-probabilities summed)" in text and "exact, given 1 right token" in text and "perplexity of held-out text" in text
+    assert "sum.PM" in (tmp_path / "out" / "report.csv").read_text()
+
+
 @pytest.fixture
 def two(tmp_path) -> list[Path]:
     """Two runs of 24 cases: the first is right on all but the longest targets, the second on one case of three."""

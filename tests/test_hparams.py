@@ -10,7 +10,7 @@ from easyedit_mdm import ROMEMDMHyperParams
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.editing.hparams import packaged_hparams
 from easyedit_mdm.twins import TWINS
-from easyedit_mdm.errors import HyperParameterError, NotYetError, UnknownNameError
+from easyedit_mdm.errors import HyperParameterError, UnknownNameError
 
 SHIPPED = sorted(p for p in packaged_hparams().glob("*/*.yaml") if p.parent.name in METHODS)
 GOOD = {"alg_name": "ROME_MDM", "model_name": "m", "layers": [1]}
@@ -38,7 +38,7 @@ def test_what_ships():
     [
         ({"state_shedule": "cycle"}, HyperParameterError, "did you mean 'state_schedule'"),
         ({"state_schedule": "enumerat"}, UnknownNameError, "did you mean 'enumerate'"),
-        ({"state_schedule": "on_policy"}, NotYetError, "planned"),
+        ({"early_stop_on": "draw"}, HyperParameterError, "did you mean 'drawn'"),
         ({"key_average": "easyedit_"}, HyperParameterError, "did you mean 'easyedit'"),
         ({"kl_position": "end"}, HyperParameterError, "kl_position='end'"),
         ({"fact_token": "subject_end"}, HyperParameterError, "fact_token='subject_end'"),

@@ -22,6 +22,7 @@ from rich.table import Table
 from easyedit_mdm.bench.statistics_of_runs import (
     PAIRED,
     RUNGS,
+    SCORES,
     Estimate,
     Run,
     all_pairs,
@@ -48,6 +49,17 @@ MEASURES = {
     "portability_exact": "portability exact",
     "mirage_gap": "mirage gap",
     "success_before": "right before the edit",
+}
+EXTRAS = {
+    **{f"sum.{s}": f"{s} (log-probabilities summed)" for s in SCORES},
+    **{f"per_token.{s}": f"{s} (per token)" for s in SCORES},
+    **{f"given_k.{k}": f"exact, given {k} right token{'s' if k > 1 else ''}" for k in range(1, 8)},
+    "first_wrong_step": "step of the first wrong token (where there is one; the first is 0)",
+    "same_subject_kept": "same subject kept",
+    "with_statement_acc": "neighbours right after the edit is said (token accuracy)",
+    "with_statement_acc_before": "the same before the edit",
+    "fluency_ratio": "n-gram entropy, after / before",
+    "perplexity_ratio": "perplexity of held-out text, after / before",
 }
 COST = {"edit_seconds": "seconds an edit", "forwards": "forwards an edit"}
 NOTES = (
@@ -198,6 +210,11 @@ def _ladder_table(report: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     return ["share", *(run["name"] for run in report["runs"])], rows
 
 
+def _extra_table(report: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    rows = [[EXTRAS[name], *(run["measures"].get(name) for run in report["runs"])] for name in _present(report, list(EXTRAS))]
+    return ["measure", *(run["name"] for run in report["runs"])], rows
+
+
 def _pair_table(report: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     heads = ["first", "second", "shared cases", "measure", "first minus second", "in words"]
     rows: list[list[Any]] = []
@@ -231,6 +248,7 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, tuple[list[str], list[l
         ("Overall", _main_table(report)),
         ("Success by length of the target", _length_table(report)),
         ("Ladder of honesty, paraphrase and locality", _ladder_table(report)),
+        ("Likelihoods, partly revealed targets, side effects", _extra_table(report)),
         ("Paired differences", _pair_table(report)),
     ]
     return [(title, (heads, rows)) for title, (heads, rows) in found if rows and len(heads) > 1]

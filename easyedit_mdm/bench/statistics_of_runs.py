@@ -30,6 +30,7 @@ RUNGS = (
     "teacher_forced", "one_step", "multi_step", "canvas8", "canvas16", "canvas32", "steps_half", "steps_1", "random", "left_to_right", "in_context",
 )  # fmt: skip
 PAIRED = ("success", "token_acc", "first_commit", "rephrase_exact", "locality_kept", "portability_exact", "mirage_gap")
+SCORES = ("ES", "PS", "NS", "EM", "PM", "NM")
 # a failed case never reached its target; what it would have kept or cost is unknown
 ZERO_IF_FAILED = ("success", "token_acc", "first_commit", "rephrase_exact", "portability_exact")
 DIGITS = 6
@@ -182,7 +183,22 @@ def case_figures(case: dict[str, Any]) -> dict[str, float | None]:
         "success_before": _mean([s.get("exact") for s in scores(dig(case, "pre", "multi_step", "rewrite"))]),
         **{f"ladder.{name}": number(rung.get("exact")) for name, rung in rungs.items()},
         **{f"ladder_token_acc.{name}": number(rung.get("token_acc")) for name, rung in rungs.items()},
+        **_extras(case, post),
     }
+
+
+def _extras(case: dict[str, Any], post: dict[str, Any]) -> dict[str, float | None]:
+    """Likelihoods, success given k tokens, where the first wrong token was committed, and what the edit did to text in general."""
+    given = dig(post, "given_k")
+    found = {f"{kind}.{name}": number(dig(post, "counterfact", kind, name)) for kind in ("sum", "per_token") for name in SCORES}
+    found |= {f"given_k.{k}": number(x) for k, x in enumerate(given if isinstance(given, list) else [])}
+    found["first_wrong_step"] = number(dig(post, "first_wrong", "step"))
+    for name, part in (("with_statement_acc", post), ("with_statement_acc_before", case.get("pre"))):
+        found[name] = _mean([s.get("token_acc") for s in scores(dig(part, "multi_step", "with_statement"))])
+    for name, key in (("fluency", "ngram_entropy"), ("perplexity", "value")):
+        after, before = number(dig(post, name, key)), number(dig(case, "pre", name, key))
+        found[f"{name}_ratio"] = after / before if after is not None and before else None
+    return found
 
 
 def _gap(post: dict[str, Any], rungs: dict[str, Any]) -> float | None:

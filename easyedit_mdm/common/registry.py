@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
-from easyedit_mdm.errors import NotYetError, UnknownNameError
+from easyedit_mdm.errors import UnknownNameError
 
 T = TypeVar("T")
 
@@ -23,13 +23,11 @@ class Registry(Generic[T]):
 
     Args:
         kind: what the names name, for messages ("state schedule").
-        not_yet: names that are reserved; looking one up raises `NotYetError`.
     """
 
-    def __init__(self, kind: str, not_yet: Iterable[str] = ()):
+    def __init__(self, kind: str):
         self.kind = kind
         self._things: dict[str, T] = {}
-        self._not_yet = tuple(not_yet)
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that adds a thing under `name`."""
@@ -44,8 +42,6 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         if name in self._things:
             return self._things[name]
-        if name in self._not_yet:
-            raise NotYetError(f"{self.kind} {name!r} is planned, but this version does not have it yet; use one of {self.names()}")
         raise UnknownNameError(f"unknown {self.kind} {name!r}{did_you_mean(name, self._things)} Known: {', '.join(self.names())}")
 
     def __contains__(self, name: object) -> bool:

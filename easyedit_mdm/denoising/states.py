@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from easyedit_mdm.common.registry import Registry
@@ -31,11 +31,13 @@ class States:
         revealed: which slots show their token.
         scored: which slots the loss is read at; never a revealed one.
         weights: weight of each state; they sum to 1.
+        shown: the tokens in revealed slots, where they are not the target's own.
     """
 
     revealed: Bool[Tensor, "states slots"]
     scored: Bool[Tensor, "states slots"]
     weights: Float[Tensor, " states"]
+    shown: Int[Tensor, "states slots"] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class Schedule:
         draw: (step, generator) -> states.
         dealt: a step does not see all states in every context prefix: prefix c has, at step t, only state number
             (c + t) mod (number of states).
+        rolled: the states of a step are those that the model itself, as edited so far, comes through while it decodes, most
+            confident slot first: with the `right` tokens revealed, or with its `own`, right or wrong. `draw` has none then.
+        most: the most states a step.
     """
 
     name: str
@@ -58,10 +63,12 @@ class Schedule:
     cycle: int
     draw: Callable[[int, torch.Generator], States]
     dealt: bool = False
+    rolled: str = ""
+    most: int = MAX_STATES
 
 
 Maker = Callable[[int, int], Schedule]
-SCHEDULES: Registry[Maker] = Registry("state schedule", not_yet=("confidence", "on_policy"))
+SCHEDULES: Registry[Maker] = Registry("state schedule")
 
 
 def schedule(name: str, length: int, max_states: int = MAX_STATES) -> Schedule:
@@ -71,7 +78,7 @@ def schedule(name: str, length: int, max_states: int = MAX_STATES) -> Schedule:
         max_states: the most states that one step may hold; `enumerate` becomes `stratified` beyond it.
 
     Raises:
-        UnknownNameError, NotYetError: for a name that is not known, or only planned.
+        UnknownNameError: for a name that is not known.
         HyperParameterError: if length or max_states is less than 1.
     """
     make = SCHEDULES[name]
@@ -181,6 +188,33 @@ def spread(length: int, max_states: int = MAX_STATES) -> Schedule:
         return kept[0]
 
     return Schedule("spread", "spread", True, len(counts), draw, dealt=True)
+
+
+@SCHEDULES.register("confidence")
+def confidence(length: int, max_states: int = MAX_STATES) -> Schedule:
+    """The N states met when the right tokens are revealed in the edited model's own order, most confident slot first."""
+    return _rolled("confidence", length, max_states, "right")
+
+
+@SCHEDULES.register("on_policy")
+def on_policy(length: int, max_states: int = MAX_STATES) -> Schedule:
+    """The N states met when the edited model decodes by itself: its own tokens are shown, and may be wrong."""
+    return _rolled("on_policy", length, max_states, "own")
+
+
+def _rolled(name: str, length: int, max_states: int, tokens: str) -> Schedule:
+    if length == 1:  # there is nothing to roll out: the plain edit
+        return Schedule(name, name, True, 1, full_mask(1).draw)
+
+    def draw(step: int, generator: torch.Generator) -> States:
+        """Not without a model.
+
+        Raises:
+            HyperParameterError: always.
+        """
+        raise HyperParameterError(f"the states of {name!r} are those a model decodes through: they cannot be drawn without one")
+
+    return Schedule(name, name, False, 1, draw, rolled=tokens, most=max_states)
 
 
 def _shuffled(length: int, k: int, n: int, generator: torch.Generator) -> Bool[Tensor, "n slots"]:

@@ -17,13 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from easyedit_mdm.editing.batch import BatchHyperParams, ClosedForm, System, edit_batch, pivots
+from easyedit_mdm.editing.batch import BatchHyperParams, ClosedForm, System, block_values, edit_batch, pivots
 from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.editing.history import History
 from easyedit_mdm.editing.keys import key_columns
 from easyedit_mdm.editing.methods import METHODS, Method
 from easyedit_mdm.editing.request import EditRequest
 from easyedit_mdm.editing.rows import Fact
+from easyedit_mdm.editing.value import Optimised
 from easyedit_mdm.errors import HyperParameterError, StatisticsError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
@@ -96,7 +97,11 @@ def projected(hparams: AlphaEditMDMHyperParams, carried: dict[str, Tensor]) -> C
 
 
 def alphaedit(
-    adapter: Adapter, requests: Sequence[EditRequest], hparams: AlphaEditMDMHyperParams, history: History | None = None
+    adapter: Adapter,
+    requests: Sequence[EditRequest],
+    hparams: AlphaEditMDMHyperParams,
+    values: Sequence[Optimised] | None = None,
+    history: History | None = None,
 ) -> Edit:
     """Make (not apply) one edit of all requests.
 
@@ -111,7 +116,7 @@ def alphaedit(
         """Remember this batch's keys, read with all layers changed."""
         history.add(adapter, names, {site.name: _scaled(adapter, site, facts, hparams) for site in sites})
 
-    return edit_batch(adapter, requests, hparams, projected(hparams, carried), finish)
+    return edit_batch(adapter, requests, hparams, projected(hparams, carried), values, finish)
 
 
 def _scaled(adapter: Adapter, site: Site, facts: list[Fact], hparams: AlphaEditMDMHyperParams) -> Float[Tensor, "inner columns"]:
@@ -120,5 +125,5 @@ def _scaled(adapter: Adapter, site: Site, facts: list[Fact], hparams: AlphaEditM
 
 
 METHODS.register("AlphaEdit_MDM")(
-    Method("AlphaEdit_MDM", AlphaEditMDMHyperParams, alphaedit, stands_for="AlphaEdit", batchable=True, sequential=True)
+    Method("AlphaEdit_MDM", AlphaEditMDMHyperParams, alphaedit, block_values, stands_for="AlphaEdit", batchable=True, sequential=True)
 )

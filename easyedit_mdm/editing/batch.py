@@ -24,7 +24,7 @@ from easyedit_mdm.editing.keys import key_columns, key_states, read_site
 from easyedit_mdm.editing.request import EditRequest
 from easyedit_mdm.editing.rome import card, check_modules, statistics, tokenise
 from easyedit_mdm.editing.rows import Fact
-from easyedit_mdm.editing.value import optimise
+from easyedit_mdm.editing.value import Optimised, optimise
 from easyedit_mdm.errors import HyperParameterError, RequestError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
@@ -64,7 +64,7 @@ class BatchHyperParams(ROMEMDMHyperParams):
         """Check every field that can be checked without the model.
 
         Raises:
-            HyperParameterError, UnknownNameError, NotYetError: naming field and value.
+            HyperParameterError, UnknownNameError: naming field and value.
         """
         super().validate()
         if not self.mom2_adjustment:
@@ -101,12 +101,14 @@ def edit_batch(
     requests: Sequence[EditRequest],
     hparams: BatchHyperParams,
     closed_form: ClosedForm,
+    values: Sequence[Optimised] | None = None,
     finish: Callable[[list[Site], list[Fact]], None] | None = None,
 ) -> Edit:
     """Make (not apply) one edit of all requests.
 
     Args:
         closed_form: the factors (left, right) of one layer's update.
+        values: of the requests, where they have been optimised already.
         finish: called with all layers changed, before they are put back.
 
     Raises:
@@ -120,8 +122,7 @@ def edit_batch(
     facts = [tokenise(adapter, request, hparams) for request in requests]
     moments = statistics(adapter, sites, hparams)
     before = outputs(adapter, last, facts, hparams)
-    reference = before if hparams.clamp_reference == "block" else outputs(adapter, last, facts, hparams, block=False)
-    outcomes = optimise(adapter, last, facts, reference, hparams)
+    outcomes = values or _optimised(adapter, last, facts, hparams)
     target = before + torch.stack([o.delta for o in outcomes]).to(before.device)
     changes, figures = [], {}
 
@@ -156,6 +157,15 @@ def pivots(factor: Float[Tensor, "n n"]) -> float:
     """Smallest over largest pivot of a Cholesky factor: how near the closed form came to dividing by nothing."""
     diagonal = factor.diagonal() ** 2
     return float(diagonal.min() / diagonal.max())
+
+
+def block_values(adapter: Adapter, requests: Sequence[EditRequest], hparams: BatchHyperParams) -> list[Optimised]:
+    """The optimised values of requests at the last edited layer, each as if it were alone."""
+    return _optimised(adapter, check_modules(adapter, hparams), [tokenise(adapter, request, hparams) for request in requests], hparams)
+
+
+def _optimised(adapter: Adapter, site: Site, facts: list[Fact], hparams: BatchHyperParams) -> list[Optimised]:
+    return optimise(adapter, site, facts, outputs(adapter, site, facts, hparams, block=hparams.clamp_reference == "block"), hparams)
 
 
 def outputs(adapter: Adapter, site: Site, facts: Sequence[Fact], hparams: ROMEMDMHyperParams, block: bool = True) -> Float[Tensor, "facts width"]:

@@ -35,6 +35,7 @@ class ROMEMDMHyperParams:
         kl_position: where the KL anchor "{subject} is a" is read: `slot`, the token after it, or `subject_last`, the token
             after the subject, as EasyEdit's ROME has it.
         early_stop_loss: the optimisation ends when the total loss, averaged over a cycle of states, falls below this.
+        early_stop_on: `cycle`, or `drawn`: the loss of the states of one step alone, which may be easy ones; for comparison.
         context_templates: context prefixes to use, each with one `{}`; None lets the model write them.
         mom2_dataset: the text of the second moments, if `mom2_adjustment` is on: a file, JSON lines, `datasets:NAME:CONFIG:SPLIT`,
             or `twins` (`easyedit_mdm.statistics.text_source`).
@@ -89,6 +90,7 @@ class ROMEMDMHyperParams:
     key_average: str = "single"
     kl_position: str = "slot"
     early_stop_loss: float = 0.05
+    early_stop_on: str = "cycle"
     context_templates: list[str] | None = None
     key_states: str = "full_mask"
     max_rows: int = 256
@@ -110,13 +112,14 @@ class ROMEMDMHyperParams:
         """Check every field that can be checked without the model.
 
         Raises:
-            HyperParameterError, UnknownNameError, NotYetError: naming field and value.
+            HyperParameterError, UnknownNameError: naming field and value.
         """
         if self.alg_name != self.ALG_NAME:
             raise HyperParameterError(f"alg_name is {self.alg_name!r}, but this is {self.ALG_NAME}: is it the right file?")
         self._check_layers()
         SCHEDULES[self.state_schedule]
         choices = {"fact_token": FACT_TOKENS, "kl_position": KL_POSITIONS, "key_average": self.KEY_AVERAGES, "key_states": self.KEY_STATES}
+        choices["early_stop_on"] = ("cycle", "drawn")
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:

@@ -19,10 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from easyedit_mdm.editing.batch import BatchHyperParams, ClosedForm, System, edit_batch, pivots
+from easyedit_mdm.editing.batch import BatchHyperParams, ClosedForm, System, block_values, edit_batch, pivots
 from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.editing.methods import METHODS, Method
 from easyedit_mdm.editing.request import EditRequest
+from easyedit_mdm.editing.value import Optimised
 from easyedit_mdm.errors import StatisticsError
 from easyedit_mdm.models import Adapter
 
@@ -77,15 +78,16 @@ def least_squares(eps: int | float, nu: int | float) -> ClosedForm:
     return closed_form
 
 
-def memit(adapter: Adapter, requests: Sequence[EditRequest], hparams: MEMITMDMHyperParams) -> Edit:
+def memit(adapter: Adapter, requests: Sequence[EditRequest], hparams: MEMITMDMHyperParams, values: Sequence[Optimised] | None = None) -> Edit:
     """Make (not apply) one edit of all requests, by least squares."""
-    return edit_batch(adapter, requests, hparams, least_squares(hparams.mom2_eps, hparams.mom2_update_weight))
+    return edit_batch(adapter, requests, hparams, least_squares(hparams.mom2_eps, hparams.mom2_update_weight), values)
 
 
-def emmet(adapter: Adapter, requests: Sequence[EditRequest], hparams: EMMETMDMHyperParams) -> Edit:
+def emmet(adapter: Adapter, requests: Sequence[EditRequest], hparams: EMMETMDMHyperParams, values: Sequence[Optimised] | None = None) -> Edit:
     """Make (not apply) one edit of all requests, each an equality (up to `emmet_lambda`)."""
-    return edit_batch(adapter, requests, hparams, least_squares(hparams.mom2_eps, hparams.mom2_update_weight * hparams.emmet_lambda))
+    weight = hparams.mom2_update_weight * hparams.emmet_lambda
+    return edit_batch(adapter, requests, hparams, least_squares(hparams.mom2_eps, weight), values)
 
 
-METHODS.register("MEMIT_MDM")(Method("MEMIT_MDM", MEMITMDMHyperParams, memit, stands_for="MEMIT", batchable=True))
-METHODS.register("EMMET_MDM")(Method("EMMET_MDM", EMMETMDMHyperParams, emmet, stands_for="EMMET", batchable=True))
+METHODS.register("MEMIT_MDM")(Method("MEMIT_MDM", MEMITMDMHyperParams, memit, block_values, stands_for="MEMIT", batchable=True))
+METHODS.register("EMMET_MDM")(Method("EMMET_MDM", EMMETMDMHyperParams, emmet, block_values, stands_for="EMMET", batchable=True))

@@ -21,7 +21,8 @@ from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.keys import Keys
 from easyedit_mdm.editing.methods import METHODS, Method
 from easyedit_mdm.editing.request import EditRequest
-from easyedit_mdm.editing.rome import rank_one
+from easyedit_mdm.editing.rome import rank_one, site_values
+from easyedit_mdm.editing.value import Optimised
 from easyedit_mdm.models import Adapter
 
 
@@ -33,7 +34,9 @@ class RROMEMDMHyperParams(ROMEMDMHyperParams):
     KEY_AVERAGES: ClassVar[tuple[str, ...]] = ("single", "prompt")
 
 
-def r_rome(adapter: Adapter, requests: Sequence[EditRequest], hparams: RROMEMDMHyperParams) -> Edit:
+def r_rome(
+    adapter: Adapter, requests: Sequence[EditRequest], hparams: RROMEMDMHyperParams, values: Sequence[Optimised] | None = None
+) -> Edit:
     """Make (not apply) the edit for one request.
 
     Raises:
@@ -46,7 +49,7 @@ def r_rome(adapter: Adapter, requests: Sequence[EditRequest], hparams: RROMEMDMH
         now = keys.values.mean(0) if hparams.key_average == "single" else keys.values[0]
         return keys.values[0] + delta - now
 
-    return rank_one(adapter, requests, hparams, residual)
+    return rank_one(adapter, requests, hparams, residual, values)
 
 
-METHODS.register("R-ROME_MDM")(Method("R-ROME_MDM", RROMEMDMHyperParams, r_rome, stands_for="R-ROME"))
+METHODS.register("R-ROME_MDM")(Method("R-ROME_MDM", RROMEMDMHyperParams, r_rome, site_values, stands_for="R-ROME"))

@@ -71,30 +71,45 @@ def check_modules(adapter: Adapter, hparams: ROMEMDMHyperParams) -> Site:
     return site
 
 
-def rome(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams) -> Edit:
+def rome(
+    adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams, values: Sequence[Optimised] | None = None
+) -> Edit:
     """Make (not apply) the edit for one request.
 
     Raises:
         RequestError: for a request that cannot be carried out, or more than one.
         OptimisationError: if the optimisation or the closed form breaks down.
     """
-    return rank_one(adapter, requests, hparams, lambda keys, delta: delta)
+    return rank_one(adapter, requests, hparams, lambda keys, delta: delta, values)
+
+
+def site_values(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams) -> list[Optimised]:
+    """The optimised values of requests at the site, clamped by the norm of its own output there."""
+    site = check_modules(adapter, hparams)
+    facts = [tokenise(adapter, request, hparams) for request in requests]
+    initial = torch.stack([read_keys(adapter, site, fact, hparams).values[0] for fact in facts])
+    return optimise(adapter, site, facts, initial, hparams)
 
 
 def rank_one(
-    adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams, residual: Callable[[Keys, Tensor], Tensor]
+    adapter: Adapter,
+    requests: Sequence[EditRequest],
+    hparams: ROMEMDMHyperParams,
+    residual: Callable[[Keys, Tensor], Tensor],
+    values: Sequence[Optimised] | None = None,
 ) -> Edit:
     """Key, value and closed form of one fact.
 
     Args:
         residual: what dW is to add to the site's output at k*, from the keys and the optimised delta.
+        values: the fact's, where it has been optimised already.
     """
     if len(requests) != 1:
         raise RequestError(f"{hparams.alg_name} writes one fact at a time, got {len(requests)} requests: edit them one after another")
     site = check_modules(adapter, hparams)
     fact = tokenise(adapter, requests[0], hparams)
     keys = read_keys(adapter, site, fact, hparams)
-    outcome = optimise(adapter, site, [fact], keys.values[:1], hparams)[0]
+    outcome = (values or optimise(adapter, site, [fact], keys.values[:1], hparams))[0]
     left, right, figures = closed_form(adapter, site, keys, residual(keys, outcome.delta), hparams)
     return Edit([LowRank(site.weight, left[:, None], right[None], site.transposed)], card(requests, [fact], hparams, [outcome], figures))
 
@@ -146,4 +161,4 @@ def card(requests: Sequence[EditRequest], facts: Sequence[Fact], hparams: ROMEMD
     return {"method": hparams.alg_name, "facts": told, "hyperparameters": {**hparams.to_dict(), "model_name": str(hparams.model_name)}, **figures}
 
 
-METHODS.register("ROME_MDM")(Method("ROME_MDM", ROMEMDMHyperParams, rome, stands_for="ROME"))
+METHODS.register("ROME_MDM")(Method("ROME_MDM", ROMEMDMHyperParams, rome, site_values, stands_for="ROME"))

@@ -105,7 +105,8 @@ def build_rows(adapter: Adapter, facts: dict[int, Fact], states: dict[int, State
     for i, fact in facts.items():
         n, period = len(fact.target), len(states[i].weights)
         for s, (revealed, scored, weight) in enumerate(zip(states[i].revealed, states[i].scored, states[i].weights)):
-            tail = torch.where(revealed, fact.target, adapter.ids.mask) if adapter.masked else fact.target
+            shown = fact.target if states[i].shown is None else states[i].shown[s]
+            tail = torch.where(revealed, shown, adapter.ids.mask) if adapter.masked else fact.target
             share = scored.float() * ((1.0 if dealt else weight) / scored.sum() / len(fact.contexts))
             for c, prompt in enumerate(fact.contexts):
                 start = len(prompt.ids)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from easyedit_mdm.denoising.states import Schedule, schedule
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
+from easyedit_mdm.editing.rollout import rolled_out
 from easyedit_mdm.editing.rows import Fact, Rows, build_rows
 from easyedit_mdm.errors import OptimisationError
 from easyedit_mdm.models import Adapter
@@ -85,7 +86,7 @@ def _optimise(adapter: Adapter, site: Site, facts: Sequence[Fact], initial: Floa
     plans = [_schedule_for(adapter, fact, hparams) for fact in facts]
     deltas = [torch.zeros_like(v, requires_grad=True) for v in initial]
     done = [Optimised(d, schedule=_name(p)) for d, p in zip(deltas, plans)]
-    recent = [deque(maxlen=p.cycle) for p in plans]
+    recent = [deque(maxlen=1 if hparams.early_stop_on == "drawn" else p.cycle) for p in plans]
     optimizer = torch.optim.Adam(deltas, lr=hparams.v_lr)
     forward = _Forward(adapter, site, facts, plans, hparams)
     active = list(range(len(facts)))
@@ -163,7 +164,7 @@ class _Forward:
         self, step: int, active: list[int], deltas: list[Tensor], initial: Float[Tensor, "facts width"], backward: bool
     ) -> Float[Tensor, " active"]:
         """Total loss of each active fact; gradients go into the deltas."""
-        rows, below = self._rows(step, active)
+        rows, below = self._rows(step, active, deltas)
         place = torch.zeros(len(self.facts), dtype=torch.long, device=rows.fact.device)
         place[active] = torch.arange(len(active), device=place.device)
         total = torch.zeros(len(active), device=rows.ids.device)
@@ -180,10 +181,10 @@ class _Forward:
         self.count.index_add_(0, rows.fact, torch.ones_like(rows.fact))
         return total + decay.detach().to(total.device)
 
-    def _rows(self, step: int, active: list[int]) -> tuple[Rows, Tensor]:
+    def _rows(self, step: int, active: list[int], deltas: list[Tensor]) -> tuple[Rows, Tensor]:
         """The rows of one step and the input of the edited layer in each."""
         if self.kept is None or not self.fixed:
-            self.kept = self._build(step, active)
+            self.kept = self._build(step, active, deltas)
         known, rows, below = self.kept
         if known != active:
             going = torch.isin(rows.fact, torch.tensor(active, device=rows.fact.device))
@@ -192,9 +193,11 @@ class _Forward:
         counting = rows.counting(step)
         return (rows.take(counting), below[counting]) if any(self.plans[i].dealt for i in active) else (rows, below)
 
-    def _build(self, step: int, active: list[int]) -> tuple[list[int], Rows, Tensor]:
+    def _build(self, step: int, active: list[int], deltas: list[Tensor]) -> tuple[list[int], Rows, Tensor]:
         """All rows of some facts. Kept where the rows are, whatever device the lower layers are on."""
-        states = {i: self.plans[i].draw(step, self.generators[i]) for i in active}
+        rolled = {i: self.facts[i] for i in active if self.plans[i].rolled}
+        states = {i: self.plans[i].draw(step, self.generators[i]) for i in active if i not in rolled}
+        states |= rolled_out(self.adapter, self.site, rolled, deltas, self.plans)
         rows = build_rows(self.adapter, {i: self.facts[i] for i in active}, states, self.hparams.kl_position, self.plans[active[0]].dealt)
         with torch.no_grad():
             below = None

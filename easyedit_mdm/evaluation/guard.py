@@ -7,8 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.editing.guard import GuardConfig, reasons, update_figures
+from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.errors import CollapseError, StatisticsError
 from easyedit_mdm.evaluation.perplexity import perplexity
 from easyedit_mdm.models import Adapter
@@ -97,6 +100,23 @@ class CollapseGuard:
         except OverflowError:
             return math.inf
         return math.inf if math.isnan(value) else value
+
+
+def apply_guarded(adapter: Adapter, edit: Edit, hparams: ROMEMDMHyperParams) -> dict[str, Tensor]:
+    """Apply an edit, through the guard if the hyperparameters set one.
+
+    Returns:
+        the original weights, by the changes' names.
+
+    Raises:
+        CollapseError: if the guard stops it; the weights are those of before.
+        EditError: if the edit does not fit.
+    """
+    config = hparams.guard_config()
+    if config is None:
+        return edit.apply(adapter)
+    CollapseGuard(adapter, config).apply(edit)
+    return edit.originals(adapter)
 
 
 def held_out(name: str | None, asked: bool = True) -> list[str]:

@@ -1,0 +1,222 @@
+"""Tables and figure of PROTOCOL.md from `results/`.
+
+    python benchmarks/multi_token/report.py freeze      (the search's choice -> frozen.yaml)
+    python benchmarks/multi_token/report.py tables      (-> results.md, success.svg)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from study import ARMS, FROZEN, GRID, HERE, RESULTS
+
+from easyedit_mdm.bench.statistics_of_runs import bootstrap_mean
+
+MODELS = ("twin-llama", "twin-llada", "twin-qwen", "twin-dream")
+FAMILIES = (("twin-llama", "twin-llada"), ("twin-qwen", "twin-dream"))
+METHODS = ("ROME_MDM", "MEMIT_MDM")
+MEASURES = ("exact", "paraphrase", "kept", "same_subject_kept", "first_commit", "one_step", "activation", "canvas16", "random", "left_to_right", "half_steps")
+COLOURS = {"autoregressive": "#7a7a7a", "masked, plain": "#d1495b", "masked, aware": "#1f7a8c"}
+Line = dict[str, Any]
+
+
+def lines(command: str, model: str) -> list[Line]:
+    """The finished edits of a command, without those of facts that the model did not know; [] if it was not run."""
+    path = RESULTS / f"{command}-{model}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]] if path.exists() else []
+    return [row for row in rows if row["known"]]
+
+
+def value(line: Line, measure: str) -> float | None:
+    """One measure of one edit; a failed optimisation succeeded in nothing."""
+    found = line.get(measure)
+    return 0.0 if found is None and "error" in line and measure in ("exact", "paraphrase", "first_commit", "one_step") else None if found is None else float(found)
+
+
+def estimate(rows: Sequence[Line], measure: str) -> Line:
+    """Mean and interval, clustered by subject."""
+    return bootstrap_mean([value(row, measure) for row in rows], [row["subject"] for row in rows])
+
+
+def told(e: Line, signed: bool = False) -> str:
+    """`0.95 [0.93, 0.97]`."""
+    if e["mean"] is None:
+        return "-"
+    form = "{:+.3f}" if signed else "{:.2f}"
+    low, high = ("-" if x is None else form.format(x) for x in (e["low"], e["high"]))
+    return f"{form.format(e['mean'])} [{low}, {high}]"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]) + "\n"
+
+
+def freeze() -> None:
+    """Choose by the rule of the protocol, and write every try's score beside the choice."""
+    chosen: Line = {}
+    for model in MODELS:
+        rows = lines("search", model)
+        for method in METHODS:
+            for arm in ARMS:
+                scores = [_score([r for r in rows if (r["method"], r["arm"], r["try"]) == (method, arm, i)]) for i in range(len(GRID[method]))]
+                if all(s is None for s in scores):
+                    continue
+                best = max(range(len(scores)), key=lambda i: (scores[i] or 0.0, -i))
+                chosen.setdefault(model, {}).setdefault(method, {})[arm] = GRID[method][best]
+                print(model, method, arm, [None if s is None else round(s, 3) for s in scores], GRID[method][best])  # noqa: T201
+    FROZEN.write_text("# chosen on the validation split by `python benchmarks/multi_token/report.py freeze`\n" + yaml.safe_dump(chosen))
+
+
+def _score(rows: Sequence[Line]) -> float | None:
+    if not rows:
+        return None
+    parts = []
+    for measure in ("exact", "paraphrase", "kept"):
+        by_length = defaultdict(list)
+        for row in rows:
+            if (found := value(row, measure)) is not None:
+                by_length[row["n_tokens"]].append(found)
+        means = [sum(v) / len(v) for v in by_length.values()]
+        parts.append(sum(means) / len(means))
+    return sum(parts) / len(parts)
+
+
+def series(model: str, method: str, arm: str) -> list[Line]:
+    """One arm of the frozen test."""
+    return [row for row in lines("run", model) if (row["method"], row["arm"]) == (method, arm)]
+
+
+def arms_of(model: str) -> list[str]:
+    """The arms that a model was run with."""
+    return [arm for arm in ARMS if any(series(model, m, arm) for m in METHODS)]
+
+
+def paired(first: Sequence[Line], second: Sequence[Line], measure: str = "exact", keep: Callable[[int], bool] = lambda n: n > 1) -> Line:
+    """First minus second on the cases that both have, lengths that `keep` holds for."""
+    other = {(row["subject"], row["n_tokens"]): value(row, measure) for row in second}
+    pairs = [(value(row, measure), other.get((row["subject"], row["n_tokens"])), row["subject"]) for row in first if keep(row["n_tokens"])]
+    pairs = [p for p in pairs if p[0] is not None and p[1] is not None]
+    return bootstrap_mean([a - b for a, b, _ in pairs], [s for *_, s in pairs])
+
+
+def verdict(e: Line) -> str:
+    """Yes, no or undecided, by the protocol."""
+    if e["low"] is None:
+        return "-"
+    if e["low"] > 0 and e["mean"] >= 0.05:
+        return "yes"
+    return "no" if e["low"] > -0.05 and e["high"] < 0.05 else "undecided"
+
+
+def primary() -> str:
+    """Success by length, the paired differences and the verdicts."""
+    by_length, differences = [], []
+    for masked, method in ((pair, m) for pair in FAMILIES for m in METHODS):
+        for model in masked:
+            for arm in arms_of(model):
+                rows = series(model, method, arm)
+                cells = [told(estimate([r for r in rows if r["n_tokens"] == n], "exact")) for n in range(1, 9)]
+                by_length.append([f"`{model}`", method, arm, str(len(rows)), *cells])
+        plain, aware, reference = series(masked[1], method, "plain"), series(masked[1], method, "aware"), series(masked[0], method, "plain")
+        gain, room = paired(aware, plain), paired(reference, plain)
+        null = paired(series(masked[1], method, "null"), plain, keep=lambda n: n == 1)
+        gap = [paired(reference, aware, keep=lambda n, k=k: n == k) for k in range(1, 9)]
+        closed = all(g["mean"] is not None and abs(g["mean"]) <= 0.02 and g["low"] >= -0.05 and g["high"] <= 0.05 for g in gap)
+        differences.append([f"`{masked[1]}`", method, told(gain, True), verdict(gain), told(room, True), told(null, True), f"{max((g['mean'] or 0) for g in gap):+.3f}", "yes" if closed else "no"])
+    head = ["masked model", "method", "aware - plain, N = 2..8", "restores?", "autoregressive - plain, N = 2..8", "null control, N = 1", "largest gap to autoregressive (aware)", "no gap?"]
+    return table(["model", "method", "arm", "edits", *(f"N = {n}" for n in range(1, 9))], by_length) + "\n" + table(head, differences)
+
+
+def secondary() -> str:
+    """All other outcomes, over all lengths."""
+    rows = []
+    for model in MODELS:
+        for method in METHODS:
+            for arm in arms_of(model):
+                some = series(model, method, arm)
+                rows.append([f"`{model}`", method, arm, *(told(estimate(some, m)) for m in MEASURES)])
+    return table(["model", "method", "arm", *(m.replace("_", " ") for m in MEASURES)], rows)
+
+
+def closed() -> str:
+    """Closed list of whole names against compositional objects, N = 2..8."""
+    rows = []
+    for model in MODELS:
+        for method in METHODS:
+            for arm in arms_of(model):
+                some = [r for r in lines("closed", model) if (r["method"], r["arm"]) == (method, arm) and r["n_tokens"] > 1]
+                own = [r for r in series(model, method, arm) if r["n_tokens"] in (2, 4, 8)]
+                rows.append([f"`{model}`", method, arm, told(estimate(some, "exact")), told(estimate(own, "exact"))])
+    return table(["model", "method", "arm", "closed list, N = 2, 4, 8", "compositional, the same N"], rows)
+
+
+def ablations(command: str = "ablate") -> str:
+    """One change at a time, N = 2, 4, 8."""
+    rows = []
+    for model in MODELS:
+        found = lines(command, model)
+        for key in dict.fromkeys((r["method"], r.get("arm", ""), r["ablation"]) for r in found):
+            some = [r for r in found if (r["method"], r.get("arm", ""), r["ablation"]) == key and r["n_tokens"] > 1]
+            cost = sorted(r["forwards"] for r in some if "forwards" in r)
+            rows.append([f"`{model}`", *key, *(told(estimate(some, m)) for m in ("exact", "paraphrase", "kept", "first_commit")), str(cost[len(cost) // 2]) if cost else "-"])
+    return table(["model", "method", "arm", "what", "exact", "paraphrase", "kept", "first commit", "median forwards"], rows)
+
+
+def figure(path: Path) -> None:
+    """Success against target length: one panel a family and method."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "multi_token"
+    drawn, axes = pyplot.subplots(len(METHODS), len(FAMILIES), figsize=(9, 6), sharex=True, sharey=True)
+    for i, method in enumerate(METHODS):
+        for j, (causal, masked) in enumerate(FAMILIES):
+            curves = {"autoregressive": series(causal, method, "plain"), "masked, plain": series(masked, method, "plain"), "masked, aware": series(masked, method, "aware")}
+            for (name, rows), shift in zip(curves.items(), (-0.08, 0, 0.08)):
+                _curve(axes[i][j], name, rows, shift)
+            axes[i][j].set_title(f"{method}: {causal}, {masked}", fontsize=9)
+            axes[i][j].set_ylim(0, 1.03)
+            axes[i][j].grid(alpha=0.3)
+    axes[-1][0].legend(fontsize=8, loc="lower left")
+    drawn.supxlabel("tokens of the target")
+    drawn.supylabel("exact after decoding")
+    drawn.tight_layout()
+    drawn.savefig(path, metadata={"Date": None})
+
+
+def _curve(axis: Any, name: str, rows: Sequence[Line], shift: float) -> None:
+    estimates = [(n, estimate([r for r in rows if r["n_tokens"] == n], "exact")) for n in range(1, 9)]
+    points = [(n + shift, e["mean"], e["mean"] - (e["low"] or 0), (e["high"] or 0) - e["mean"]) for n, e in estimates if e["mean"] is not None and e["low"] is not None]
+    if points:
+        x, y, low, high = zip(*points)
+        axis.errorbar(x, y, [[max(0.0, v) for v in low], [max(0.0, v) for v in high]], label=name, color=COLOURS[name], marker="o", markersize=3, capsize=2)
+
+
+def main() -> None:
+    """See the top of the file."""
+    if sys.argv[1:] == ["freeze"]:
+        freeze()
+    elif sys.argv[1:] == ["tables"]:
+        parts = {
+            "Primary outcome": primary(), "Secondary outcomes, all lengths": secondary(), "Closed list and compositional objects": closed(),
+            "Ablations (validation, N = 2, 4, 8)": ablations(), "Batches of 16 facts (validation, N = 2, 4, 8)": ablations("batches"),
+        }  # fmt: skip
+        known = [f"{m}: {len({r['subject'] for r in lines('run', m)})} of 120 facts known" for m in MODELS if lines("run", m)]
+        text = "<!-- made by `python benchmarks/multi_token/report.py tables` -->\n" + "; ".join(known) + ".\n"
+        (HERE / "results.md").write_text(text + "".join(f"\n## {title}\n{part}" for title, part in parts.items()))
+        figure(HERE / "success.svg")
+    else:
+        raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The states that a model, as edited so far, comes through while it decodes a target after the bare prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from easyedit_mdm.denoising.states import Schedule, States
+from easyedit_mdm.editing.rows import Fact
+from easyedit_mdm.models import Adapter
+from easyedit_mdm.models.adapter import Site
+from easyedit_mdm.models.geometry import right_padded
+from easyedit_mdm.models.hooks import changing_output
+
+
+@torch.no_grad()
+def rolled_out(adapter: Adapter, site: Site, facts: dict[int, Fact], deltas: Sequence[Tensor], plans: Sequence[Schedule]) -> dict[int, States]:
+    """For each fact (by number) its N states, from nothing revealed to one slot left; at most `plans[i].most` of them, spread evenly.
+
+    A step commits the slot whose best token has the highest probability (LLaDA's `low_confidence`): its right token, or the
+    model's own. All facts go through the model together: as many passes as the longest target has tokens.
+    """
+    revealed = {i: torch.zeros(len(f.target), dtype=torch.bool) for i, f in facts.items()}
+    shown = {i: f.target.clone() for i, f in facts.items()}
+    met: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in facts}
+    for step in range(max((len(f.target) for f in facts.values()), default=0)):
+        going = [i for i in facts if step < len(facts[i].target)]
+        columns = ([by_fact[i] for i in going] for by_fact in (facts, revealed, shown, deltas))
+        for i, probabilities in zip(going, _slots(adapter, site, *columns)):
+            met[i].append((revealed[i].clone(), shown[i].clone()))
+            best, token = probabilities.max(-1)
+            slot = int(best.masked_fill(revealed[i], -1).argmax())
+            revealed[i][slot] = True
+            if plans[i].rolled == "own":
+                shown[i][slot] = token[slot]
+    return {i: _spread(met[i], plans[i].most) for i in facts}
+
+
+def _spread(met: list[tuple[Tensor, Tensor]], most: int) -> States:
+    """Some of the states met, each as heavy as any other."""
+    kept = [met[k] for k in torch.linspace(0, len(met) - 1, min(len(met), most)).round().int().tolist()]
+    revealed = torch.stack([r for r, _ in kept])
+    return States(revealed, ~revealed, torch.full((len(kept),), 1 / len(kept)), torch.stack([s for _, s in kept]))
+
+
+def _slots(
+    adapter: Adapter,
+    site: Site,
+    facts: Sequence[Fact],
+    revealed: Sequence[Bool[Tensor, "_"]],
+    shown: Sequence[Int[Tensor, "_"]],
+    deltas: Sequence[Float[Tensor, " width"]],
+) -> list[Float[Tensor, "_ vocab"]]:
+    """Probabilities at each fact's slots, with its delta at the subject's token."""
+    tails = [torch.where(r, s, adapter.ids.mask) for r, s in zip(revealed, shown)]
+    ids, mask = right_padded([torch.cat([f.contexts[0].ids, tail]) for f, tail in zip(facts, tails)], adapter.ids.pad, adapter.device)
+    most = max(map(len, tails))
+    start = torch.tensor([len(f.contexts[0].ids) for f in facts])
+    at = (start[:, None] + torch.arange(most)).clamp(max=ids.shape[1] - 1).to(ids.device)
+    where = torch.tensor([f.contexts[0].site for f in facts])
+
+    def add_delta(out: Tensor) -> Tensor:
+        """delta at each row's site."""
+        out = out.clone()
+        out[torch.arange(len(where)), where] += torch.stack(list(deltas)).to(out.device, out.dtype)
+        return out
+
+    with changing_output(adapter.module(site.name), add_delta):
+        probabilities = adapter.token_logits(ids, mask, at=at).float().softmax(-1).cpu()
+    return [row[: len(tail)] for row, tail in zip(probabilities, tails)]

@@ -1,0 +1,71 @@
+"""States that the edited model itself comes through."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from easyedit_mdm.denoising import DecodeConfig, decode, schedule
+from easyedit_mdm.editing.request import Prompt
+from easyedit_mdm.editing.rollout import rolled_out
+from easyedit_mdm.editing.rows import Fact
+from easyedit_mdm.models.hooks import changing_output
+
+TARGETS = [torch.tensor([7, 3, 11, 5]), torch.tensor([4, 9])]
+
+
+def facts_of(model) -> dict[int, Fact]:
+    """Two facts with targets of different lengths."""
+    prompts = [Prompt(torch.tensor([5, 6, 7, 8, 9]), 2), Prompt(torch.tensor([12, 3, 4]), 1)]
+    return {i: Fact([p], t, p) for i, (p, t) in enumerate(zip(prompts, TARGETS))}
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_own_tokens_are_those_of_the_sampler(tiny, family):
+    """on_policy's states are the very steps of low_confidence decoding with the value added at the site."""
+    model, site = tiny(family), tiny(family).site(1)
+    facts = facts_of(model)
+    deltas = [torch.full((32,), 0.4), torch.linspace(-2, 2, 32)]
+    states = rolled_out(model, site, facts, deltas, [schedule("on_policy", len(t)) for t in TARGETS])
+    for i, fact in facts.items():
+
+        def add(out, i=i, fact=fact):
+            """delta at the only row's site."""
+            out = out.clone()
+            out[:, fact.contexts[0].site] += deltas[i]
+            return out
+
+        with changing_output(model.module(site.name), add):
+            path = decode(model, [fact.contexts[0].ids], [len(fact.target)], DecodeConfig())[0]
+        order = path.step.argsort()
+        for k in range(len(fact.target)):
+            known = torch.zeros(len(fact.target), dtype=torch.bool)
+            known[order[:k]] = True
+            assert torch.equal(states[i].revealed[k], known)
+            assert torch.equal(states[i].shown[k][known], path.tokens[known])
+    assert any(not torch.equal(s.shown[-1][s.revealed[-1]], t[s.revealed[-1]]) for s, t in zip(states.values(), TARGETS)), "a random model writes wrong tokens"
+
+
+def test_right_tokens_in_the_models_order(tiny):
+    """confidence: the target's own tokens, one more from state to state, in an order that the value changes."""
+    model, site = tiny("llada"), tiny("llada").site(1)
+    facts, plans = facts_of(model), [schedule("confidence", len(t)) for t in TARGETS]
+    orders = set()
+    for seed in range(8):
+        deltas = list(3 * torch.randn(2, 32, generator=torch.Generator().manual_seed(seed)))
+        states = rolled_out(model, site, facts, deltas, plans)
+        for i, target in enumerate(TARGETS):
+            assert states[i].revealed.sum(1).tolist() == list(range(len(target)))
+            assert all((b >= a).all() for a, b in zip(states[i].revealed, states[i].revealed[1:]))
+            assert torch.equal(states[i].shown, target.expand(len(target), -1))
+            assert torch.equal(states[i].scored, ~states[i].revealed)
+        orders.add(str(states[0].revealed.tolist()))
+    assert len(orders) > 1
+
+
+def test_few_states(tiny):
+    """No more than max_states, with nothing revealed always among them."""
+    model = tiny("llada")
+    plans = [schedule("confidence", len(t), 2) for t in TARGETS]
+    states = rolled_out(model, model.site(0), facts_of(model), [torch.zeros(32)] * 2, plans)
+    assert [s.revealed.sum(1).tolist() for s in states.values()] == [[0, 3], [0, 1]]
