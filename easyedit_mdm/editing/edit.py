@@ -107,7 +107,6 @@ class Edit:
                 raise OptimisationError(f"the update of {change.name} holds NaN or infinity; no weight was changed")
 
     # ---- in and out of a model -------------------------------------------------------------------------------
-    @torch.no_grad()
     def apply(self, model: nn.Module) -> dict[str, Tensor]:
         """Add the changes to the model's weights; after an exception or Ctrl-C the weights are those of before.
 
@@ -137,7 +136,6 @@ class Edit:
             self._take_out(native)
             raise
 
-    @torch.no_grad()
     def revert(self, model: nn.Module) -> None:
         """Put the original weights back, bit for bit.
 
@@ -181,8 +179,7 @@ class Edit:
         if native in self._states:
             return dict(self._states[native].edited)
         names, weights = self._names(native), dict(native.named_parameters())
-        with torch.no_grad():
-            return {names[c.name]: tensor_sha256(_sum(weights[names[c.name]], c)) for c in self.changes}
+        return {names[c.name]: tensor_sha256(_sum(weights[names[c.name]], c)) for c in self.changes}
 
     def _register(self, native: nn.Module) -> None:
         _CARRIED[native] = [*(known for known in _CARRIED.get(native, []) if known() is not None), weakref.ref(self)]
@@ -345,12 +342,11 @@ def identity(model: nn.Module) -> nn.Module:
     return getattr(model, "native", model)
 
 
-@torch.no_grad()
 def put(weights: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
     """Copy values into weights; Ctrl-C waits until that is done."""
     with uninterrupted():
         for name, value in values.items():
-            weights[name].data.copy_(value)
+            weights[name].data.copy_(value)  # no decorator for no_grad: Ctrl-C in its wrapper would strike behind the caller's back
 
 
 def _sum(weight: Tensor, change: Change) -> Tensor:
@@ -359,7 +355,7 @@ def _sum(weight: Tensor, change: Change) -> Tensor:
     Raises:
         EditError: if it does not fit that.
     """
-    value = (weight.float() + change.dense().to(weight.device)).to(weight.dtype)
+    value = (weight.detach().float() + change.dense().detach().to(weight.device)).to(weight.dtype)
     if not value.isfinite().all():
         why = "it already holds NaN or infinity" if not weight.isfinite().all() else f"the sum is too large for {weight.dtype}"
         raise EditError(f"{change.name} cannot be changed: {why}; no weight was changed")

@@ -72,7 +72,7 @@ def weight_figures(edit: Edit, model: nn.Module | None = None) -> list[dict[str,
 
 def ratio(norm: float, weight: Tensor) -> float:
     """||dW|| / ||W||; infinite where W is 0 and dW is not."""
-    whole = float(weight.float().norm())
+    whole = float(weight.detach().float().norm())
     return norm / whole if whole else (float("inf") if norm else 0.0)
 
 
