@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from easyedit_mdm.common.kinds import misfit
 from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.errors import HyperParameterError
@@ -60,6 +61,9 @@ class GuardConfig:
         for key in settings:
             if key not in known:
                 raise HyperParameterError(f"guard setting {key!r} is not known{did_you_mean(str(key), known)} Known: {', '.join(known)}")
+        wrong = misfit(cls, settings)
+        if wrong is not None:
+            raise HyperParameterError(f"guard setting {wrong[0]}={settings[wrong[0]]!r} is not of the kind {wrong[1]}")
         return cls(**settings)
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from easyedit_mdm.common.kinds import misfit
 from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.denoising import SCHEDULES, DecodeConfig
 from easyedit_mdm.editing.guard import GuardConfig
@@ -168,6 +169,9 @@ class ROMEMDMHyperParams:
         for key in self.decode:
             if key not in known:
                 raise HyperParameterError(f"decode setting {key!r} is not known{did_you_mean(key, known)} Known: {', '.join(known)}")
+        wrong = misfit(DecodeConfig, self.decode)
+        if wrong is not None:
+            raise HyperParameterError(f"decode setting {wrong[0]}={self.decode[wrong[0]]!r} is not of the kind {wrong[1]}")
         return DecodeConfig(**self.decode)
 
     def guard_config(self) -> GuardConfig | None:
@@ -203,7 +207,11 @@ class ROMEMDMHyperParams:
         absent = [name for name in needed if name not in values]
         if absent:
             raise HyperParameterError(f"hyperparameter {', '.join(absent)} is missing{where}")
-        return cls(**values)
+        wrong = misfit(cls, values)
+        if wrong is not None:
+            raise HyperParameterError(f"{wrong[0]}={values[wrong[0]]!r}{where} is not of the kind {wrong[1]}")
+        floats = {f.name for f in dataclasses.fields(cls) if f.type == "float"}
+        return cls(**{key: _float(key, value) if key in floats else value for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as EasyEdit's hyperparameters give them."""
@@ -247,6 +255,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise HyperParameterError(f"{path} must hold a mapping of hyperparameters, not {type(values).__name__}")
     return {key: _number(key, value) for key, value in values.items()}
+
+
+def _float(key: str, value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise HyperParameterError(f"{key}={str(value)[:20]}... is too large a number") from None
 
 
 def _number(key: str, value: Any) -> Any:
