@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from easyedit_mdm.common.reproducible import same_bytes_on_any_number_of_threads
 from easyedit_mdm.errors import EasyEditMDMError
 from easyedit_mdm.version import __version__
 
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     if rest and args.command is not _run:
         parser.error(f"unknown arguments: {' '.join(rest)}")
+    same_bytes_on_any_number_of_threads()
     try:
         return args.command(args, rest)
     except EasyEditMDMError as error:

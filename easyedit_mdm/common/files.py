@@ -133,8 +133,15 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     """
     from safetensors.torch import save_file
 
+    seen: set[int] = set()
+    ready: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        place = value.untyped_storage().data_ptr()
+        ready[name] = value.clone() if place in seen else value  # safetensors refuses memory that two tensors share
+        seen.add(place)
     with replacing(path) as part:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata=dict(metadata or {}) or None)
+        save_file(ready, part, metadata=dict(metadata or {}) or None)
 
 
 def append_line(stream: Any, path: Path, line: str) -> None:

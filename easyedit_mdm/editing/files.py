@@ -7,6 +7,7 @@ be finite.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def write_into(edit: Edit, folder: Path) -> None:
         "tensors": {"file": TENSORS, "sha256": digest, "bytes": (folder / TENSORS).stat().st_size},
         "weights": {change.name: _described(change) for change in changes},
     }  # fmt: skip
-    write_json(folder / CARD, {**own, **{k: v for k, v in edit.card.items() if k not in _OWN}})
+    told = {k: v if k in ("hyperparameters", "composed") else _rounded(v) for k, v in edit.card.items() if k not in _OWN}
+    write_json(folder / CARD, {**own, **told})
     edit.card["id"] = digest[:16]
 
 
@@ -64,6 +66,15 @@ def compact(change: Change) -> Change:
     if isinstance(change, LowRank) and change.right.shape[0] * sum(change.shape) >= change.shape[0] * change.shape[1]:
         return Exact(change.name, change.dense().contiguous(), change.transposed)
     return change
+
+
+def _rounded(value: Any) -> Any:
+    """Figures to eight digits: those of eigenvalues differ behind the twelfth with the number of threads, and a file should not."""
+    if isinstance(value, float) and math.isfinite(value):
+        return float(f"{value:.8g}")
+    if isinstance(value, Mapping):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def load(folder: str | Path) -> Edit:
@@ -117,7 +128,7 @@ def _checked(told: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
         raise EditError(f"{path}: weights is {type(weights).__name__}; it should say for each weight how it is changed")
     for name, about in weights.items():
         kind = about.get("kind") if isinstance(about, dict) else None
-        if kind not in _KINDS or not isinstance(about.get("transposed"), bool):
+        if not isinstance(kind, str) or kind not in _KINDS or not isinstance(about.get("transposed"), bool):
             raise EditError(f"{path}: the entry of {name!r} is {about!r}; it needs a kind ({' or '.join(_KINDS)}) and transposed")
     return weights
 

@@ -17,6 +17,7 @@ from easyedit_mdm.editing.guard import GuardConfig
 from easyedit_mdm.errors import HyperParameterError
 
 FACT_TOKENS = ("subject_last", "subject_first", "subject_first_after_last", "last")
+_MOST_ENTRIES = 10_000
 KL_POSITIONS = ("slot", "subject_last")
 
 
@@ -250,11 +251,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise HyperParameterError(f"{path} cannot be read ({error.strerror}): give a YAML file of hyperparameters") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError, AttributeError, LookupError) as error:
+        # PyYAML lets out what its constructors raise: a 13th month, a number of thousands of digits, thousands of brackets
         raise HyperParameterError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(values, dict):
         raise HyperParameterError(f"{path} must hold a mapping of hyperparameters, not {type(values).__name__}")
+    if _entries(values) > _MOST_ENTRIES:
+        raise HyperParameterError(f"{path} holds more than {_MOST_ENTRIES} entries (aliases counted as often as they are used): no file of hyperparameters does")
     return {key: _number(key, value) for key, value in values.items()}
+
+
+def _entries(value: Any, most: int | None = None) -> int:
+    """Number of entries in nested lists and mappings, counted no further than necessary: YAML's aliases can make few lines endless."""
+    most = _MOST_ENTRIES + 1 if most is None else most
+    count, waiting = 0, [value]
+    while waiting and count < most:
+        item = waiting.pop()
+        count += 1
+        if isinstance(item, (dict, list, tuple, set)):
+            waiting += [*item.values()] if isinstance(item, dict) else [*item]
+    return count
 
 
 def _float(key: str, value: int | float) -> float:

@@ -72,7 +72,8 @@ def weight_figures(edit: Edit, model: nn.Module | None = None) -> list[dict[str,
 
 def ratio(norm: float, weight: Tensor) -> float:
     """||dW|| / ||W||; infinite where W is 0 and dW is not."""
-    whole = float(weight.detach().float().norm())
+    # row by row: one sum over everything would depend on the number of threads
+    whole = float(weight.detach().float().square().sum(1).double().sum().sqrt())
     return norm / whole if whole else (float("inf") if norm else 0.0)
 
 
