@@ -211,7 +211,7 @@ def test_overflow_is_refused(tiny):
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_peft_loads_it(tiny, tmp_path, family, kind):
     """peft's own loading of the adapter gives the edited model's logits, for every family and paradigm."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", exc_type=ImportError)
     model = tiny(family)
     edit = {"low rank": some_edit(model), "exact": some_edit(model, rank=40, size=0.01), "two ranks": some_edit(model, layers=(0,), rank=3)}[kind]
     if kind == "two ranks":

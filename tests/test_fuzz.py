@@ -65,7 +65,7 @@ def spoiled(draw: Any, valid: Any) -> Any:
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.sampled_from(places(value)))
         if not place:
-            value = draw(VALUES) if draw(st.integers(0, 9)) == 0 else value
+            value = copy.deepcopy(draw(VALUES)) if draw(st.integers(0, 9)) == 0 else value
             continue
         parent = value
         for key in place[:-1]:
@@ -73,7 +73,7 @@ def spoiled(draw: Any, valid: Any) -> Any:
         what = draw(st.sampled_from(["replace", "replace", "remove", "rename"]))
         old = parent.pop(place[-1]) if what != "replace" else parent[place[-1]]
         if what == "replace":
-            parent[place[-1]] = draw(VALUES)
+            parent[place[-1]] = copy.deepcopy(draw(VALUES))
         elif what == "rename" and isinstance(parent, dict):
             parent[draw(st.text(max_size=8))] = old
     return value

@@ -14,10 +14,10 @@ from easyedit_mdm import Edit, make_edit, make_edits
 from easyedit_mdm.cli import main
 from easyedit_mdm.common.fingerprints import parameter_hashes
 from easyedit_mdm.editing import METHODS, LowRank, ROMEMDMHyperParams
-from easyedit_mdm.editing.guard import GuardConfig, reasons, update_figures
+from easyedit_mdm.editing.guard import GuardConfig, held_out, reasons, update_figures
 from easyedit_mdm.errors import CollapseError, HyperParameterError, StatisticsError
 from easyedit_mdm.evaluation import CollapseGuard, guard as guarding
-from easyedit_mdm.evaluation.guard import apply_guarded, held_out
+from easyedit_mdm.evaluation.guard import apply_guarded
 from easyedit_mdm.twins.benchmark import cases
 
 TWIN = {"layers": [1], "mom2_adjustment": False, "context_templates": ["{}"], "v_num_grad_steps": 8}

@@ -82,7 +82,7 @@ def adopt_edits(adapter: Adapter) -> list[Edit]:
 def _entries(folder: Path, entries: Sequence[Any]) -> list[dict[str, Any]]:
     for number, entry in enumerate(entries, start=1):
         named = entry.get("folder") if isinstance(entry, dict) else None
-        if named != f"edits/{number:03d}" or not isinstance(entry.get("edited"), dict):  # nothing outside the folder is ever read
+        if named != f"edits/{number:03d}" or not isinstance(entry.get("edited"), dict) or not all(isinstance(h, str) for h in entry["edited"].values()):  # nothing outside the folder is ever read
             raise EditError(f"{folder / APPLIED}: entry {number} is {entry!r}; it should name edits/{number:03d} and its weights' hashes")
     return list(entries)
 

@@ -17,7 +17,19 @@ from torch import nn
 from easyedit_mdm.common.kinds import misfit
 from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.editing.edit import Edit
-from easyedit_mdm.errors import HyperParameterError
+from easyedit_mdm.errors import HyperParameterError, StatisticsError
+from easyedit_mdm.statistics import text_source
+
+
+TEXTS, WORDS = 6, 24
+_PLAIN = (
+    "The river rises in the hills to the north and reaches the sea after a journey of about two hundred miles.",
+    "She put the letters back into the drawer, locked it, and went downstairs to make some tea before the others came home.",
+    "Water boils at a lower temperature on a mountain because the pressure of the air is lower there.",
+    "The committee met on Tuesday to discuss the budget for the coming year, but no decision was taken.",
+    "He learned to play the piano as a child and gave his first concert at the age of twelve.",
+    "Most of the houses in the old town were built of stone, with small windows and steep roofs.",
+)
 
 
 @dataclass(frozen=True)
@@ -102,3 +114,28 @@ def _told(card: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def _number(value: Any, missing: float = math.inf) -> float:
     """A figure; what JSON could not hold (infinity) has become null."""
     return missing if value is None else float(value)
+
+
+def held_out(name: str | None, asked: bool = True) -> list[str]:
+    """A few lines of a text, or plain sentences.
+
+    Args:
+        name: a text (`text_source`), or None.
+        asked: the text was asked for by name, so it must be there; else it is used only if it is at hand without a network.
+
+    Raises:
+        StatisticsError: if a text that was asked for is missing, or has no line of some length.
+    """
+    if name is None or (not asked and str(name).startswith("datasets:")):
+        return list(_PLAIN)
+    try:
+        document = next(iter(text_source(name).documents()), "")
+    except StatisticsError:
+        if asked:
+            raise
+        return list(_PLAIN)
+    lines = [line.split()[:WORDS] for line in document.splitlines() if len(line.split()) > 5]
+    if not lines and asked:
+        raise StatisticsError(f"the guard's text {str(name)!r} has no line of more than five words: give a text of sentences")
+    step = max(1, len(lines) // TEXTS)
+    return [" ".join(words) for words in lines[::step][:TEXTS]] or list(_PLAIN)
