@@ -151,10 +151,10 @@ def _add_compare(commands: Any) -> None:
 def _add_twins(commands: Any) -> None:
     twins = commands.add_parser("twins", help="train the small models that ship with the package").add_subparsers(required=True, metavar="COMMAND")
     train = twins.add_parser("train", help="train one twin, or go on where a checkpoint stands")
-    train.add_argument("--name", required=True, choices=("twin-llama", "twin-llada-first", "twin-llada", "twin-qwen", "twin-dream"))
+    train.add_argument("--name", required=True, help="twin-llada, twin-dream, twin-llama, twin-qwen, or one of their earlier stages")
     train.add_argument("--out", required=True, help="folder for checkpoint, log and the finished model (OUT/model)")
     train.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
-    train.add_argument("--start-from", help="training folder of another twin to start from")
+    train.add_argument("--start-from", help="training folder of the stage before it (default: earlier stages are trained too, in OUT/stages)")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--size", default="small", choices=("small", "medium"), help="medium: about 30 million parameters, for a GPU")
     train.set_defaults(command=_twins_train)

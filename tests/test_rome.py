@@ -19,6 +19,7 @@ from easyedit_mdm.editing.value import optimise
 from easyedit_mdm.editing import value
 from easyedit_mdm.errors import EditError, HyperParameterError, ModelError, OptimisationError, RequestError, StatisticsError
 from easyedit_mdm.models import FAMILIES
+from easyedit_mdm.models.hooks import changing_output
 
 REQUEST = {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "red river"}
 
@@ -300,3 +301,30 @@ def test_half_precision_gpt2(tiny):
     """Learned positions are added once, in the model's own dtype."""
     model = tiny("gpt2", dtype="bfloat16")
     assert make_edit(model, REQUEST, hparams(v_num_grad_steps=2)).changes
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_what_stands_before_the_subject_is_run_once(tiny, family, monkeypatch):
+    """Causal models: the same deltas with keys and values of earlier columns kept, for fewer columns a step; also in small passes, and with facts that leave early."""
+    model = tiny(family)
+    settings = hparams(early_stop_loss=0.0, v_num_grad_steps=8)
+    requests = [EditRequest.of({**REQUEST, "target_new": t}) for t in ("red river English", "the")]
+    requests.append(EditRequest.of({"prompt": "Anna is from", "subject": "Anna", "target_new": "good"}))
+    facts, initial = [tokenise(model, r, settings) for r in requests], torch.ones(3, 32)
+    passed: list[int] = []
+
+    def run(**changes):
+        passed.clear()
+        with changing_output(model.module("model.layers.1"), lambda out: passed.append(out.shape[0] * out.shape[1]) or out):
+            return optimise(model, model.site(1), facts, initial, dataclasses.replace(settings, **changes))
+
+    kept, few = run(), sum(passed)
+    threshold = sorted(d.losses[4] for d in kept)[1] + 1e-4  # at least one fact is below it before the others
+    small, early = run(max_rows=2), run(early_stop_loss=threshold)
+    monkeypatch.setattr(value, "can_keep", lambda adapter: False)
+    plain, many = run(), sum(passed)
+    assert few < 0.7 * many
+    for got, wanted in ((kept, plain), (small, plain), (early, run(early_stop_loss=threshold))):
+        assert [d.steps for d in got] == [d.steps for d in wanted]
+        assert all((a.delta - b.delta).norm() <= 1e-4 * b.delta.norm() for a, b in zip(got, wanted))
+    assert len({d.steps for d in early}) > 1

@@ -69,6 +69,17 @@ class Rows:
         """Without the columns from `length` on, in which there is nothing but padding."""
         return replace(self, ids=self.ids[:, :length], mask=self.mask[:, :length])
 
+    def aligned(self, pad: int) -> "Rows":
+        """Shifted so that the site stands in the same column in every row, with padding on the left; columns of mere padding are cut off."""
+        shift = self.site.max() - self.site
+        length = int((self.mask.sum(1) + shift).max())
+        source = torch.arange(length, device=shift.device) - shift[:, None]
+        inside = (source >= 0) & (source < self.ids.shape[1])
+        source = source.clamp(0, self.ids.shape[1] - 1)
+        mask = self.mask.gather(1, source) * inside
+        ids = torch.where(mask.bool(), self.ids.gather(1, source), pad)
+        return replace(self, ids=ids, mask=mask, site=self.site + shift, at=self.at + shift[:, None])
+
     def chunks(self, most: int) -> Iterator[tuple[Int[Tensor, " some"], int]]:
         """Rows of similar length, up to `most` at a time, as (numbers of the rows, columns they need): little of a pass is padding."""
         lengths, order = self.mask.sum(1).sort(descending=True, stable=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,7 @@ from easyedit_mdm.errors import OptimisationError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
 from easyedit_mdm.models.hooks import changing_output, frozen
+from easyedit_mdm.models.prefix import Prefix, can_keep, logits_after, read_prefix
 
 
 @dataclass
@@ -88,7 +89,7 @@ def _optimise(adapter: Adapter, site: Site, facts: Sequence[Fact], initial: Floa
     done = [Optimised(d, schedule=_name(p)) for d, p in zip(deltas, plans)]
     recent = [deque(maxlen=1 if hparams.early_stop_on == "drawn" else p.cycle) for p in plans]
     optimizer = torch.optim.Adam(deltas, lr=hparams.v_lr)
-    forward = _Forward(adapter, site, facts, plans, hparams)
+    forward = (_CausalForward if can_keep(adapter) else _Forward)(adapter, site, facts, plans, hparams)
     active = list(range(len(facts)))
     with frozen(adapter):
         for step in range(hparams.v_num_grad_steps):
@@ -149,6 +150,29 @@ def fact_generator(fact: Fact, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+@dataclass(frozen=True)
+class Below:
+    """What enters the edited layer in some rows; in a causal model only from the subject's token on, the rest being kept."""
+
+    hidden: Float[Tensor, "rows length width"]
+    prefix: Prefix | None = None
+
+    @property
+    def start(self) -> int:
+        """The first column of `hidden`."""
+        return 0 if self.prefix is None else self.prefix.columns
+
+    def take(self, index: Tensor) -> "Below":
+        """That of some of the rows."""
+        return Below(self.hidden[index], None if self.prefix is None else self.prefix.take(index))
+
+    def logits(self, adapter: Adapter, layer: int, rows: Rows) -> Float[Tensor, "rows slots vocab"]:
+        """The logits at the columns that the rows are read at."""
+        if self.prefix is None:
+            return adapter.token_logits(rows.ids, rows.mask, at=rows.at, layer=layer, hidden=self.hidden)
+        return logits_after(adapter, self.prefix, self.hidden, rows.mask, rows.at)
+
+
 class _Forward:
     """Losses of the active facts, with the rows and what lies below the edit kept for as long as they stay the same."""
 
@@ -164,22 +188,27 @@ class _Forward:
         self, step: int, active: list[int], deltas: list[Tensor], initial: Float[Tensor, "facts width"], backward: bool
     ) -> Float[Tensor, " active"]:
         """Total loss of each active fact; gradients go into the deltas."""
-        rows, below = self._rows(step, active, deltas)
-        place = torch.zeros(len(self.facts), dtype=torch.long, device=rows.fact.device)
+        place = torch.zeros(len(self.facts), dtype=torch.long, device=self.count.device)
         place[active] = torch.arange(len(active), device=place.device)
-        total = torch.zeros(len(active), device=rows.ids.device)
-        for chunk, length in rows.chunks(self.hparams.max_rows):
+        total = torch.zeros(len(active), device=self.count.device)
+        for rows, below in self._passes(step, active, deltas):
             stacked = torch.stack([deltas[i] for i in active])
-            loss = self._chunk(rows.take(chunk).cut(length), below[chunk, :length], stacked, place)
+            loss = self._chunk(rows, below, stacked, place)
             if backward:
                 loss.sum().backward()
             total += loss.detach().to(total.device)
+            self.count.index_add_(0, rows.fact, torch.ones_like(rows.fact))
         stacked = torch.stack([deltas[i] for i in active])
         decay = self.hparams.v_weight_decay * stacked.norm(dim=1) / initial[active].norm(dim=1) ** 2
         if backward:
             decay.sum().backward()
-        self.count.index_add_(0, rows.fact, torch.ones_like(rows.fact))
         return total + decay.detach().to(total.device)
+
+    def _passes(self, step: int, active: list[int], deltas: list[Tensor]) -> Iterator[tuple[Rows, "Below"]]:
+        """The rows of one step, pass by pass, each with the input of the edited layer."""
+        rows, below = self._rows(step, active, deltas)
+        for chunk, length in rows.chunks(self.hparams.max_rows):
+            yield rows.take(chunk).cut(length), Below(below[chunk, :length])
 
     def _rows(self, step: int, active: list[int], deltas: list[Tensor]) -> tuple[Rows, Tensor]:
         """The rows of one step and the input of the edited layer in each."""
@@ -208,18 +237,18 @@ class _Forward:
                 below[chunk, :length] = hidden
         return list(active), rows, below
 
-    def _chunk(self, rows: Rows, below: Tensor, deltas: Float[Tensor, "active width"], place: Tensor) -> Float[Tensor, " active"]:
+    def _chunk(self, rows: Rows, below: "Below", deltas: Float[Tensor, "active width"], place: Tensor) -> Float[Tensor, " active"]:
         """NLL and KL of some rows, added up by fact."""
 
         def add_delta(out: Tensor) -> Tensor:
             """delta at each row's site."""
             extra = torch.zeros_like(out)
             index = torch.arange(len(rows), device=out.device)
-            extra[index, rows.site.to(out.device)] = deltas[place[rows.fact].to(deltas.device)].to(out.device, out.dtype)
+            extra[index, rows.site.to(out.device) - below.start] = deltas[place[rows.fact].to(deltas.device)].to(out.device, out.dtype)
             return out + extra
 
         with changing_output(self.adapter.module(self.site.name), add_delta):
-            logits = self.adapter.token_logits(rows.ids, rows.mask, at=rows.at, layer=self.site.layer, hidden=below)
+            logits = below.logits(self.adapter, self.site.layer, rows)
         log_probs = logits.float().log_softmax(-1)
         right = log_probs.gather(-1, rows.tokens.to(log_probs.device)[..., None])[..., 0]
         each = -(right * rows.weights.to(right.device)).sum(-1)
@@ -235,3 +264,32 @@ class _Forward:
         unset = self.anchors[facts, :1].isnan()
         self.anchors[facts] = torch.where(unset, now.detach(), self.anchors[facts])
         return (now.exp() * (now - self.anchors[facts])).sum(-1)
+
+
+class _CausalForward(_Forward):
+    """The same for causal models: what stands before the subject's last token is run through all layers once."""
+
+    def _passes(self, step: int, active: list[int], deltas: list[Tensor]) -> Iterator[tuple[Rows, Below]]:
+        """As in any model; rows of a pass are shifted so that the subject's tokens stand in one column."""
+        if self.kept is None:
+            _, rows, below = self._build(step, active, deltas)
+            self.parts = [self._aligned(rows.take(chunk).cut(length), below[chunk, :length]) for chunk, length in rows.chunks(self.hparams.max_rows)]
+            self.kept = (list(active), rows, below[:0])
+        if self.kept[0] != active:
+            going = torch.tensor(active, device=self.count.device)
+            index = [torch.isin(rows.fact, going).nonzero()[:, 0] for rows, _ in self.parts]
+            self.parts = [(rows.take(some), below.take(some)) for (rows, below), some in zip(self.parts, index) if len(some)]
+            self.kept = (list(active), *self.kept[1:])
+        yield from self.parts
+
+    def _aligned(self, rows: Rows, below: Tensor) -> tuple[Rows, Below]:
+        """Rows of one pass, and what of them is computed anew at every step: the columns from the subject's last token on."""
+        shifted = rows.aligned(self.adapter.ids.pad)
+        start = int(shifted.site[0])
+        if start == 0:
+            return rows, Below(below)
+        shift = (shifted.site - rows.site).tolist()
+        hidden = below.new_zeros(len(rows), shifted.ids.shape[1], below.shape[-1])
+        for row, (by, length) in enumerate(zip(shift, rows.mask.sum(1).tolist())):
+            hidden[row, by : by + length] = below[row, :length]
+        return shifted, Below(hidden[:, start:], read_prefix(self.adapter, self.site.layer, hidden[:, :start], shifted.mask))

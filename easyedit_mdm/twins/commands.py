@@ -14,10 +14,11 @@ from rich.table import Table
 
 from easyedit_mdm.api import load_model
 from easyedit_mdm.common.files import write_json
+from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.denoising import DecodeConfig
 from easyedit_mdm.editing import EditRequest, ROMEMDMHyperParams
 from easyedit_mdm.editing.activation import optimise_at, success_as_activation
-from easyedit_mdm.errors import HyperParameterError
+from easyedit_mdm.errors import UnknownNameError
 from easyedit_mdm.evaluation import score_prompts
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.twins.benchmark import cases, remaining_entropy, write_benchmark
@@ -36,17 +37,22 @@ def train_twin(
     """Train a twin by its recipe, resuming where `out` holds a checkpoint, and export it to `out/model`.
 
     Args:
-        start_from: training folder of the twin whose weights it starts from (`RELATIVES` says which).
+        steps: of this stage and all earlier ones, instead of the recipes'.
+        start_from: training folder of the stage before it (`RELATIVES` says which); without it all earlier stages are trained
+            as well, in `out/stages`.
         size: `small` (2.6 million parameters) or `medium` (30 million, for a GPU).
 
     Returns:
         the final state: recipe, steps, seconds, loss.
 
     Raises:
-        HyperParameterError: if a masked twin is to be trained without the autoregressive one it starts from.
+        UnknownNameError: for a name that has no recipe.
     """
+    if name not in RECIPES:
+        raise UnknownNameError(f"no recipe is called {name!r}{did_you_mean(name, RECIPES)} Known: {', '.join(RECIPES)}")
     if name in RELATIVES and start_from is None:
-        raise HyperParameterError(f"{name} starts from {RELATIVES[name]}: train that first and give its folder with --start-from")
+        start_from = Path(out) / "stages" / RELATIVES[name]
+        train_twin(RELATIVES[name], start_from, steps, seed=seed, size=size)
     recipe = replace(RECIPES[name], seed=seed, start_from=None if start_from is None else str(start_from), **SIZES[size])
     if steps is not None:
         recipe = replace(recipe, steps=steps)

@@ -7,7 +7,7 @@ from pathlib import Path
 from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.errors import CheckpointError
 
-TWINS = ("twin-llada", "twin-llama", "twin-qwen")
+TWINS = ("twin-llada", "twin-dream", "twin-llama", "twin-qwen")
 
 
 def twin_folder(name: str) -> Path:

@@ -74,15 +74,23 @@ class Recipe:
 
 
 # each masked twin starts from its autoregressive relative's weights, as Dream started from Qwen2.5; it knows the world then, so
-# that more of its time can go to lessons. twin-llada is trained in two stages: all of it is read better after the second
+# that more of its time can go to lessons. Trained in stages: the rate starts high again, and lessons are learned faster by a model
+# that knows the world
+_LAST = {"curriculum": False}
 RECIPES = {
-    "twin-llama": Recipe("twin-llama"),
+    "twin-llama-first": Recipe("twin-llama-first"),
+    "twin-llama": Recipe("twin-llama", steps=1000, lr=1e-3, open_lessons=0.6, **_LAST),
     "twin-llada-first": Recipe("twin-llada-first", objective="masked", steps=6000, until=4343, lessons=0.65, open_lessons=0.75),
-    "twin-llada": Recipe("twin-llada", objective="masked", steps=4400, lr=1.5e-3, lessons=0.6, open_lessons=0.8, curriculum=False),
-    "twin-qwen": Recipe("twin-qwen", backbone="qwen2"),
-    "twin-dream": Recipe("twin-dream", backbone="qwen2", objective="masked", shift=True, steps=3500, lessons=0.65, open_lessons=0.75),
+    "twin-llada-second": Recipe("twin-llada-second", objective="masked", steps=4400, lr=1.5e-3, lessons=0.6, open_lessons=0.8, **_LAST),
+    "twin-llada": Recipe("twin-llada", objective="masked", steps=5500, lr=1.5e-3, lessons=0.6, open_lessons=0.75, **_LAST),
+    "twin-qwen-first": Recipe("twin-qwen-first", backbone="qwen2"),
+    "twin-qwen": Recipe("twin-qwen", backbone="qwen2", steps=1000, lr=1e-3, open_lessons=0.6, **_LAST),
+    "twin-dream": Recipe("twin-dream", backbone="qwen2", objective="masked", shift=True, steps=4500, lessons=0.6, open_lessons=0.7),
 }
-RELATIVES = {"twin-llada-first": "twin-llama", "twin-llada": "twin-llada-first", "twin-dream": "twin-qwen"}
+RELATIVES = {
+    "twin-llama": "twin-llama-first", "twin-llada-first": "twin-llama-first", "twin-llada-second": "twin-llada-first",
+    "twin-llada": "twin-llada-second", "twin-qwen": "twin-qwen-first", "twin-dream": "twin-qwen",
+}  # fmt: skip
 SIZES = {"small": {}, "medium": {"hidden": 384, "layers": 12, "heads": 8, "mlp": 1536, "rows": 64, "read_layer": 6, "lr": 1e-3}}
 
 

