@@ -90,7 +90,7 @@ def _add_edits(commands: Any) -> None:
     base = "a twin, a folder or a hub id (default: the base model that the edit names)"
     apply = add("apply", _apply, "write the base model with an edit in it as a new folder, from which it can be taken back", base)
     apply.add_argument("--out", required=True, help="folder for the model; must not exist")
-    revert = add("revert", _revert, "write a model that apply wrote without an edit, bit for bit what it was before", "folder that easyedit-mdm apply wrote")
+    revert = add("revert", _revert, "write a model that apply wrote without an edit, bit for bit as it was", "folder that easyedit-mdm apply wrote")
     revert.add_argument("--out", required=True, help="folder for the model; must not exist")
     diff = add("diff", _diff, "which weights an edit changes, how much, and what the model says without and with it", base)
     diff.add_argument("--prompt", action="append", default=[], help="show the effect on this prompt; may be given several times")
@@ -99,7 +99,7 @@ def _add_edits(commands: Any) -> None:
     compose = add("compose", _compose, "several edits of one base model as one; says where they are at odds", None, several=True)
     compose.add_argument("--out", required=True, help="folder for the edit; must not exist")
     compose.add_argument("--force", action="store_true", help="compose edits that contradict each other")
-    verify = add("verify", _verify, "whether an edit's files are whole, and whether a model still holds it (exit status 1 if not)", "the model that should hold it")
+    verify = add("verify", _verify, "whether an edit's files are whole and a model still holds it (exit status 1 if not)", "the model that should hold it")
     verify.add_argument("--json", dest="file", help="write the report to this file")
     export = add("export", _export, "an edit as a LoRA adapter for peft, or as a model folder in the hub's own format", base)
     export.add_argument("--peft", metavar="DIR", help="folder for the LoRA adapter")

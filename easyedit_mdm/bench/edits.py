@@ -131,7 +131,7 @@ def apply_edit(folder: str | Path, out: str | Path, model: str | None = None, de
         raise EditError(f"{model} carries this edit ({edit.card['id']}) already")
     edit.apply(adapter)
     write_edited(adapter, out)
-    Console().print(f"{escape(str(out))}: {escape(adapter.name)} with {len(carried) + 1} edit(s); take it back with easyedit-mdm revert", highlight=False)
+    Console().print(f"{escape(str(out))}: {escape(adapter.name)} with {len(carried) + 1} edit(s); easyedit-mdm revert takes it back", highlight=False)
 
 
 def revert_edit(folder: str | Path, model: str | Path, out: str | Path, device: str | None = None) -> None:
@@ -152,7 +152,7 @@ def revert_edit(folder: str | Path, model: str | Path, out: str | Path, device: 
     left = [other for other in carried if other is not mine[0]]
     wanted, now = edit.card["base"]["fingerprint"], model_fingerprint(adapter.native)
     if not left and wanted != now:
-        raise EditError(f"without the edit the model has fingerprint {now}, not its base's {wanted}: {model} was changed otherwise. Nothing was written")
+        raise EditError(f"without the edit the model has fingerprint {now}, not its base's {wanted}: {model} was changed otherwise. Nothing written")
     write_edited(adapter, out)
     what = f"still with {len(left)} edit(s)" if left else f"the base model, bit for bit (fingerprint {now[:12]}...)"
     Console().print(f"{escape(str(out))}: {what}", highlight=False)
@@ -269,7 +269,9 @@ def verified(edit: Edit, adapter: Adapter) -> dict[str, Any]:
     return {"holds": holds, "id": edit.card.get("id"), "files": "whole, and of one edit", "weights": weights, "facts": facts}
 
 
-def export_edit(folder: str | Path, peft: str | Path | None = None, merged: str | Path | None = None, model: str | None = None, device: str | None = None) -> None:
+def export_edit(
+    folder: str | Path, peft: str | Path | None = None, merged: str | Path | None = None, model: str | None = None, device: str | None = None
+) -> None:
     """Write an edit as a LoRA adapter for peft, or as a model folder in the hub's own format, or both.
 
     Raises:
@@ -382,7 +384,8 @@ def _states(edit: Edit, adapter: Adapter) -> dict[str, str]:
     edited, base, found = edit.card.get("edited", {}), edit.card["base"].get("weights") or {}, {}
     for change in edit.changes:
         now = tensor_sha256(weights[change.name]) if change.name in weights else None
-        found[change.name] = "edited" if now is not None and now in edited.values() else "base" if now is not None and now == base.get(change.name) else "other"
+        known = {**dict.fromkeys([base.get(change.name)], "base"), **dict.fromkeys(edited.values(), "edited")}
+        found[change.name] = "other" if now is None else known.get(now, "other")
     return found
 
 
@@ -419,7 +422,8 @@ def _tell_edit(edit: Edit, folder: Path) -> None:
     for column in ("prompt", "target", "before", "after", ""):
         table.add_column(column)
     for fact, row in zip(edit.card["facts"], metrics["facts"]):
-        table.add_row(*(escape(str(v)) for v in (fact["prompt"], fact["target_new"], row["before"], row["after"])), "[green]✓" if row["exact"] else "[red]✗")
+        cells = [escape(str(v)) for v in (fact["prompt"], fact["target_new"], row["before"], row["after"])]
+        table.add_row(*cells, "[green]✓" if row["exact"] else "[red]✗")
     console.print(table)
     figures = ", ".join(f"{k} {v:.3g}" for k, v in guard.get("figures", {}).items() if v is not None)
     told = f"guard: {guard['verdict']}" if guard["on"] else f"guard: off ({guard.get('why', 'not asked for')})"
@@ -433,7 +437,8 @@ def _tell_diff(report: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column in ("weight", "kind") else "right")
     for row in report["weights"]:
         shown = "" if row["norm_ratio"] is None else f"{row['norm_ratio']:.3g}"
-        table.add_row(row["weight"], " x ".join(map(str, row["shape"])), row["kind"], str(row["rank"]), f"{row['norm']:.3g}", f"{row['spectral']:.3g}", shown)
+        norms = f"{row['norm']:.3g}", f"{row['spectral']:.3g}", shown
+        table.add_row(row["weight"], " x ".join(map(str, row["shape"])), row["kind"], str(row["rank"]), *norms)
     console.print(table)
     if report["effect"]:
         table = Table(title="what the model says")

@@ -208,7 +208,7 @@ class Edit:
                 found = "no such weight" if weight is None else tuple(weight.shape)
                 raise EditError(f"the edit does not fit this model: {change.name} should be {change.shape}, found {found}")
             if weight.is_meta:
-                raise EditError(f"{change.name} is offloaded and cannot be edited in place: load the model without offloading (device_map, max_memory)")
+                raise EditError(f"{change.name} is offloaded and cannot be edited in place: load it without offloading (device_map, max_memory)")
             if not weight.is_floating_point():
                 raise EditError(f"{change.name} is {weight.dtype}, a quantised weight: load the model in bfloat16, float16 or float32")
             if first[id(weight)] in names.values():
@@ -241,7 +241,8 @@ class Edit:
         now = model_fingerprint(native)
         if wanted != now and wanted != model_fingerprint(native, below(native)):
             base, found = self.card["base"], str(next(native.parameters()).dtype).removeprefix("torch.")
-            hint = f" It was made in {base.get('dtype')}, and this model is in {found}: load it in the same dtype." if base.get("dtype") != found else ""
+            same = base.get("dtype") == found
+            hint = "" if same else f" It was made in {base.get('dtype')}, and this model is in {found}: load it in the same dtype."
             raise EditError(
                 f"this edit was made for another model: {base.get('name')}, fingerprint {wanted}; this one has {now}.{hint} "
                 "Give the base model that edit.json names, as it was."
@@ -301,7 +302,7 @@ def adopt(model: nn.Module, stack: "Sequence[tuple[Edit, Mapping[str, Tensor], M
         if wrong or set(originals) != names:
             raise EditError(f"the originals that were kept do not belong to edit and model: {', '.join(sorted(wrong)) or 'there are more of them'}")
         if changed:
-            raise EditError(f"{', '.join(sorted(changed))} has been changed since the edit {edit.card.get('id')} was applied: it cannot be taken back")
+            raise EditError(f"{', '.join(sorted(changed))} has been changed since edit {edit.card.get('id')} was applied: it cannot be taken back")
         states.append((edit, _State({n: originals[n].to(now[n].device) for n in names}, dict(edited))))
         now |= originals
     for edit, state in reversed(states):

@@ -117,7 +117,8 @@ def _write_shard(adapter: Adapter, weights: Mapping[str, Tensor], file: Path, ke
         for key in keys:
             value, name = stored.get_tensor(key), adapter.spec.native_name(key)
             if name in weights and tuple(weights[name].shape) != tuple(value.shape):
-                raise CheckpointError(f"{file}: {key!r} has shape {tuple(value.shape)}, the model's {name!r} {tuple(weights[name].shape)}: another model's folder")
+                shapes = f"{tuple(value.shape)}, the model's {name!r} {tuple(weights[name].shape)}"
+                raise CheckpointError(f"{file}: {key!r} has shape {shapes}: another model's folder")
             tensors[key] = weights[name].detach() if name in weights else value
     write_tensors(out, {key: value.clone() for key, value in tensors.items()}, metadata or {"format": "pt"})
     return sum(value.numel() * value.element_size() for value in tensors.values())

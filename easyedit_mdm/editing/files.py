@@ -119,7 +119,7 @@ def _checked(told: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
     if told.get("format") != FORMAT:
         raise EditError(f"{path} has format {told.get('format')!r}, not {FORMAT!r}: it is not {_WHAT}")
     if told.get("format_version") != FORMAT_VERSION:
-        raise EditError(f"{path} has format_version {told.get('format_version')!r}; this version reads {FORMAT_VERSION}: use the version that wrote it")
+        raise EditError(f"{path} has format_version {told.get('format_version')!r}; this one reads {FORMAT_VERSION}: use the version that wrote it")
     base, weights = told.get("base"), told.get("weights")
     if not isinstance(base, dict) or not isinstance(base.get("fingerprint"), str) or len(base["fingerprint"]) != 64:
         raise EditError(f"{path}: base has no fingerprint, so nobody knows which model the edit belongs to; get the edit again")
@@ -139,12 +139,16 @@ def _check_card(told: Mapping[str, Any], path: Path) -> None:
     Raises:
         EditError: for one that has another form.
     """
-    for name, kind in (("facts", list), ("hyperparameters", dict), ("norms", dict), ("metrics", dict), ("guard", dict), ("versions", dict), ("edited", dict)):
+    for name in ("facts", "hyperparameters", "norms", "metrics", "guard", "versions", "edited"):
+        kind = list if name == "facts" else dict
         if name in told and not isinstance(told[name], kind):
             raise EditError(f"{path}: {name} is {type(told[name]).__name__}, not {kind.__name__}; get the edit again")
     for number, fact in enumerate(told.get("facts", [])):
         if not isinstance(fact, dict) or not all(isinstance(fact.get(key), str) for key in ("prompt", "subject", "target_new")):
             raise EditError(f"{path}: fact {number} lacks a prompt, a subject or a target_new that is text; get the edit again")
+    for name, hashes in (("base.weights", told["base"].get("weights", {})), ("edited", told.get("edited", {}))):
+        if not isinstance(hashes, dict) or not all(isinstance(one, str) for one in hashes.values()):
+            raise EditError(f"{path}: {name} should give a hash for each weight; get the edit again")
     for name, norms in told.get("norms", {}).items():
         if not isinstance(norms, dict):
             raise EditError(f"{path}: the norms of {name!r} are {type(norms).__name__}, not an object; get the edit again")
@@ -174,5 +178,5 @@ def _change(name: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     wide = [part if part.dtype == torch.float64 else part.float() for part in parts]
     change: Change = LowRank(name, wide[0], wide[1], about["transposed"]) if len(wide) == 2 else Exact(name, wide[0], about["transposed"])
     if about.get("shape") != list(change.shape):
-        raise EditError(f"{folder / TENSORS}: the change of {name!r} has shape {change.shape}, {CARD} says {about.get('shape')!r}; get the edit again")
+        raise EditError(f"{folder / TENSORS}: the change of {name!r} has shape {change.shape}, {CARD} says {about.get('shape')!r}: get it again")
     return change

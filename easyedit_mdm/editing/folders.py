@@ -57,7 +57,7 @@ def source_of(adapter: Adapter) -> Path:
         EditError: if there is none.
     """
     if adapter.source is None:
-        raise EditError(f"{adapter.name or 'this model'} was not loaded from a folder, so its files are not known: load it with easyedit_mdm.load_model")
+        raise EditError(f"{adapter.name or 'this model'} was not loaded from a folder, so its files are not known: use easyedit_mdm.load_model")
     return adapter.source
 
 
@@ -82,7 +82,9 @@ def adopt_edits(adapter: Adapter) -> list[Edit]:
 def _entries(folder: Path, entries: Sequence[Any]) -> list[dict[str, Any]]:
     for number, entry in enumerate(entries, start=1):
         named = entry.get("folder") if isinstance(entry, dict) else None
-        if named != f"edits/{number:03d}" or not isinstance(entry.get("edited"), dict) or not all(isinstance(h, str) for h in entry["edited"].values()):  # nothing outside the folder is ever read
+        hashes = entry.get("edited") if isinstance(entry, dict) else None
+        right = isinstance(hashes, dict) and all(isinstance(one, str) for one in hashes.values())
+        if named != f"edits/{number:03d}" or not right:  # nothing outside the folder is ever read
             raise EditError(f"{folder / APPLIED}: entry {number} is {entry!r}; it should name edits/{number:03d} and its weights' hashes")
     return list(entries)
 

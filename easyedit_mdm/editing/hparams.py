@@ -259,7 +259,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise HyperParameterError(f"{path} must hold a mapping of hyperparameters, not {type(values).__name__}")
     if _entries(values) > _MOST_ENTRIES:
-        raise HyperParameterError(f"{path} holds more than {_MOST_ENTRIES} entries (aliases counted as often as they are used): no file of hyperparameters does")
+        raise HyperParameterError(f"{path} holds more than {_MOST_ENTRIES} entries (aliases count each time): no file of hyperparameters does")
     return {key: _number(key, value) for key, value in values.items()}
 
 

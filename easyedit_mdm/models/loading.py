@@ -21,6 +21,7 @@ from easyedit_mdm.models.families import FAMILIES
 from easyedit_mdm.models.spec import FamilySpec
 
 _MOST = {"n_positions": 1 << 14, "num_attention_heads": 1 << 12, "n_head": 1 << 12}  # the largest that are believed; GPT-2 squares its positions
+_SIZES = ("num_", "n_", "vocab", "hidden_s", "inter", "max_", "head")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -118,9 +119,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         table = read_json(index, CheckpointError, "the index of a model's shards").get("weight_map")
-        plain = isinstance(table, dict) and all(isinstance(s, str) and s.endswith(".safetensors") and Path(s).name == s and s.isprintable() for s in table.values())
-        if not plain:  # nothing outside the folder is ever read
-            raise CheckpointError(f"{index}: weight_map should give, for each key, the name of a .safetensors file in this folder; get the folder again")
+        if not isinstance(table, dict) or not all(_is_shard(name) for name in table.values()):
+            raise CheckpointError(f"{index}: weight_map should give, for each key, the name of a .safetensors file in this folder; get it again")
         absent = sorted({shard for shard in table.values() if not (folder / shard).exists()})
         if absent:
             raise CheckpointError(f"{index} names shards that are not there: {', '.join(absent)}")
@@ -132,6 +132,11 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if not found:
         raise CheckpointError(f"{folder} has no model*.safetensors (pickled .bin weights are not read: convert them first)")
     return found
+
+
+def _is_shard(name: Any) -> bool:
+    """Whether this is the plain name of a file: nothing outside the folder is ever read."""
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name and name.isprintable()
 
 
 def detect(config: Mapping[str, Any], files: Mapping[str, Path]) -> FamilySpec:
@@ -197,7 +202,7 @@ def _check_claims(spec: FamilySpec, config: Mapping[str, Any], tensors: int | No
         most = _MOST.get(name, 10**7)
         if tensors is not None and name in ("num_hidden_layers", "n_layer"):
             most = tensors
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name.startswith(("num_", "n_", "vocab", "hidden_s", "inter", "max_", "head")):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name.startswith(_SIZES):
             if not 0 < value <= most:
                 raise CheckpointError(f"config.json says {name}={value!r}, which must be above 0 and at most {most} for these weights: get it again")
 
