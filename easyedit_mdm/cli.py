@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from easyedit_mdm.common.reproducible import same_bytes_on_any_number_of_threads
 from easyedit_mdm.errors import EasyEditMDMError
 from easyedit_mdm.version import __version__
 
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     if rest and args.command is not _run:
         parser.error(f"unknown arguments: {' '.join(rest)}")
+    same_bytes_on_any_number_of_threads()
     try:
         return args.command(args, rest)
     except EasyEditMDMError as error:
@@ -30,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for add in (_add_demo, _add_run, _add_stats, _add_bench, _add_compare, _add_trace, _add_sweep, _add_twins):
+    for add in (_add_demo, _add_run, _add_edit, _add_edits, _add_stats, _add_bench, _add_compare, _add_trace, _add_sweep, _add_twins):
         add(commands)
     return parser
 
@@ -55,6 +57,53 @@ def _add_run(commands: Any) -> None:
 
     hook = commands.add_parser("hook", help="print the folder to put on PYTHONPATH so that plain `python SCRIPT --editing_method=ROME_MDM` works")
     hook.set_defaults(command=_hook)
+
+
+def _add_edit(commands: Any) -> None:
+    edit = commands.add_parser("edit", help="make an edit, show what the model says before and after it, and save it as a folder")
+    edit.add_argument("--hparams", required=True, help="hyperparameter file, such as ROME_MDM/twin-llada; it names method and model")
+    edit.add_argument("--model", help="a twin, a folder or a hub id (default: the file's)")
+    edit.add_argument("--prompt", help="the prompt, with its subject in it, or {} in its place")
+    edit.add_argument("--subject", help="the subject")
+    edit.add_argument("--target", help="what is to follow the prompt")
+    edit.add_argument("--data-file", help="instead of the three: a JSON list of objects with prompt, subject and target_new")
+    edit.add_argument("--save", required=True, metavar="DIR", help="folder for the edit; must not exist")
+    edit.add_argument("--force", action="store_true", help="keep the edit whatever the collapse guard says")
+    edit.add_argument("--no-guard", action="store_true", help="do not look whether the edit damages the model")
+    edit.add_argument("--guard-text", help="text whose perplexity the guard takes (default: that of the statistics, or plain sentences)")
+    edit.add_argument("--device", help="cpu, cuda, cuda:1 (default: the file's, else CUDA where there is one)")
+    edit.add_argument("--dtype", help="dtype to load the model in (default: the file's, else the checkpoint's)")
+    edit.set_defaults(command=_edit)
+
+
+def _add_edits(commands: Any) -> None:
+    def add(name: str, command: Any, text: str, model: str | None, several: bool = False) -> argparse.ArgumentParser:
+        """A subcommand that takes the folder of an edit."""
+        parser = commands.add_parser(name, help=text)
+        parser.add_argument("edit", metavar="EDIT_DIR", nargs="+" if several else None, help="folder that easyedit-mdm edit --save wrote")
+        if model is not None:
+            parser.add_argument("--model", required=name == "revert", help=model)
+            parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
+        parser.set_defaults(command=command)
+        return parser
+
+    base = "a twin, a folder or a hub id (default: the base model that the edit names)"
+    apply = add("apply", _apply, "write the base model with an edit in it as a new folder, from which it can be taken back", base)
+    apply.add_argument("--out", required=True, help="folder for the model; must not exist")
+    revert = add("revert", _revert, "write a model that apply wrote without an edit, bit for bit as it was", "folder that easyedit-mdm apply wrote")
+    revert.add_argument("--out", required=True, help="folder for the model; must not exist")
+    diff = add("diff", _diff, "which weights an edit changes, how much, and what the model says without and with it", base)
+    diff.add_argument("--prompt", action="append", default=[], help="show the effect on this prompt; may be given several times")
+    diff.add_argument("--prompts-file", help="a text file, a prompt a line")
+    diff.add_argument("--json", dest="file", help="write the report to this file")
+    compose = add("compose", _compose, "several edits of one base model as one; says where they are at odds", None, several=True)
+    compose.add_argument("--out", required=True, help="folder for the edit; must not exist")
+    compose.add_argument("--force", action="store_true", help="compose edits that contradict each other")
+    verify = add("verify", _verify, "whether an edit's files are whole and a model still holds it (exit status 1 if not)", "the model that should hold it")
+    verify.add_argument("--json", dest="file", help="write the report to this file")
+    export = add("export", _export, "an edit as a LoRA adapter for peft, or as a model folder in the hub's own format", base)
+    export.add_argument("--peft", metavar="DIR", help="folder for the LoRA adapter")
+    export.add_argument("--merged", metavar="DIR", help="folder for the model")
 
 
 def _add_stats(commands: Any) -> None:
@@ -180,6 +229,55 @@ def _hook(args: argparse.Namespace, rest: list[str]) -> int:
     from easyedit_mdm.host.hook import folder
 
     print(folder())
+    return 0
+
+
+def _edit(args: argparse.Namespace, rest: list[str]) -> int:
+    from easyedit_mdm.bench.edits import GuardOptions, new_edit, requests_of
+
+    guard = GuardOptions(not args.no_guard, args.force, args.guard_text)
+    new_edit(args.hparams, requests_of(args.prompt, args.subject, args.target, args.data_file), args.save, args.model, guard, args.device, args.dtype)
+    return 0
+
+
+def _apply(args: argparse.Namespace, rest: list[str]) -> int:
+    from easyedit_mdm.bench.edits import apply_edit
+
+    apply_edit(args.edit, args.out, args.model, args.device)
+    return 0
+
+
+def _revert(args: argparse.Namespace, rest: list[str]) -> int:
+    from easyedit_mdm.bench.edits import revert_edit
+
+    revert_edit(args.edit, args.model, args.out, args.device)
+    return 0
+
+
+def _diff(args: argparse.Namespace, rest: list[str]) -> int:
+    from easyedit_mdm.bench.edits import diff_edit
+
+    diff_edit(args.edit, args.prompt, args.prompts_file, args.model, args.device, args.file)
+    return 0
+
+
+def _compose(args: argparse.Namespace, rest: list[str]) -> int:
+    from easyedit_mdm.bench.edits import compose_edits
+
+    compose_edits(args.edit, args.out, args.force)
+    return 0
+
+
+def _verify(args: argparse.Namespace, rest: list[str]) -> int:
+    from easyedit_mdm.bench.edits import verify_edit
+
+    return 0 if verify_edit(args.edit, args.model, args.device, args.file)["holds"] else 1
+
+
+def _export(args: argparse.Namespace, rest: list[str]) -> int:
+    from easyedit_mdm.bench.edits import export_edit
+
+    export_edit(args.edit, args.peft, args.merged, args.model, args.device)
     return 0
 
 

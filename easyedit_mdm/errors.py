@@ -57,3 +57,11 @@ class EditError(EasyEditMDMError, RuntimeError):
 
 class DataError(EasyEditMDMError, ValueError):
     """A data file that is missing or cannot be read."""
+
+
+class FileError(EasyEditMDMError, OSError):
+    """A file that cannot be written: disk full, read-only folder, or something stands there already."""
+
+
+class CollapseError(EasyEditMDMError, ArithmeticError):
+    """An edit that the collapse guard refused, or rolled back, with the figures."""

@@ -27,6 +27,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not os.environ.get("EASYEDIT_MDM_LONG"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="a long test: set EASYEDIT_MDM_LONG=1"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """The twins' tokenizer: byte-level BPE, so that any text can be tokenised."""

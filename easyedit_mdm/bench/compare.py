@@ -36,6 +36,7 @@ from easyedit_mdm.bench.statistics_of_runs import (
     scores,
     summary,
 )
+from easyedit_mdm.common.files import explained, write_text
 from easyedit_mdm.errors import DataError, HyperParameterError
 from easyedit_mdm.version import __version__
 
@@ -108,10 +109,10 @@ def compare(paths: Sequence[str | Path], out: str | Path, seed: int = 0, resampl
         "report.html": _html(report, case_pages(runs, names)),
     }
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        # lone surrogates can come out of JSON, and cannot be written as they are
-        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+        write_text(folder / name, text, errors="backslashreplace")  # lone surrogates can come out of JSON, and cannot be written as they are
     _tell(report, folder)
     return report
 

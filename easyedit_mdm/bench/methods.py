@@ -13,6 +13,7 @@ from easyedit_mdm.api import load_model, make_edit
 from easyedit_mdm.bench.datasets import BenchCase
 from easyedit_mdm.editing import METHODS, ROMEMDMHyperParams
 from easyedit_mdm.errors import HyperParameterError
+from easyedit_mdm.evaluation.guard import apply_guarded
 from easyedit_mdm.models import Adapter
 
 Undo = Callable[[], None]
@@ -81,8 +82,9 @@ def ours(adapter: Adapter, hparams: ROMEMDMHyperParams) -> BenchMethod:
     def edit(case: BenchCase) -> tuple[dict[str, Any], Undo]:
         """Make and apply."""
         made = make_edit(adapter, case.request(), hparams)
-        made.apply(adapter)
+        apply_guarded(adapter, made, hparams)
         fact = made.card["facts"][0]
-        return {k: fact[k] for k in ("steps", "forwards", "schedule")}, lambda: made.revert(adapter)
+        seen = {"guard": made.card["guard"]["figures"]} if hparams.guard is not None else {}
+        return {k: fact[k] for k in ("steps", "forwards", "schedule")} | seen, lambda: made.revert(adapter)
 
     return BenchMethod(adapter, hparams.to_dict(), edit, hparams.decode)

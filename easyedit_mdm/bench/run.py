@@ -24,6 +24,7 @@ from tqdm import tqdm
 from easyedit_mdm.bench.datasets import BenchCase, Loaded, load_cases
 from easyedit_mdm.bench.judge import Judge, history, kept
 from easyedit_mdm.bench.methods import BenchMethod, Others, bench_method
+from easyedit_mdm.common.files import append_line, explained, write_text
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.denoising import DecodeConfig
 from easyedit_mdm.errors import DataError, EasyEditMDMError, EditError
@@ -78,15 +79,17 @@ def bench(config: BenchConfig, out: str | Path, resume: bool = False, others: Ot
         EasyEditMDMError: for a method, model or data set that cannot be loaded; see `docs/errors.md`. A case that fails is
             recorded with its error, and the run goes on.
     """
-    path, method = Path(out), bench_method(config.alg_name, config.hparams, config.device, others)
+    path = Path(out)
+    if path.exists() and not resume:
+        raise DataError(f"{path} exists: give another --out, or --resume to go on with it")
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    method = bench_method(config.alg_name, config.hparams, config.device, others)
     loaded = load_cases(config.dataset, config.data_dir, config.data_file, config.limit, config.seed, method.adapter.tokenizer)
     judge = judge_of(config, method)
     header = header_of(config, method, loaded, judge)
     rank, world = _place()
     mine = path if world == 1 else path.with_name(f"{path.name}.part-{rank}-of-{world}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not resume:
-        raise DataError(f"{path} exists: give another --out, or --resume to go on with it")
     cases = loaded.cases[rank::world]
     if not (world > 1 and path.exists() and _is_whole(path, header, loaded.cases)):
         run_cases(mine, header, cases, method, judge, resume)
@@ -109,11 +112,9 @@ def run_cases(path: Path, header: dict[str, Any], cases: list[BenchCase], method
         raise DataError(f"{path} does not hold the first {done} cases of this run in order: start another file")
     before = Kept(header["model"]["fingerprint"], judge)
     bar = tqdm(cases[done:], initial=done, total=len(cases), desc=f"{header['label']}", unit="case")
-    with path.open("a", encoding="utf-8") as stream:
+    with explained(path), path.open("a", encoding="utf-8") as stream:
         for case in bar:
-            stream.write(json.dumps(run_case(case, method, judge, before), sort_keys=True) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+            append_line(stream, path, json.dumps(run_case(case, method, judge, before), sort_keys=True))
 
 
 def run_case(case: BenchCase, method: BenchMethod, judge: Judge, before: "Kept") -> dict[str, Any]:
@@ -160,19 +161,26 @@ class Kept:
         key = hashlib.sha256(repr(replace(case, case_id=0)).encode()).hexdigest()
         if key not in self.known:
             self.known[key] = json.loads(json.dumps(self.judge.judge(adapter, case)))
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"key": key, "value": self.known[key]}) + "\n")
+            self._note(key)
         return json.loads(json.dumps(self.known[key]))
+
+    def _note(self, key: str) -> None:
+        """A line more, on a line of its own whatever a killed process left behind."""
+        with explained(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            torn = self.path.exists() and not self.path.read_bytes().endswith((b"\n",)) and self.path.stat().st_size > 0
+            with self.path.open("a", encoding="utf-8") as stream:
+                append_line(stream, self.path, ("\n" if torn else "") + json.dumps({"key": key, "value": self.known[key]}))
 
 
 def _kept_lines(path: Path) -> Iterator[tuple[str, dict]]:
     """Whole lines of a file of kept evaluations; what several processes tore is measured again."""
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 entry = json.loads(line)
-                yield entry["key"], entry["value"]
+                if isinstance(entry["key"], str) and isinstance(entry["value"], dict):
+                    yield entry["key"], entry["value"]
 
 
 def judge_of(config: BenchConfig, method: BenchMethod) -> Judge:
@@ -214,25 +222,43 @@ def _prepare(path: Path, header: dict[str, Any], resume: bool) -> int:
         DataError: if the file holds a run of something else.
     """
     if not (resume and path.exists() and b"\n" in path.read_bytes()):
-        part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        part.write_text(json.dumps(header, sort_keys=True) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_text(path, json.dumps(header, sort_keys=True) + "\n")
         return 0
     data = path.read_bytes()
     whole = data[: data.rindex(b"\n") + 1]
-    lines = whole.decode("utf-8").splitlines()
-    found = json.loads(lines[0])
+    lines = _records(whole, path)
+    found = lines[0]
     if found != header:
         changed = [key for key in header if found.get(key) != header[key]]
         raise DataError(f"{path} is a run of something else ({', '.join(changed)} differ): give another --out, or the settings it was begun with")
     if len(whole) < len(data):
-        with path.open("r+b") as stream:
+        with explained(path), path.open("r+b") as stream:
             stream.truncate(len(whole))
+            os.fsync(stream.fileno())
     return len(lines) - 1
 
 
+def _records(data: bytes, path: Path) -> list[dict[str, Any]]:
+    """The lines of a run file, which end with the last byte.
+
+    Raises:
+        DataError: for a line that is no JSON object.
+    """
+    records = []
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            cure = "start the run again" if number == 1 else "delete this line and all after it, and finish the run with --resume"
+            raise DataError(f"{path}, line {number}: not JSON ({error}): {cure}") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, line {number}: {type(record).__name__}, not a JSON object: is it a file of easyedit-mdm bench?")
+        records.append(record)
+    return records
+
+
 def _case_ids(path: Path) -> list[Any]:
-    return [json.loads(line)["case_id"] for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    return [record.get("case_id") for record in _records(path.read_bytes(), path)[1:]]
 
 
 def _place() -> tuple[int, int]:
@@ -253,8 +279,8 @@ def _wait() -> None:
 
 
 def _is_whole(path: Path, header: dict[str, Any], cases: list[BenchCase]) -> bool:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return len(lines) == len(cases) + 1 and json.loads(lines[0]) == header
+    data = path.read_bytes()
+    return data.endswith(b"\n") and len(found := _records(data, path)) == len(cases) + 1 and found[0] == header
 
 
 def _merge(path: Path, header: dict[str, Any], cases: list[BenchCase], world: int) -> None:
@@ -264,9 +290,7 @@ def _merge(path: Path, header: dict[str, Any], cases: list[BenchCase], world: in
         return  # finished before, by a run that merged them
     lines = [part.read_text(encoding="utf-8").splitlines()[1:] for part in parts]
     merged = [lines[i % world][i // world] for i in range(len(cases))]
-    whole = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    whole.write_text("\n".join([json.dumps(header, sort_keys=True), *merged]) + "\n", encoding="utf-8")
-    whole.replace(path)
+    write_text(path, "\n".join([json.dumps(header, sort_keys=True), *merged]) + "\n")
     for part in parts:
         part.unlink()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from easyedit_mdm.api import load_model
+from easyedit_mdm.common.files import write_json
 from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.statistics import cache_folder, key_width, moments_for
 
@@ -75,7 +75,7 @@ def collect_statistics(
         "layers": {str(site.layer): {**moments.figures(eps), "dimensions": key_width(adapter, site)} for site, moments in zip(sites, found)},
     }
     if file is not None:
-        Path(file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(file, report)
     _tell(report)
     return report
 

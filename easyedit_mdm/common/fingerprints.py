@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 
@@ -20,9 +21,14 @@ def parameter_hashes(model: torch.nn.Module) -> dict[str, str]:
     return {name: tensor_sha256(value) for name, value in model.named_parameters()}
 
 
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """One SHA-256 over all parameters' names and hashes."""
+def model_fingerprint(model: torch.nn.Module, instead: Mapping[str, torch.Tensor] | None = None) -> str:
+    """One SHA-256 over all parameters' names and hashes.
+
+    Args:
+        instead: tensors that are taken in place of the parameters of these names: the fingerprint of the model as it was
+            with them.
+    """
     digest = hashlib.sha256()
-    for name, value in sorted(parameter_hashes(model).items()):
-        digest.update(f"{name} {value}\n".encode())
+    for name, value in sorted(model.named_parameters(), key=lambda pair: pair[0]):
+        digest.update(f"{name} {tensor_sha256((instead or {}).get(name, value))}\n".encode())
     return digest.hexdigest()

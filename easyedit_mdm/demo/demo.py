@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from easyedit_mdm.api import make_edit
+from easyedit_mdm.common.files import explained, write_json, write_text
 from easyedit_mdm.common.fingerprints import parameter_hashes
 from easyedit_mdm.denoising import Trajectory, decode
 from easyedit_mdm.editing import ROMEMDMHyperParams
@@ -99,9 +100,10 @@ def run_demo(out: str | Path, easyedit_home: str | None = None) -> bool:
         "cases": results,
     }
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "demo.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (folder / "demo.html").write_text(_html(report), encoding="utf-8")
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "demo.json", report)
+    write_text(folder / "demo.html", _html(report))
     _tell(console, report, folder)
     return all(claims.values())
 

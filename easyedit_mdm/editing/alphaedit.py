@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from easyedit_mdm.editing.batch import BatchHyperParams, ClosedForm, System, block_values, edit_batch
+from easyedit_mdm.editing.batch import BatchHyperParams, ClosedForm, System, block_values, edit_batch, pivots
 from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.editing.history import History
 from easyedit_mdm.editing.keys import key_columns
@@ -90,6 +90,7 @@ def projected(hparams: AlphaEditMDMHyperParams, carried: dict[str, Tensor]) -> C
         factor, wrong = torch.linalg.cholesky_ex(matrix)
         if int(wrong):
             raise StatisticsError(f"AlphaEdit's system at layer {system.site.layer} is singular with L2={hparams.L2}: use a positive L2")
+        system.figures["denominator"] = pivots(factor)
         return system.residual, torch.cholesky_solve(own, factor).T @ basis.T
 
     return closed_form

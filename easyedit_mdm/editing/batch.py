@@ -11,15 +11,14 @@ keys and h read again after each layer has been changed. The methods differ in t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from easyedit_mdm.editing.edit import Edit, LowRank
+from easyedit_mdm.editing.edit import Edit, LowRank, keeping
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.keys import key_columns, key_states, read_site
 from easyedit_mdm.editing.request import EditRequest
@@ -84,12 +83,14 @@ class System:
         keys: columns, each scaled by the square root of its weight.
         residual: what is to be added to the output for each, scaled alike.
         moments: of the layer's keys.
+        figures: what the closed form has to say of the system: `denominator`, the smallest over the largest pivot.
     """
 
     site: Site
     keys: Float[Tensor, "inner columns"]
     residual: Float[Tensor, "width columns"]
     moments: SecondMoments
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 ClosedForm = Callable[[System], tuple[Float[Tensor, "width columns"], Float[Tensor, "columns inner"]]]
@@ -123,25 +124,39 @@ def edit_batch(
     before = outputs(adapter, last, facts, hparams)
     outcomes = values or _optimised(adapter, last, facts, hparams)
     target = before + torch.stack([o.delta for o in outcomes]).to(before.device)
-    figures: dict[str, object] = {"layers": {}}
-    changes = []
-    with ExitStack() as undo:
+    changes, figures = [], {}
+
+    def spread() -> None:
+        """Change layer after layer."""
         for i, site in enumerate(sites):
-            columns = key_columns(adapter, site, facts, hparams)
             now = before if i == 0 else outputs(adapter, last, facts, hparams)
-            share = (target - now).double().T / (len(sites) - i)
-            scale = columns.weights.double().sqrt().to(share.device)
-            system = System(site, columns.keys * scale.to(columns.keys.device), share[:, columns.fact.to(share.device)] * scale, moments[i])
+            system = _system(adapter, site, facts, (target - now).double() / (len(sites) - i), moments[i], hparams)
             left, right = closed_form(system)
-            change = LowRank(site.weight, left.float(), right.float(), site.transposed)
-            figures["layers"][str(site.layer)] = {"residual": float((target - now).norm(dim=1).mean()), **moments[i].cheap_figures(hparams.mom2_eps)}
-            step = Edit([change])
-            step.apply(adapter)
-            undo.callback(step.revert, adapter)
-            changes.append(change)
+            changes.append(LowRank(site.weight, left.float(), right.float(), site.transposed))
+            figures[str(site.layer)] = {
+                "residual": float((target - now).norm(dim=1).mean()), **moments[i].cheap_figures(hparams.mom2_eps), **system.figures
+            }  # fmt: skip
+            Edit([changes[-1]]).apply(adapter)
         if finish is not None:
             finish(sites, facts)
-    return Edit(changes, card(requests, facts, hparams, outcomes, figures))
+
+    keeping(adapter, [site.weight for site in sites], spread)
+    return Edit(changes, card(requests, facts, hparams, outcomes, {"layers": figures}))
+
+
+def _system(
+    adapter: Adapter, site: Site, facts: Sequence[Fact], residual: Float[Tensor, "facts width"], moments: SecondMoments, hparams: BatchHyperParams
+) -> System:
+    columns = key_columns(adapter, site, facts, hparams)
+    share = residual.T
+    scale = columns.weights.double().sqrt().to(share.device)
+    return System(site, columns.keys * scale.to(columns.keys.device), share[:, columns.fact.to(share.device)] * scale, moments)
+
+
+def pivots(factor: Float[Tensor, "n n"]) -> float:
+    """Smallest over largest pivot of a Cholesky factor: how near the closed form came to dividing by nothing."""
+    diagonal = factor.diagonal() ** 2
+    return float(diagonal.min() / diagonal.max())
 
 
 def block_values(adapter: Adapter, requests: Sequence[EditRequest], hparams: BatchHyperParams) -> list[Optimised]:

@@ -10,11 +10,14 @@ from typing import Any, ClassVar
 
 import yaml
 
+from easyedit_mdm.common.kinds import misfit
 from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.denoising import SCHEDULES, DecodeConfig
+from easyedit_mdm.editing.guard import GuardConfig
 from easyedit_mdm.errors import HyperParameterError
 
 FACT_TOKENS = ("subject_last", "subject_first", "subject_first_after_last", "last")
+_MOST_ENTRIES = 10_000
 KL_POSITIONS = ("slot", "subject_last")
 
 
@@ -45,6 +48,7 @@ class ROMEMDMHyperParams:
         key_states: states of the target under which k* is read in a masked model: `full_mask`, or `average` over all of them.
         max_rows: rows of one forward pass; more are split, with the same result.
         facts_per_batch: facts whose values are optimised together; halved where memory runs out.
+        guard: thresholds of the collapse guard (`easyedit_mdm.editing.guard.GuardConfig`), or {} for its own; None: no edit is refused.
         decode: settings of the multi-step metric (`easyedit_mdm.denoising.DecodeConfig`).
         dtype: dtype to load the model in; None keeps the checkpoint's.
         mask_id: the mask token, where the checkpoint does not say.
@@ -93,6 +97,7 @@ class ROMEMDMHyperParams:
     key_states: str = "full_mask"
     max_rows: int = 256
     facts_per_batch: int = 64
+    guard: dict[str, Any] | None = None
     decode: dict[str, Any] = field(default_factory=dict)
     mask_id: int | None = None
     seed: int = 0
@@ -129,6 +134,7 @@ class ROMEMDMHyperParams:
         if self.mom2_adjustment and not self.mom2_dataset:
             raise HyperParameterError("mom2_adjustment is on, but mom2_dataset names no text file: give one, or turn it off")
         self.decode_config()
+        self.guard_config()
 
     def _check_layers(self) -> None:
         layers = self.layers
@@ -164,7 +170,18 @@ class ROMEMDMHyperParams:
         for key in self.decode:
             if key not in known:
                 raise HyperParameterError(f"decode setting {key!r} is not known{did_you_mean(key, known)} Known: {', '.join(known)}")
+        wrong = misfit(DecodeConfig, self.decode)
+        if wrong is not None:
+            raise HyperParameterError(f"decode setting {wrong[0]}={self.decode[wrong[0]]!r} is not of the kind {wrong[1]}")
         return DecodeConfig(**self.decode)
+
+    def guard_config(self) -> GuardConfig | None:
+        """The thresholds of the collapse guard, or None where it is off.
+
+        Raises:
+            HyperParameterError: for a setting that does not exist, or is no number.
+        """
+        return None if self.guard is None else GuardConfig.of(self.guard)
 
     @classmethod
     def from_hparams(cls, path: str | Path) -> "ROMEMDMHyperParams":
@@ -191,7 +208,11 @@ class ROMEMDMHyperParams:
         absent = [name for name in needed if name not in values]
         if absent:
             raise HyperParameterError(f"hyperparameter {', '.join(absent)} is missing{where}")
-        return cls(**values)
+        wrong = misfit(cls, values)
+        if wrong is not None:
+            raise HyperParameterError(f"{wrong[0]}={values[wrong[0]]!r}{where} is not of the kind {wrong[1]}")
+        floats = {f.name for f in dataclasses.fields(cls) if f.type == "float"}
+        return cls(**{key: _float(key, value) if key in floats else value for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as EasyEdit's hyperparameters give them."""
@@ -230,11 +251,35 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise HyperParameterError(f"{path} cannot be read ({error.strerror}): give a YAML file of hyperparameters") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError, AttributeError, LookupError) as error:
+        # PyYAML lets out what its constructors raise: a 13th month, a number of thousands of digits, thousands of brackets
         raise HyperParameterError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(values, dict):
         raise HyperParameterError(f"{path} must hold a mapping of hyperparameters, not {type(values).__name__}")
+    if _entries(values) > _MOST_ENTRIES:
+        raise HyperParameterError(f"{path} holds more than {_MOST_ENTRIES} entries (aliases count each time): no file of hyperparameters does")
     return {key: _number(key, value) for key, value in values.items()}
+
+
+def _entries(value: Any, most: int | None = None) -> int:
+    """Number of entries in nested lists and mappings, counted no further than necessary: YAML's aliases can make few lines endless."""
+    most = _MOST_ENTRIES + 1 if most is None else most
+    count, waiting = 0, [value]
+    while waiting and count < most:
+        item = waiting.pop()
+        count += 1
+        if isinstance(item, (dict, list, tuple, set)):
+            waiting += [*item.values()] if isinstance(item, dict) else [*item]
+    return count
+
+
+def _float(key: str, value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise HyperParameterError(f"{key}={str(value)[:20]}... is too large a number") from None
 
 
 def _number(key: str, value: Any) -> Any:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from easyedit_mdm.editing.batch import BatchHyperParams, ClosedForm, System, block_values, edit_batch
+from easyedit_mdm.editing.batch import BatchHyperParams, ClosedForm, System, block_values, edit_batch, pivots
 from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.editing.methods import METHODS, Method
 from easyedit_mdm.editing.request import EditRequest
@@ -72,6 +72,7 @@ def least_squares(eps: int | float, nu: int | float) -> ClosedForm:
                 f"the system of {len(gram)} keys at layer {system.site.layer} is singular (statistics of {system.moments.tokens} tokens): the "
                 "keys are linearly dependent. Use a positive weight (mom2_update_weight, emmet_lambda) or fewer facts a batch"
             )
+        system.figures["denominator"] = pivots(factor)
         return system.residual, torch.cholesky_solve(solved.T, factor)
 
     return closed_form

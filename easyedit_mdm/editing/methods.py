@@ -38,13 +38,20 @@ class Method:
     sequential: bool = False
 
     def edit(self, adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams, history: History | None = None) -> Edit:
-        """Make the edit, with the history if the method has a use for it."""
-        return self.make(adapter, requests, hparams, **({"history": history} if self.sequential else {}))
+        """Make the edit, with the history if the method has a use for it; its card says whether a guard looked at it."""
+        return _unguarded(self.make(adapter, requests, hparams, **({"history": history} if self.sequential else {})), hparams)
 
     def edit_each(self, adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams) -> list[Edit]:
         """One edit a request, each for the model as it is now; their values are optimised together, which is several times faster."""
         values = self.values(adapter, requests, hparams)
-        return [self.make(adapter, [request], hparams, values=[value]) for request, value in zip(requests, values, strict=True)]
+        return [_unguarded(self.make(adapter, [request], hparams, values=[value]), hparams) for request, value in zip(requests, values, strict=True)]
+
+
+def _unguarded(edit: Edit, hparams: ROMEMDMHyperParams) -> Edit:
+    """The edit, whose card says that no guard has looked at it so far."""
+    why = "not applied through the guard" if hparams.guard is not None else "guard is not set in the hyperparameters"
+    edit.card["guard"] = {"on": False, "why": why}
+    return edit
 
 
 METHODS: Registry[Method] = Registry("editing method")

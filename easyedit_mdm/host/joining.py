@@ -17,6 +17,7 @@ from easyedit_mdm.denoising import DecodeConfig
 from easyedit_mdm.editing import METHODS, EditRequest, History
 from easyedit_mdm.editing.hparams import find_hparams, read_yaml
 from easyedit_mdm.errors import HyperParameterError
+from easyedit_mdm.evaluation.guard import apply_guarded
 from easyedit_mdm.host.evaluation import LOCALITY_GROUP, edit_quality, meta, multi_step, public
 from easyedit_mdm.host.finding import Host
 from easyedit_mdm.host.importing import host_module, import_easyedit
@@ -96,16 +97,16 @@ _deepcopy = copy.deepcopy
 
 def _edit(adapter: Adapter, method: Any, facts: list[EditRequest], hparams: Any, history: History | None) -> dict[str, torch.Tensor]:
     """Make and apply the edits; if one fails, those before it are taken back."""
-    applied, originals = [], {}
+    made, originals = [], {}
     try:
         for group in [facts] if method.batchable else [[f] for f in facts]:
-            edit = method.edit(adapter, group, hparams, history)
-            for name, value in edit.apply(adapter).items():
+            made.append(method.edit(adapter, group, hparams, history))
+            for name, value in apply_guarded(adapter, made[-1], hparams).items():
                 originals.setdefault(name, value)
-            applied.append(edit)
     except BaseException:
-        for edit in reversed(applied):
-            edit.revert(adapter)
+        for edit in reversed(made):
+            if edit.is_applied(adapter):
+                edit.revert(adapter)
         raise
     return originals
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,6 +93,7 @@ class Adapter(nn.Module):
         self.spec, self.ids, self.tokenizer, self.name = spec, ids, tokenizer, name
         self.config = native.config
         self.decoder: Callable[..., Tensor] | None = None
+        self.source: Path | None = None  # the folder that it was loaded from
         self._check_paths()
         self.train(native.training)
 

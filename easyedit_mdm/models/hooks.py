@@ -35,15 +35,22 @@ def reading_output(module: nn.Module) -> Iterator[list[Tensor]]:
 def changing_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Replace the output of `module` by `change(output)`."""
 
+    on = True
+
     def hook(_: nn.Module, __: tuple, out: object) -> object:
         """Torch's forward hook."""
+        if not on:  # Ctrl-C struck before its handle was kept: it is still there, and does nothing
+            return out
         return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
 
-    handle = module.register_forward_hook(hook)
+    handle = None
     try:
+        handle = module.register_forward_hook(hook)
         yield
     finally:
-        handle.remove()
+        on = False
+        if handle is not None:
+            handle.remove()
 
 
 @contextmanager

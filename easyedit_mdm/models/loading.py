@@ -7,7 +7,6 @@ modelling files do not.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,11 +14,14 @@ from typing import Any
 
 import torch
 
-from easyedit_mdm.errors import CheckpointError
+from easyedit_mdm.common.files import opened_tensors, read_json
+from easyedit_mdm.errors import CheckpointError, EasyEditMDMError
 from easyedit_mdm.models.adapter import Adapter, special_ids
 from easyedit_mdm.models.families import FAMILIES
 from easyedit_mdm.models.spec import FamilySpec
 
+_MOST = {"n_positions": 1 << 14, "num_attention_heads": 1 << 12, "n_head": 1 << 12}  # the largest that are believed; GPT-2 squares its positions
+_SIZES = ("num_", "n_", "vocab", "hidden_s", "inter", "max_", "head")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -57,7 +59,7 @@ def load_adapter(
     config = read_config(folder)
     files = weight_files(folder)
     spec = FAMILIES[family] if family else detect(config, files)
-    model = _empty_model(spec, config)
+    model = _empty_model(spec, config, len(files))
     target = _dtype(dtype, config)
     places = _places(model, device, device_map, max_memory, target)
     _fill(model, spec, files, target, places)
@@ -68,7 +70,9 @@ def load_adapter(
     model.eval()
     tok = tokenizer if tokenizer is not None else load_tokenizer(folder, spec)
     ids = special_ids(spec, config, tok, model.get_input_embeddings().weight.shape[0], mask_id)
-    return Adapter(model, spec, ids, tok, name=str(name or name_or_folder))
+    adapter = Adapter(model, spec, ids, tok, name=str(name or name_or_folder))
+    adapter.source = folder
+    return adapter
 
 
 def find_folder(name_or_folder: str | Path, revision: str | None = None) -> Path:
@@ -101,12 +105,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: if it is missing or not JSON.
     """
     path = folder / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no config.json: is it a model in the hub's format?") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not path.exists():
+        raise CheckpointError(f"{folder} has no config.json: is it a model in the hub's format?")
+    return read_json(path, CheckpointError, "a model's configuration")
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -115,25 +116,27 @@ def weight_files(folder: Path) -> dict[str, Path]:
     Raises:
         CheckpointError: if there are no safetensors, or the index names a file that is absent or broken.
     """
-    from safetensors import SafetensorError, safe_open
-
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        table = read_json(index, CheckpointError, "the index of a model's shards").get("weight_map")
+        if not isinstance(table, dict) or not all(_is_shard(name) for name in table.values()):
+            raise CheckpointError(f"{index}: weight_map should give, for each key, the name of a .safetensors file in this folder; get it again")
         absent = sorted({shard for shard in table.values() if not (folder / shard).exists()})
         if absent:
             raise CheckpointError(f"{index} names shards that are not there: {', '.join(absent)}")
         return {key: folder / shard for key, shard in table.items()}
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("model*.safetensors")):
-        try:
-            with safe_open(path, "pt") as tensors:
-                found.update(dict.fromkeys(tensors.keys(), path))
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+        with opened_tensors(path, CheckpointError, "a readable safetensors file") as tensors:
+            found.update(dict.fromkeys(tensors.keys(), path))
     if not found:
         raise CheckpointError(f"{folder} has no model*.safetensors (pickled .bin weights are not read: convert them first)")
     return found
+
+
+def _is_shard(name: Any) -> bool:
+    """Whether this is the plain name of a file: nothing outside the folder is ever read."""
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name and name.isprintable()
 
 
 def detect(config: Mapping[str, Any], files: Mapping[str, Path]) -> FamilySpec:
@@ -142,7 +145,8 @@ def detect(config: Mapping[str, Any], files: Mapping[str, Path]) -> FamilySpec:
     Raises:
         CheckpointError: if no family fits, saying which ones were close.
     """
-    architecture = (config.get("architectures") or ["?"])[0]
+    listed = config.get("architectures")
+    architecture = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else "?"
     named = [FAMILIES[n] for n in FAMILIES if architecture in FAMILIES[n].architectures]
     for spec in named:
         if any(spec.native_name(key) == spec.native_name(spec.probe) for key in files):
@@ -163,20 +167,44 @@ def _dtype(dtype: str | torch.dtype | None, config: Mapping[str, Any]) -> torch.
     return found
 
 
-def _empty_model(spec: FamilySpec, config: Mapping[str, Any]) -> torch.nn.Module:
+def _empty_model(spec: FamilySpec, config: Mapping[str, Any], tensors: int | None = None) -> torch.nn.Module:
     """The native model with parameters on the meta device and real buffers (rotary frequencies are not in the files)."""
     import transformers
     from accelerate import init_empty_weights
 
+    _check_claims(spec, config, tensors)
     config_class = getattr(transformers, f"{spec.native}Config")
     model_class = getattr(transformers, f"{spec.native}LMHeadModel" if spec.native == "GPT2" else f"{spec.native}ForCausalLM")
     try:
         native = config_class(**spec.native_config(config))
+        native._attn_implementation = "sdpa"
+        with init_empty_weights(include_buffers=False):
+            return model_class(native)
+    except EasyEditMDMError:
+        raise
     except KeyError as error:
         raise CheckpointError(f"config.json of a {spec.name} model lacks {error}") from error
-    native._attn_implementation = "sdpa"
-    with init_empty_weights(include_buffers=False):
-        return model_class(native)
+    except Exception as error:  # whatever a wrong value leads to inside transformers
+        raise CheckpointError(f"config.json does not describe a {spec.name} model ({type(error).__name__}: {error})") from error
+
+
+def _check_claims(spec: FamilySpec, config: Mapping[str, Any], tensors: int | None) -> None:
+    """Sizes that no file of so many tensors can have are refused before anything is built for them.
+
+    Raises:
+        CheckpointError: naming the entry.
+    """
+    try:
+        claims = spec.native_config(config)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"config.json of a {spec.name} model lacks or misstates {error}") from error
+    for name, value in claims.items():
+        most = _MOST.get(name, 10**7)
+        if tensors is not None and name in ("num_hidden_layers", "n_layer"):
+            most = tensors
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name.startswith(_SIZES):
+            if not 0 < value <= most:
+                raise CheckpointError(f"config.json says {name}={value!r}, which must be above 0 and at most {most} for these weights: get it again")
 
 
 def _places(model, device, device_map, max_memory, dtype) -> dict[str, Any]:
@@ -227,15 +255,19 @@ def _tied_names(model) -> set[str]:
 
 
 def _tensors(table: Mapping[str, tuple[str, Path]]) -> Iterator[tuple[str, torch.Tensor]]:
-    from safetensors import safe_open
-
     by_file: dict[Path, list[tuple[str, str]]] = {}
     for name, (key, path) in table.items():
         by_file.setdefault(path, []).append((name, key))
     for path, wanted in by_file.items():
-        with safe_open(path, "pt") as tensors:
-            for name, key in wanted:
-                yield name, tensors.get_tensor(key)
+        with opened_tensors(path, CheckpointError, "a readable safetensors file") as tensors:
+            found = tensors.keys()
+            absent = [key for _, key in wanted if key not in found]
+            if absent:
+                raise CheckpointError(f"{path} has no {absent[0]!r}, which the index says it has: get it again")
+        for name, key in wanted:
+            with opened_tensors(path, CheckpointError, "a readable safetensors file") as tensors:
+                value = tensors.get_tensor(key)
+            yield name, value
 
 
 def _place_of(name: str, places: Mapping[str, Any]) -> Any:
@@ -287,5 +319,6 @@ def _named_class(folder: Path) -> Any:
     path = folder / "tokenizer_config.json"
     if not path.exists():
         return None
-    config = json.loads(path.read_text(encoding="utf-8"))
-    return None if "auto_map" in config else getattr(transformers, str(config.get("tokenizer_class")), None)
+    config = read_json(path, CheckpointError, "a tokenizer's configuration")
+    found = None if "auto_map" in config else getattr(transformers, str(config.get("tokenizer_class")), None)
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase) else None

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from easyedit_mdm.common.files import opened_tensors, write_tensors
 from easyedit_mdm.errors import StatisticsError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
@@ -167,24 +168,21 @@ def _masked(row: Int[Tensor, " length"], number: int, config: CollectConfig) -> 
 
 
 def _save(file: Path, sums: _Sums) -> None:
-    from safetensors.torch import save_file
-
     tensors = {f"{name}|{half}": value.cpu() for name, halves in sums.sums.items() for half, value in enumerate(halves)}
-    part = file.with_suffix(".tmp")
-    save_file(tensors, part, metadata={"progress": json.dumps({"rows": sums.rows, "keys": sums.keys, "batches": sums.batches})})
-    part.replace(file)
+    write_tensors(file, tensors, {"progress": json.dumps({"rows": sums.rows, "keys": sums.keys, "batches": sums.batches})})
 
 
 def _load(file: Path, sites: Sequence[Site]) -> _Sums:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as stored:
-            progress = json.loads(stored.metadata()["progress"])
-            sums = {site.name: [stored.get_tensor(f"{site.name}|{half}") for half in range(2)] for site in sites}
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise StatisticsError(f"{file} is not the checkpoint of an unfinished collection ({error}): remove it") from error
-    return _Sums(sums, **progress)
+    with opened_tensors(file, StatisticsError, "the checkpoint of an unfinished collection") as stored:
+        progress = json.loads(stored.metadata()["progress"])
+        rows, keys, batches = (progress[name] for name in ("rows", "keys", "batches"))
+        sums = {site.name: [stored.get_tensor(f"{site.name}|{half}") for half in range(2)] for site in sites}
+    if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in (rows, keys, batches)):
+        raise StatisticsError(f"{file} is not the checkpoint of an unfinished collection (progress {progress!r}): remove it")
+    for name, halves in sums.items():
+        if any(h.dtype != torch.float64 or h.dim() != 2 or h.shape[0] != h.shape[1] or not h.isfinite().all() for h in halves):
+            raise StatisticsError(f"{file} holds sums of {name} that are no finite square matrices in float64: remove it")
+    return _Sums(sums, rows, keys, batches)
 
 
 def run_name(settings: dict, sites: Sequence[Site]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from easyedit_mdm.common.files import explained, opened_tensors, write_tensors
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.errors import StatisticsError
 from easyedit_mdm.models import Adapter
@@ -43,6 +44,7 @@ def moments_for(
     context_length: int = CONTEXT_LENGTH,
     settled: float | None = None,
     seed: int = 0,
+    checkpoint_every: float = 60.0,
 ) -> list[SecondMoments]:
     """Second moments of some sites of the model as it was when they were first asked for: sequential edits keep the
     statistics of the base model.
@@ -52,6 +54,7 @@ def moments_for(
         tokens: how many; 10 times the key's dimension by default. Under twice the dimension there is a warning.
         folder: where they are kept; the user's cache folder by default (`cache_folder`).
         mask_ratio, context_length, settled, seed: see `CollectConfig`.
+        checkpoint_every: seconds after which a collection leaves what it has on the disk, from where the next one goes on.
 
     Raises:
         StatisticsError: if the text does not exist or is too short, or a file is not what its name says.
@@ -65,7 +68,8 @@ def moments_for(
     wanted = {site.name: (site.name, source.fingerprint, config) for site in sites}
     absent = [site for site in sites if wanted[site.name] not in cache]
     if absent:
-        found = _read_or_collect(adapter, absent, source, config, cache_folder() if folder is None else Path(folder).expanduser())
+        place = cache_folder() if folder is None else Path(folder).expanduser()
+        found = _read_or_collect(adapter, absent, source, config, place, checkpoint_every)
         for name, moments in found.items():
             cache[wanted[name]] = moments
     return [cache[wanted[site.name]] for site in sites]
@@ -89,7 +93,7 @@ def _settings(model: str, source: TextSource, config: CollectConfig) -> dict[str
     }
 
 
-def _read_or_collect(adapter: Adapter, sites: Sequence[Site], source: TextSource, config: CollectConfig, folder: Path) -> dict[str, SecondMoments]:
+def _read_or_collect(adapter: Adapter, sites: Sequence[Site], source: TextSource, config: CollectConfig, folder: Path, every: float) -> dict[str, SecondMoments]:
     """From the files of the model as it was first seen, else of the model as it is now; what is in neither is collected.
 
     The fingerprint is taken anew each time: a model that was edited since must not leave its statistics under the base model's name.
@@ -102,9 +106,10 @@ def _read_or_collect(adapter: Adapter, sites: Sequence[Site], source: TextSource
         found |= {name: read(file, model) for name, file in files.items() if name not in found and file.exists()}
     absent = [site for site in sites if site.name not in found]
     if absent:  # settings and files are those of the model as it is now
-        folder.mkdir(parents=True, exist_ok=True)
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         checkpoint = folder / f"unfinished-{run_name(settings, absent)}.safetensors"
-        for name, moments in collect(adapter, absent, source, config, checkpoint).items():
+        for name, moments in collect(adapter, absent, source, config, checkpoint, every).items():
             moments.settings = {**settings, "site": name, "tokens_seen": moments.tokens, "dataset": source.name}
             write(files[name], moments)
             found[name] = moments
@@ -113,12 +118,12 @@ def _read_or_collect(adapter: Adapter, sites: Sequence[Site], source: TextSource
 
 
 def write(file: Path, moments: SecondMoments) -> None:
-    """Store second moments, whole or not at all."""
-    from safetensors.torch import save_file
+    """Store second moments, whole or not at all.
 
-    part = file.with_suffix(f".{os.getpid()}.part")
-    save_file({"moment": moments.moment.contiguous()}, part, metadata={"settings": json.dumps(moments.settings, sort_keys=True)})
-    part.replace(file)
+    Raises:
+        FileError: if the file cannot be written.
+    """
+    write_tensors(file, {"moment": moments.moment}, {"settings": json.dumps(moments.settings, sort_keys=True)})
 
 
 def read(file: str | Path, model: str | None = None) -> SecondMoments:
@@ -130,16 +135,14 @@ def read(file: str | Path, model: str | None = None) -> SecondMoments:
     Raises:
         StatisticsError: if it is no such file, holds NaN or is not square, or belongs to another model.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as stored:
-            settings = json.loads((stored.metadata() or {}).get("settings", "null"))
-            moment = stored.get_tensor("moment")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise StatisticsError(f"{file} is not a file of second moments ({error}): remove it, or collect them again with easyedit-mdm stats") from error
-    if not isinstance(settings, dict) or moment.dim() != 2 or moment.shape[0] != moment.shape[1] or not moment.isfinite().all():
-        raise StatisticsError(f"{file} holds no usable second moments (shape {tuple(moment.shape)}): remove it")
+    with opened_tensors(Path(file), StatisticsError, "a file of second moments", "remove it, or collect them again with easyedit-mdm stats") as stored:
+        settings = json.loads((stored.metadata() or {}).get("settings", "null"))
+        moment = stored.get_tensor("moment")
+        tokens = int(settings.get("tokens_seen", 0)) if isinstance(settings, dict) else 0
+    if not isinstance(settings, dict) or moment.dim() != 2 or moment.shape[0] != moment.shape[1] or not moment.is_floating_point():
+        raise StatisticsError(f"{file} holds no usable second moments (shape {tuple(moment.shape)}, {moment.dtype}): remove it")
+    if not moment.double().isfinite().all() or not moment.numel():
+        raise StatisticsError(f"{file} holds no usable second moments (NaN or infinity, or nothing): remove it")
     if model is not None and settings.get("model") != model:
         raise StatisticsError(f"{file} holds statistics of another model ({str(settings.get('model'))[:12]}..., this one is {model[:12]}...): collect them again")
-    return SecondMoments(moment.double(), int(settings.get("tokens_seen", 0)), settings)
+    return SecondMoments(moment.double(), tokens, settings)

@@ -72,13 +72,13 @@ def _blocks(path: Path) -> Iterator[str]:
 
 
 def _json_lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as stream:
+    with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                text = json.loads(line.decode("utf-8"))["text"]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise StatisticsError(f"{path}, line {number}: no JSON object with a 'text' ({error!r})") from error
             if not isinstance(text, str):
                 raise StatisticsError(f"{path}, line {number}: 'text' is a {type(text).__name__}, not a string")

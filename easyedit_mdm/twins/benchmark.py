@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from easyedit_mdm.common.files import write_text
 from easyedit_mdm.twins.world import RELATIONS, Fact, World
 
 SIZES = {"test": 120, "validation": 40, "closed": 40}
@@ -101,7 +102,7 @@ def write_benchmark(folder: str | Path, world: World | None = None) -> list[Path
         rows = list(enumerate(cases(world, split)))
         for name, make in (("counterfact", _counterfact), ("counterfact-rome", _rome), ("zsre", _zsre)):
             path = out / f"{name}-{split}.json"
-            path.write_text(json.dumps([make(i, case, world) for i, case in rows], indent=1) + "\n", encoding="utf-8")
+            write_text(path, json.dumps([make(i, case, world) for i, case in rows], indent=1) + "\n")
             written.append(path)
     return written
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from easyedit_mdm.api import load_model
+from easyedit_mdm.common.files import write_json
 from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.denoising import DecodeConfig
 from easyedit_mdm.editing import EditRequest, ROMEMDMHyperParams
@@ -109,7 +110,7 @@ def evaluate_twins(models: Sequence[str] | None = None, limit: int = 100, file: 
             figures["editability"][str(length)] = _mean(_editable(model, str(name), world, length, max(1, limit // 5)))
         result[str(name)] = figures
     if file is not None:
-        Path(file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(file, result)
     _tell(result)
     return result
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from easyedit_mdm.common.files import write_json, write_tensors
 from easyedit_mdm.models.families import FAMILIES
 from easyedit_mdm.twins.train import RELATIVES, Recipe
 
@@ -24,22 +25,21 @@ def export(checkpoint: Path, out: Path, tokenizer: Any, dtype: torch.dtype = tor
     Returns:
         the run's state: recipe, steps, seconds, loss.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     state = json.loads((checkpoint / "state.json").read_text())
     recipe = Recipe(**state["recipe"])
     spec = FAMILIES[family_of(recipe)]
     tensors = {k[6:]: v for k, v in load_file(checkpoint / "checkpoint.safetensors").items() if k.startswith("model.")}
     out.mkdir(parents=True, exist_ok=True)
-    save_file({spec.hub_name(k): v.to(dtype) for k, v in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(out / "model.safetensors", {spec.hub_name(k): v.to(dtype) for k, v in tensors.items()}, {"format": "pt"})
     config = hub_config(recipe, len(tokenizer), tokenizer.eos_token_id, tokenizer.mask_token_id, str(dtype).removeprefix("torch."))
-    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_json(out / "config.json", config)
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
-    (out / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config(tokenizer, recipe.positions), indent=1) + "\n")
+    write_json(out / "tokenizer_config.json", _tokenizer_config(tokenizer, recipe.positions))
     if state["recipe"]["start_from"]:
         state["recipe"]["start_from"] = RELATIVES.get(recipe.name, "another twin")  # which twin, not which folder
-    (out / "training.json").write_text(json.dumps(state, indent=1) + "\n")
-    (out / "model.safetensors").chmod(0o644)
+    write_json(out / "training.json", state)
     return state
 
 

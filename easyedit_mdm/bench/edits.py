@@ -1,0 +1,460 @@
+"""What `easyedit-mdm edit`, `apply`, `revert`, `diff`, `compose`, `verify` and `export` do; docs/edits.md tells it from outside.
+
+Nothing that exists is overwritten: every command that writes a model or an edit writes a new folder, whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from easyedit_mdm.api import load_model, make_edit
+from easyedit_mdm.bench.datasets import load_cases
+from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
+from easyedit_mdm.common.files import write_json
+from easyedit_mdm.denoising import DecodeConfig, decode
+from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, ROMEMDMHyperParams
+from easyedit_mdm.editing.batch import check_requests
+from easyedit_mdm.editing.compose import compose, conflicts
+from easyedit_mdm.editing.export import to_peft, write_model
+from easyedit_mdm.editing.files import load
+from easyedit_mdm.editing.folders import adopt_edits, source_of, write_edited
+from easyedit_mdm.editing.guard import GuardConfig
+from easyedit_mdm.editing.hparams import find_hparams, read_yaml
+from easyedit_mdm.editing.request import encode
+from easyedit_mdm.errors import DataError, EditError, FileError, HyperParameterError, RequestError
+from easyedit_mdm.evaluation import CollapseGuard, score_prompts
+from easyedit_mdm.models import Adapter
+
+EFFECT_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class GuardOptions:
+    """What the command line says of the collapse guard: off, or on and (`force`) only telling."""
+
+    on: bool = True
+    force: bool = False
+    text: str | None = None
+
+
+def new_edit(
+    hparams_file: str | Path,
+    requests: Sequence[Mapping[str, Any]],
+    out: str | Path,
+    model: str | None = None,
+    guard: GuardOptions = GuardOptions(),
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Edit:
+    """Make an edit, show what the model says before and after it, and save it. The model itself is nowhere changed.
+
+    Several requests for a method that takes one at a time are edited one after another, and composed.
+
+    Args:
+        out: the edit's folder; must not exist yet.
+        model: instead of the one that the file names.
+
+    Raises:
+        CollapseError: if the guard stops it; nothing is saved then.
+        EasyEditMDMError: see `docs/errors.md`.
+    """
+    _free(out)
+    hparams = _hparams(hparams_file, model, guard)
+    asked = [EditRequest.of(request) for request in requests]
+    check_requests(asked)
+    adapter = load_model(hparams.model_name, device=_device(device, hparams), dtype=dtype or hparams.dtype, mask_id=hparams.mask_id)
+    decode_config = hparams.decode_config()
+    before = _say(adapter, asked, decode_config)
+    edit = _make(adapter, asked, hparams, guard)
+    edit.apply(adapter)
+    try:
+        after = _say(adapter, asked, decode_config)
+    finally:
+        edit.revert(adapter)
+    edit.card["metrics"] = {"before": _shares(before), "after": _shares(after), "facts": [_pair(b, a) for b, a in zip(before, after)]}
+    edit.seal(adapter, str(hparams.model_name)).save(out)
+    _tell_edit(edit, Path(out))
+    return edit
+
+
+def requests_of(prompt: str | None, subject: str | None, target: str | None, file: str | Path | None) -> list[dict[str, str]]:
+    """What the command line asks for: one request in three parts, or a file of them.
+
+    Raises:
+        RequestError: if it is neither, or both.
+        DataError: for a file that cannot be used.
+    """
+    parts = {"--prompt": prompt, "--subject": subject, "--target": target}
+    if file is not None:
+        given = [name for name, value in parts.items() if value is not None]
+        if given:
+            raise RequestError(f"{', '.join(given)} and --data-file were given: give one request, or a file of them")
+        return read_requests(file)
+    absent = [name for name, value in parts.items() if value is None]
+    if absent:
+        raise RequestError(f"{', '.join(absent)} is missing: an edit needs --prompt, --subject and --target, or --data-file")
+    return [{"prompt": str(prompt), "subject": str(subject), "target_new": str(target)}]
+
+
+def read_requests(file: str | Path) -> list[dict[str, str]]:
+    """The requests of a JSON file: a list of objects with prompt, subject and target_new.
+
+    Raises:
+        DataError: if it cannot be read, or a record cannot be used, naming all that cannot.
+    """
+    found = load_cases("requests", data_file=file)
+    if found.skipped or not found.cases:
+        told = "; ".join(f"record {s.record}: {s.reason}" for s in found.skipped[:5]) or "no records"
+        raise DataError(f"{file}: {len(found.skipped)} of its records cannot be used ({told}): correct them, or take them out")
+    return [case.request() for case in found.cases]
+
+
+def apply_edit(folder: str | Path, out: str | Path, model: str | None = None, device: str | None = None) -> None:
+    """Write the base model with an edit in it (and those that it carries already) as a new model folder that `revert` can take back.
+
+    Raises:
+        EditError: for another base model, with both fingerprints; if the model carries this edit.
+        FileError: if `out` exists, or cannot be written.
+    """
+    _free(out)
+    edit = load(folder)
+    adapter, carried = _open(edit, model, device)
+    if any(other.card["id"] == edit.card["id"] for other in carried):
+        raise EditError(f"{model} carries this edit ({edit.card['id']}) already")
+    edit.apply(adapter)
+    write_edited(adapter, out)
+    Console().print(f"{escape(str(out))}: {escape(adapter.name)} with {len(carried) + 1} edit(s); easyedit-mdm revert takes it back", highlight=False)
+
+
+def revert_edit(folder: str | Path, model: str | Path, out: str | Path, device: str | None = None) -> None:
+    """Write the model of a folder that `apply` wrote, without an edit, as a new folder; bit for bit what it was before the edit.
+
+    Raises:
+        EditError: if the model does not carry the edit, later edits stand on it, or its weights have been changed since.
+        FileError: if `out` exists, or cannot be written.
+    """
+    _free(out)
+    edit = load(folder)
+    adapter, carried = _open(edit, str(model), device)
+    mine = [other for other in carried if other.card["id"] == edit.card["id"]]
+    if not mine:
+        known = ", ".join(other.card["id"] for other in carried) or "no edits"
+        raise EditError(f"{model} does not carry edit {edit.card['id']}, but {known}: give a folder that easyedit-mdm apply wrote")
+    mine[0].revert(adapter)
+    left = [other for other in carried if other is not mine[0]]
+    wanted, now = edit.card["base"]["fingerprint"], model_fingerprint(adapter.native)
+    if not left and wanted != now:
+        raise EditError(f"without the edit the model has fingerprint {now}, not its base's {wanted}: {model} was changed otherwise. Nothing written")
+    write_edited(adapter, out)
+    what = f"still with {len(left)} edit(s)" if left else f"the base model, bit for bit (fingerprint {now[:12]}...)"
+    Console().print(f"{escape(str(out))}: {what}", highlight=False)
+
+
+def compose_edits(folders: Sequence[str | Path], out: str | Path, force: bool = False) -> Edit:
+    """Write several edits as one; says where they are at odds.
+
+    Raises:
+        EditError: for edits of different base models, or contradictions, unless forced.
+    """
+    _free(out)
+    edits = [load(folder) for folder in folders]
+    one = compose(edits, force)
+    one.save(out)
+    console = Console()
+    for conflict in conflicts(edits):
+        names = f"{folders[conflict.first]} and {folders[conflict.second]}"
+        console.print(f"[yellow]{conflict.kind}[/] of {escape(names)} at {escape(conflict.what)}: {escape(conflict.detail)}", highlight=False)
+    console.print(f"{escape(str(out))}: {len(edits)} edits, {len(one.card['facts'])} facts, {len(one.changes)} weights", highlight=False)
+    return one
+
+
+def diff_edit(
+    folder: str | Path, prompts: Sequence[str] = (), prompts_file: str | Path | None = None, model: str | None = None,
+    device: str | None = None, file: str | Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Which weights an edit changes, how much, and what a model says after some prompts without and with it.
+
+    Args:
+        prompts_file: a text file, a prompt a line.
+        file: where to write the report as JSON.
+
+    Returns:
+        `weights` (see `weight_figures`) and `effect`: for each prompt `before`, `after` (8 tokens, greedy) and `kl`, the divergence
+        KL(after || before) of the first token's distribution.
+
+    Raises:
+        DataError: if the file of prompts cannot be read.
+        EditError: for another base model.
+    """
+    edit, asked = load(folder), [*prompts, *_lines(prompts_file)]
+    report: dict[str, Any] = {"id": edit.card["id"], "weights": edit.diff(), "effect": []}
+    if asked:
+        adapter, carried = _open(edit, model, device)
+        edit = next((other for other in carried if other.card["id"] == edit.card["id"]), edit)
+        report["effect"] = effect(adapter, edit, asked)
+    if file is not None:
+        write_json(file, report)
+    _tell_diff(report)
+    return report
+
+
+def effect(adapter: Adapter, edit: Edit, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """What a model says after prompts without and with an edit; the model is left as it was.
+
+    Raises:
+        EditError: if the edit does not fit, or other edits stand on it.
+    """
+    was = edit.is_applied(adapter)
+    sides = {was: _first_tokens(adapter, prompts)}
+    (edit.revert if was else edit.apply)(adapter)
+    try:
+        sides[not was] = _first_tokens(adapter, prompts)
+    finally:
+        (edit.apply if was else edit.revert)(adapter)
+    rows = []
+    for prompt, (before, p), (after, q) in zip(prompts, sides[False], sides[True]):
+        rows.append({"prompt": prompt, "before": before, "after": after, "kl": float((q.exp() * (q - p)).sum())})
+    return rows
+
+
+def verify_edit(folder: str | Path, model: str | None = None, device: str | None = None, file: str | Path | None = None) -> dict[str, Any]:
+    """Whether the files of an edit belong together and are whole, and whether a model still holds it.
+
+    Args:
+        model: the model that should hold it; by default the base model that `edit.json` names, with the edit put into it.
+
+    Returns:
+        `holds`, `files`, `weights` (each `edited`, `base`, or `other`: changed since), and `facts` with what the model says.
+
+    Raises:
+        EditError: if the files are broken.
+    """
+    edit = load(folder)
+    if model is None:
+        adapter, _ = _open(edit, None, device)
+        edit.apply(adapter)
+    else:
+        adapter = load_model(model, dtype=edit.card["base"].get("dtype"), device=device or _any_device(), mask_id=_mask_id(edit))
+    report = verified(edit, adapter)
+    if file is not None:
+        write_json(file, report)
+    _tell_verified(report, model or f"{edit.card['base'].get('name')} with the edit put in")
+    return report
+
+
+def verified(edit: Edit, adapter: Adapter) -> dict[str, Any]:
+    """Whether a model holds an edit: its weights by hash, its facts by decoding.
+
+    A fact counts if it was right when the edit was saved; where that was not noted, every fact counts.
+    """
+    weights = _states(edit, adapter)
+    told = edit.card.get("facts", [])
+    requests = [EditRequest.of(fact) for fact in told]
+    scores = _say(adapter, requests, _decode_config(edit)) if requests else []
+    noted = edit.card.get("metrics", {}).get("facts")
+    promised = [bool(f.get("exact")) for f in noted] if isinstance(noted, list) and len(noted) == len(told) else [True] * len(told)
+    facts = [
+        {"prompt": f["prompt"], "target_new": f["target_new"], "text": s["text"], "exact": s["exact"], "was_exact": p}
+        for f, s, p in zip(told, scores, promised)
+    ]
+    holds = all(f["exact"] for f in facts if f["was_exact"]) and set(weights.values()) == {"edited"}
+    return {"holds": holds, "id": edit.card.get("id"), "files": "whole, and of one edit", "weights": weights, "facts": facts}
+
+
+def export_edit(
+    folder: str | Path, peft: str | Path | None = None, merged: str | Path | None = None, model: str | None = None, device: str | None = None
+) -> None:
+    """Write an edit as a LoRA adapter for peft, or as a model folder in the hub's own format, or both.
+
+    Raises:
+        HyperParameterError: if neither is asked for.
+        EditError: for another base model, or a weight that LoRA cannot change.
+    """
+    if peft is None and merged is None:
+        raise HyperParameterError("nothing to export: give --peft FOLDER, --merged FOLDER, or both")
+    for out in filter(None, (peft, merged)):
+        _free(out)
+    edit = load(folder)
+    if merged is not None:
+        adapter, carried = _open(edit, model, device)
+        if not any(other.card["id"] == edit.card["id"] for other in carried):
+            edit.apply(adapter)
+        write_model(adapter, source_of(adapter), merged)
+        Console().print(f"{escape(str(merged))}: {escape(adapter.name)} with the edit, in the hub's format", highlight=False)
+    if peft is not None:
+        to_peft(edit, peft)
+        Console().print(f"{escape(str(peft))}: a LoRA adapter for {escape(str(edit.card['base'].get('name')))}", highlight=False)
+
+
+# ---- parts ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _hparams(file: str | Path, model: str | None, guard: GuardOptions) -> ROMEMDMHyperParams:
+    alg_name = read_yaml(find_hparams(file)).get("alg_name")
+    if not isinstance(alg_name, str):
+        raise HyperParameterError(f"{file} has no alg_name: it should name one of {', '.join(METHODS)}")
+    hparams = METHODS[alg_name].hparams.from_hparams(file)
+    text = {} if guard.text is None else {"text": guard.text}
+    return replace(hparams, model_name=model or hparams.model_name, guard={**(hparams.guard or {}), **text} if guard.on else None)
+
+
+def _make(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams, options: GuardOptions) -> Edit:
+    """The edit of all requests, through the guard if it is on; the model is left as it was."""
+    method, history = METHODS[hparams.alg_name], History()
+    guard = CollapseGuard(adapter, GuardConfig.of(hparams.guard)) if hparams.guard is not None else None
+    made: list[Edit] = []
+    try:
+        for group in [list(requests)] if method.batchable else [[request] for request in requests]:
+            edit = make_edit(adapter, group, hparams, history)
+            made.append(edit)
+            if guard is None:
+                edit.apply(adapter)
+            else:
+                guard.apply(edit, options.force)
+    finally:
+        for edit in reversed(made):
+            if edit.is_applied(adapter):
+                edit.revert(adapter)
+    if len(made) == 1:
+        return made[0]
+    one = compose(made, force=True)
+    verdicts = [edit.card["guard"].get("verdict") for edit in made]
+    one.card["guard"] = {"on": guard is not None, "verdict": "kept by force" if "kept by force" in verdicts else verdicts[0]}
+    return one
+
+
+def _open(edit: Edit, model: str | None, device: str | None) -> tuple[Adapter, list[Edit]]:
+    """The model of an edit, in the dtype that the edit was made in, and the edits that its folder says it carries."""
+    base = edit.card["base"]
+    adapter = load_model(model or str(base.get("name")), dtype=base.get("dtype"), device=device or _any_device(), mask_id=_mask_id(edit))
+    return adapter, adopt_edits(adapter)
+
+
+def _mask_id(edit: Edit) -> int | None:
+    found = edit.card.get("hyperparameters", {}).get("mask_id")
+    return found if isinstance(found, int) else None
+
+
+def _any_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _device(device: str | None, hparams: ROMEMDMHyperParams) -> str:
+    return device or (str(hparams.device) if hparams.device is not None else _any_device())
+
+
+def _free(folder: str | Path) -> None:
+    """Said before the work, not after it."""
+    path = Path(folder)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileError(f"{path} exists: give another folder, or remove it (nothing is ever overwritten)")
+
+
+def _decode_config(edit: Edit) -> DecodeConfig:
+    settings = edit.card.get("hyperparameters", {}).get("decode") or {}
+    try:
+        return DecodeConfig(**settings)
+    except TypeError as error:
+        raise EditError(f"edit.json: hyperparameters.decode is {settings!r}, which are no decode settings ({error}); get the edit again") from error
+
+
+def _say(adapter: Adapter, requests: Sequence[EditRequest], config: DecodeConfig) -> list[dict[str, Any]]:
+    return score_prompts(adapter, [r.prompt for r in requests], [r.target_new for r in requests], config)
+
+
+def _shares(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {"n": len(scores), **{key: sum(float(s[key]) for s in scores) / len(scores) for key in ("exact", "token_acc")}}
+
+
+def _pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    return {"before": before["text"], "after": after["text"], "exact": after["exact"], "was_exact_before": before["exact"]}
+
+
+def _states(edit: Edit, adapter: Adapter) -> dict[str, str]:
+    """Of each weight whether it is as the edit left it, as the base had it, or neither."""
+    weights = dict(adapter.native.named_parameters(remove_duplicate=False))
+    edited, base, found = edit.card.get("edited", {}), edit.card["base"].get("weights") or {}, {}
+    for change in edit.changes:
+        now = tensor_sha256(weights[change.name]) if change.name in weights else None
+        known = {**dict.fromkeys([base.get(change.name)], "base"), **dict.fromkeys(edited.values(), "edited")}
+        found[change.name] = "other" if now is None else known.get(now, "other")
+    return found
+
+
+@torch.no_grad()
+def _first_tokens(adapter: Adapter, prompts: Sequence[str]) -> list[tuple[str, torch.Tensor]]:
+    """What is written after each prompt, and the log-probabilities of its first token."""
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor(encode(adapter, prompt.rstrip()))
+        if not len(ids) or len(ids) + EFFECT_TOKENS > adapter.max_positions:
+            raise RequestError(f"prompt {prompt!r} has {len(ids)} tokens: it needs at least one, and {EFFECT_TOKENS} places after it")
+        path = decode(adapter, [ids], [EFFECT_TOKENS])[0]
+        row = torch.cat([ids, torch.full((EFFECT_TOKENS,), adapter.ids.slot)])[None].to(adapter.device)
+        logits = adapter.token_logits(row, at=torch.tensor([[len(ids)]], device=row.device))[0, 0, : adapter.vocabulary]
+        found.append((adapter.tokenizer.decode(path.tokens.tolist(), skip_special_tokens=True).strip(), logits.double().log_softmax(-1).cpu()))
+    return found
+
+
+def _lines(file: str | Path | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        return [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read ({error}): give a UTF-8 text file with a prompt a line") from error
+
+
+# ---- what is shown -------------------------------------------------------------------------------------------------------------------
+
+
+def _tell_edit(edit: Edit, folder: Path) -> None:
+    console, metrics, guard = Console(), edit.card["metrics"], edit.card["guard"]
+    table = Table(title=f"{edit.card['method']} on {edit.card['base']['name']}")
+    for column in ("prompt", "target", "before", "after", ""):
+        table.add_column(column)
+    for fact, row in zip(edit.card["facts"], metrics["facts"]):
+        cells = [escape(str(v)) for v in (fact["prompt"], fact["target_new"], row["before"], row["after"])]
+        table.add_row(*cells, "[green]✓" if row["exact"] else "[red]✗")
+    console.print(table)
+    figures = ", ".join(f"{k} {v:.3g}" for k, v in guard.get("figures", {}).items() if v is not None)
+    told = f"guard: {guard['verdict']}" if guard["on"] else f"guard: off ({guard.get('why', 'not asked for')})"
+    console.print(escape(f"{told}{f'; {figures}' if figures else ''}"), highlight=False)
+    console.print(f"{escape(str(folder))} written (edit {edit.card['id']})", highlight=False)
+
+
+def _tell_diff(report: dict[str, Any]) -> None:
+    console, table = Console(), Table(title=f"edit {report['id']}")
+    for column in ("weight", "shape", "kind", "rank", "||dW||", "largest singular value", "||dW|| / ||W||"):
+        table.add_column(column, justify="left" if column in ("weight", "kind") else "right")
+    for row in report["weights"]:
+        shown = "" if row["norm_ratio"] is None else f"{row['norm_ratio']:.3g}"
+        norms = f"{row['norm']:.3g}", f"{row['spectral']:.3g}", shown
+        table.add_row(row["weight"], " x ".join(map(str, row["shape"])), row["kind"], str(row["rank"]), *norms)
+    console.print(table)
+    if report["effect"]:
+        table = Table(title="what the model says")
+        for column in ("prompt", "without the edit", "with it", "KL"):
+            table.add_column(column)
+        for row in report["effect"]:
+            table.add_row(*(escape(row[key]) for key in ("prompt", "before", "after")), f"{row['kl']:.3g}")
+        console.print(table)
+
+
+def _tell_verified(report: dict[str, Any], model: str) -> None:
+    console = Console()
+    console.print(f"files: {report['files']} (edit {report['id']})", highlight=False)
+    for name, state in report["weights"].items():
+        console.print(f"{name}: {state}", highlight=False)
+    for fact in report["facts"]:
+        mark = "[green]✓[/]" if fact["exact"] else "[red]✗[/]" if fact["was_exact"] else "– (was not written when it was saved)"
+        console.print(f"{mark} {escape(fact['prompt'])} … {escape(fact['text'])} (wanted: {escape(fact['target_new'])})", highlight=False)
+    console.print(f"{escape(model)} {'holds the edit' if report['holds'] else '[bold red]does not hold the edit[/]'}", highlight=False)
