@@ -135,6 +135,7 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--label", help="what to call the run in reports")
     bench.add_argument("--held-out", help="a text whose perplexity is taken before and after each edit")
     bench.add_argument("--light", action="store_true", help="leave out the ladder of honesty and fluency, which are most of the evaluation's time")
+    bench.add_argument("--no-fluency", action="store_true", help="leave out fluency alone, which is most of the time on a small model")
     bench.add_argument("--easyedit-home", help="a clone of EasyEdit, for its own methods")
     bench.add_argument("--device", help="cpu, cuda, cuda:1 (default: the file's, else CUDA where there is one)")
     bench.set_defaults(command=_bench)
@@ -296,7 +297,8 @@ def _bench(args: argparse.Namespace, rest: list[str]) -> int:
     from easyedit_mdm.host.methods import easyedits_method
 
     config = BenchConfig(
-        args.alg, args.hparams, args.dataset, args.data_dir, args.data_file, args.limit, args.seed, args.label, args.held_out, args.light, args.device
+        args.alg, args.hparams, args.dataset, args.data_dir, args.data_file, args.limit, args.seed, args.label, args.held_out, args.light, args.device,
+        not args.no_fluency,
     )
     bench(config, args.out, args.resume, others=lambda alg_name, file: easyedits_method(alg_name, file, args.easyedit_home))
     return 0

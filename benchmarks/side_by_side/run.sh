@@ -10,7 +10,7 @@ runs="${1:-$here/runs}"
 mkdir -p "$runs"
 
 bench() { # name, method, hyperparameters, data set and its options
-  easyedit-mdm bench --alg "$2" --hparams "$3" --label "$4" --seed 0 --out "$runs/$1.jsonl" --resume "${@:5}"
+  easyedit-mdm bench --alg "$2" --hparams "$3" --label "$4" --seed 0 --no-fluency --out "$runs/$1.jsonl" --resume "${@:5}"
 }
 
 sets() { # label of the data, its options

@@ -45,6 +45,7 @@ class BenchConfig:
         label: what to call the run in reports.
         held_out: a text for perplexity before and after (`easyedit_mdm.statistics.text_source`); `twins` for the twins by default, else none.
         light: leave out the ladder of honesty and fluency, which are most of the evaluation's time.
+        fluency: whether 100 tokens are written before and after each edit, for their n-gram entropy.
         device: where the model goes.
     """
 
@@ -59,6 +60,7 @@ class BenchConfig:
     held_out: str | None = None
     light: bool = False
     device: str | None = None
+    fluency: bool = True
 
 
 def bench(config: BenchConfig, out: str | Path, resume: bool = False, others: Others | None = None) -> int:
@@ -190,7 +192,7 @@ def judge_of(config: BenchConfig, method: BenchMethod) -> Judge:
     if name:
         lines = [line for document in text_source(name).documents() for line in document.splitlines() if len(line.split()) > 5]
         texts = tuple(" ".join(line.split()[:HELD_OUT_WORDS]) for line in lines[-HELD_OUT_TEXTS:])
-    return Judge(DecodeConfig(**method.decode), rungs=not config.light, fluency=not config.light, held_out=texts)
+    return Judge(DecodeConfig(**method.decode), rungs=not config.light, fluency=config.fluency and not config.light, held_out=texts)
 
 
 def header_of(config: BenchConfig, method: BenchMethod, loaded: Loaded, judge: Judge) -> dict[str, Any]:

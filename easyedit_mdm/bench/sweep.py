@@ -27,6 +27,7 @@ from easyedit_mdm.bench.statistics_of_runs import read_run, summary
 from easyedit_mdm.bench.trace import RESAMPLES, model_report, read_trace
 from easyedit_mdm.bench.trace_figures import TITLES
 from easyedit_mdm.bench.trace_numbers import rank_correlation
+from easyedit_mdm.common.files import write_text
 from easyedit_mdm.editing import METHODS, ROMEMDMHyperParams
 from easyedit_mdm.errors import DataError, HyperParameterError
 from easyedit_mdm.models import Adapter
@@ -227,12 +228,12 @@ def _trace_panel(axes: Any, traced: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
-    (folder / "sweep.json").write_text(json.dumps(report, separators=(",", ":")) + "\n", encoding="utf-8", errors="backslashreplace")
+    write_text(folder / "sweep.json", json.dumps(report, separators=(",", ":")) + "\n", errors="backslashreplace")
     figure = sweep_figure(report)
     inline = svg(figure, "sweep")
     save(figure, folder / "sweep")
     page = rendered("sweep.html", report=report, figure=inline, scored=SCORED, show=show, words=words)
-    (folder / "sweep.html").write_text(page, encoding="utf-8", errors="backslashreplace", newline="\n")
+    write_text(folder / "sweep.html", page, errors="backslashreplace")
 
 
 def _tell(report: dict[str, Any], folder: Path) -> None:

@@ -19,6 +19,7 @@ from easyedit_mdm.bench.compare import show
 from easyedit_mdm.bench.figures import rendered, save, svg
 from easyedit_mdm.bench.trace_figures import TITLES, average_figure, compare_figure, group_title, heat_figure
 from easyedit_mdm.bench.trace_numbers import GROUPS, averages, peaks, ranges, side_by_side, totals
+from easyedit_mdm.common.files import write_text
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.errors import DataError, HyperParameterError
 from easyedit_mdm.models import Adapter
@@ -171,14 +172,14 @@ def model_report(
 def write_report(report: dict[str, Any], folder: Path) -> None:
     """`trace.json`, `trace.html`, and each figure as PNG and SVG."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "trace.json").write_text(json.dumps(report, indent=None, separators=(",", ":")) + "\n", encoding="utf-8", errors="backslashreplace")
+    write_text(folder / "trace.json", json.dumps(report, indent=None, separators=(",", ":")) + "\n", errors="backslashreplace")
     shown = {}
     for name, (title, draw) in _figures(report).items():
         figure = draw()
         shown[name] = (title, svg(figure, name))
         save(figure, folder / name)
     page = rendered("trace.html", report=report, figures=shown, classes=CLASSES, groups=GROUPS, kinds=TITLES, show=show, ranges=ranges)
-    (folder / "trace.html").write_text(page, encoding="utf-8", errors="backslashreplace", newline="\n")
+    write_text(folder / "trace.html", page, errors="backslashreplace")
 
 
 def _figures(report: dict[str, Any]) -> dict[str, tuple[str, Any]]:
