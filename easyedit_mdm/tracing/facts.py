@@ -142,7 +142,9 @@ def check_known(adapters: Sequence[Adapter], facts: Sequence[TracedFact], limit:
     if not found.facts:
         told = [f"{u['prompt']!r} gives {u['written']}, not {u['answer']!r}" for u in found.unknown[:3]] + [u["reason"] for u in found.unusable[:3]]
         reasons = "; ".join(told)
-        raise DataError(f"none of {len(facts)} facts is known, so there is nothing to trace: {reasons}. Give facts (--known) that the model writes itself")
+        raise DataError(
+            f"none of {len(facts)} facts is known, so there is nothing to trace: {reasons}. Give facts (--known) that the model writes itself"
+        )
     return found
 
 
@@ -226,7 +228,7 @@ def _fact_of(record: Any) -> TracedFact:
     for name, value in texts.items():
         if not isinstance(value, str) or not value.strip():
             raise RequestError(f"{name} is {value!r}: a fact to trace needs prompt, subject and the answer that is true")
-    prompt, subject, answer = (value.strip() for value in texts.values())
+    prompt, subject, answer = (str(value).strip() for value in texts.values())
     fact = TracedFact(prompt.replace("{}", subject, 1), subject, answer)
     fact.request  # noqa: B018  the subject must be in the prompt
     return fact
