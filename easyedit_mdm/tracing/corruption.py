@@ -116,8 +116,8 @@ def replace_subject(adapter: Adapter, placed: Placed, samples: int, level: float
 
 def _with_subject(adapter: Adapter, placed: Placed, other: str) -> Int[Tensor, " prompt"] | None:
     """The prompt's tokens about another subject; None where that moves any token outside the subject."""
-    template = placed.fact.request.template
-    found = place(adapter, TracedFact(template.replace("{}", other, 1), other, placed.fact.answer))
+    text, start = placed.fact.parts()
+    found = place(adapter, TracedFact(text[:start] + other + text[start + len(placed.fact.subject) :], other, placed.fact.answer))
     fits = len(found.ids) == len(placed.ids) and (found.first, found.end) == (placed.first, placed.end)
     changed = (found.ids != placed.ids).nonzero().flatten().tolist() if fits else []
     return found.ids if fits and all(placed.first <= i < placed.end for i in changed) else None

@@ -14,10 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from easyedit_mdm.denoising import decode
-from easyedit_mdm.editing.request import EditRequest, encode, locate, target_ids
 from easyedit_mdm.errors import DataError, RequestError
-from easyedit_mdm.evaluation import score_prompts
 from easyedit_mdm.models import Adapter
+from easyedit_mdm.models.prompts import encode, span, target_ids
 
 # where in a row a token stands; a subject of one token is its last, and a subject that ends the prompt stays the subject
 CLASSES = {
@@ -40,14 +39,19 @@ class TracedFact:
     subject: str
     answer: str
 
-    @property
-    def request(self) -> EditRequest:
-        """The same in the form that finds tokens.
+    def parts(self) -> tuple[str, int]:
+        """The prompt's text, and where the subject begins in it.
 
         Raises:
             RequestError: if a part is empty, or the subject is not in the prompt.
         """
-        return EditRequest.of({"prompt": self.prompt, "subject": self.subject, "target_new": self.answer})
+        for name, text in vars(self).items():
+            if not text.strip():
+                raise RequestError(f"{name} is {text!r}: a fact has a prompt, a subject and an answer that are not empty")
+        start = self.prompt.find("{}" if "{}" in self.prompt else self.subject)
+        if start < 0:
+            raise RequestError(f"subject {self.subject!r} is not in prompt {self.prompt!r}: it is the subject that is corrupted")
+        return self.prompt.replace("{}", self.subject, 1).rstrip(), start
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,9 @@ def place(adapter: Adapter, fact: TracedFact) -> Placed:
     Raises:
         RequestError: if the subject is not in the prompt, or prompt and answer do not fit into the model.
     """
-    request = fact.request
-    first, last = (locate(adapter, request, fact_token=name) for name in ("subject_first", "subject_last"))
-    placed = Placed(fact, last.ids, first.site, last.site + 1, target_ids(adapter, request.prompt, fact.answer))
+    text, start = fact.parts()
+    ids, first, last = span(adapter, text, start, start + len(fact.subject))
+    placed = Placed(fact, torch.tensor(ids), first, last + 1, target_ids(adapter, text, fact.answer))
     if placed.length > adapter.max_positions:
         raise RequestError(f"{fact.prompt!r} and {fact.answer!r} take {placed.length} tokens; {adapter.name} has {adapter.max_positions} positions")
     return placed
@@ -150,19 +154,19 @@ def check_known(adapters: Sequence[Adapter], facts: Sequence[TracedFact], limit:
 
 def _ask(adapters: Sequence[Adapter], facts: Sequence[TracedFact], found: Checked) -> list[tuple[TracedFact, dict[str, tuple[bool, str]]]]:
     """What each model writes after each fact that it can be asked: whether it is right, and the text."""
-    usable = []
+    usable: list[tuple[TracedFact, list[Placed]]] = []
     for fact in facts:
         try:
-            for adapter in adapters:
-                place(adapter, fact)
-            usable.append(fact)
+            usable.append((fact, [place(adapter, fact) for adapter in adapters]))
         except RequestError as reason:
             found.unusable.append({"prompt": fact.prompt, "reason": str(reason)})
     written: list[dict[str, tuple[bool, str]]] = [{} for _ in usable]
-    for adapter in adapters:
-        for into, score in zip(written, score_prompts(adapter, [f.prompt for f in usable], [f.answer for f in usable])):
-            into[adapter.name] = (score["exact"], score["text"])
-    return list(zip(usable, written))
+    for i, adapter in enumerate(adapters):
+        asked = [placed[i] for _, placed in usable]
+        for into, fact, path in zip(written, asked, decode(adapter, [f.ids for f in asked], [len(f.answer) for f in asked]) if asked else []):
+            text = adapter.tokenizer.decode(path.tokens.tolist(), skip_special_tokens=True).strip()
+            into[adapter.name] = (bool(torch.equal(path.tokens[: len(fact.answer)], fact.answer)), text)
+    return [(fact, texts) for (fact, _), texts in zip(usable, written)]
 
 
 def _note(found: Checked, fact: TracedFact, written: dict[str, tuple[bool, str]]) -> None:
@@ -230,5 +234,5 @@ def _fact_of(record: Any) -> TracedFact:
             raise RequestError(f"{name} is {value!r}: a fact to trace needs prompt, subject and the answer that is true")
     prompt, subject, answer = (str(value).strip() for value in texts.values())
     fact = TracedFact(prompt.replace("{}", subject, 1), subject, answer)
-    fact.request  # noqa: B018  the subject must be in the prompt
+    fact.parts()  # says what is wrong with it
     return fact
