@@ -12,10 +12,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from easyedit_mdm.denoising import DecodeConfig, decode, schedule
-from easyedit_mdm.models.prompts import encode, target_ids
 from easyedit_mdm.evaluation.multi_step import score_prompts, teacher_forced
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.geometry import right_padded
+from easyedit_mdm.models.prompts import encode, target_ids
 
 CANVASES = (8, 16, 32)
 DISTRACTOR = "The weather was fine that day."

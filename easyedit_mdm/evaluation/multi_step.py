@@ -15,10 +15,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from easyedit_mdm.denoising import DecodeConfig, Trajectory, decode
-from easyedit_mdm.models.prompts import encode, target_ids
 from easyedit_mdm.errors import RequestError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.geometry import right_padded
+from easyedit_mdm.models.prompts import encode, target_ids
 
 
 def score_prompts(

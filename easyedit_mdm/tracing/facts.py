@@ -162,10 +162,11 @@ def _ask(adapters: Sequence[Adapter], facts: Sequence[TracedFact], found: Checke
             found.unusable.append({"prompt": fact.prompt, "reason": str(reason)})
     written: list[dict[str, tuple[bool, str]]] = [{} for _ in usable]
     for i, adapter in enumerate(adapters):
-        asked = [placed[i] for _, placed in usable]
-        for into, fact, path in zip(written, asked, decode(adapter, [f.ids for f in asked], [len(f.answer) for f in asked]) if asked else []):
+        asked = [places[i] for _, places in usable]
+        paths = decode(adapter, [p.ids for p in asked], [len(p.answer) for p in asked]) if asked else []
+        for into, placed, path in zip(written, asked, paths):
             text = adapter.tokenizer.decode(path.tokens.tolist(), skip_special_tokens=True).strip()
-            into[adapter.name] = (bool(torch.equal(path.tokens[: len(fact.answer)], fact.answer)), text)
+            into[adapter.name] = (bool(torch.equal(path.tokens[: len(placed.answer)], placed.answer)), text)
     return [(fact, texts) for (fact, _), texts in zip(usable, written)]
 
 
