@@ -30,7 +30,10 @@ from easyedit_mdm.host.importing import host_module
 from easyedit_mdm.twins.benchmark import cases
 from easyedit_mdm.twins.world import World
 
-PREFIXES = [f"{word}. {{}}" for word in ("The river of the old city", "Therefore it was made", "Because he was known", "I was born in a town", "You are a painter")]
+PREFIXES = [
+    f"{word}. {{}}"
+    for word in ("The river of the old city", "Therefore it was made", "Because he was known", "I was born in a town", "You are a painter")
+]
 VALUE = dict(fact_token="subject_last", v_num_grad_steps=25, v_lr=0.5, v_weight_decay=1e-3, clamp_norm_factor=4.0, kl_factor=0.0625)
 
 
@@ -97,8 +100,10 @@ def theirs(adapter, method: str, layers: list[int], dataset: str) -> Callable[[l
     cls = getattr(host_module("models"), f"{method}HyperParams")
     values = dict(
         alg_name=method, model_name="llama", layers=layers, layer_selection="all", **VALUE, v_loss_layer=adapter.layers - 1,
-        mom2_adjustment=method == "MEMIT", mom2_update_weight=15000, context_template_length_params=[[5, 5]], rewrite_module_tmp="model.layers.{}.mlp.down_proj",
-        layer_module_tmp="model.layers.{}", mlp_module_tmp="model.layers.{}.mlp", attn_module_tmp="model.layers.{}.self_attn", ln_f_module="model.norm",
+        mom2_adjustment=method == "MEMIT", mom2_update_weight=15000, context_template_length_params=[[5, 5]],
+        rewrite_module_tmp="model.layers.{}.mlp.down_proj",
+        layer_module_tmp="model.layers.{}", mlp_module_tmp="model.layers.{}.mlp", attn_module_tmp="model.layers.{}.self_attn",
+        ln_f_module="model.norm",
         lm_head_module="lm_head", mom2_dataset=dataset, mom2_n_samples=None, mom2_dtype="float32", device="cpu", stats_dir=None,
     )  # fmt: skip
     hparams = cls(**{k: v for k, v in values.items() if k in cls.__dataclass_fields__})

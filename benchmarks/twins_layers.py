@@ -3,8 +3,8 @@
     python benchmarks/twins_layers.py --model twin-llada --out benchmarks/twins_layers-twin-llada.json
 
 For each layer, the first `--facts` validation facts are edited to a target of every length with the settings of hparams/ROME_MDM/<model>.yaml, the
-value kept within `--clamp` times the norm of the MLP's output. The value is added at the site while the model decodes; no weight is changed. So this is
-the ceiling of every method that writes there. `--site` says which of the subject's tokens.
+value kept within `--clamp` times the norm of the MLP's output. The value is added at the site while the model decodes; no weight is changed. So
+this is the ceiling of every method that writes there. `--site` says which of the subject's tokens.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def main() -> None:
         for length in range(1, world.settings.max_length + 1):
             right = [d for d, c in zip(done, chosen) if c.length == length]
             ratio = [float(r) for r, c in zip(values.ratio, chosen) if c.length == length]
-            results.append({"layer": layer, "n_tokens": length, "n": len(right), "activation": sum(right) / len(right), "norm_ratio": sum(ratio) / len(ratio)})
+            results.append(
+                {"layer": layer, "n_tokens": length, "n": len(right), "activation": sum(right) / len(right), "norm_ratio": sum(ratio) / len(ratio)}
+            )
         Console().print(f"layer {layer}: {[round(r['activation'], 2) for r in results if r['layer'] == layer]}")
     tell(args.model, hparams, results)
     if args.out:

@@ -50,7 +50,9 @@ def _add_run(commands: Any) -> None:
         description="Everything after SCRIPT goes to the script; --alg ROME_MDM stands for its --editing_method.",
     )  # fmt: skip
     run.add_argument("--easyedit-home", help="a clone of EasyEdit (default: the one the script is in, EASYEDIT_HOME, the installed one)")
-    run.add_argument("--seed", type=int, default=42, help="state of the random generators at the script's first line (default: 42, as EasyEdit's import)")
+    run.add_argument(
+        "--seed", type=int, default=42, help="state of the random generators at the script's first line (default: 42, as EasyEdit's import)"
+    )
     run.add_argument("script", metavar="SCRIPT")
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     run.set_defaults(command=_run)
@@ -99,7 +101,9 @@ def _add_edits(commands: Any) -> None:
     compose = add("compose", _compose, "several edits of one base model as one; says where they are at odds", None, several=True)
     compose.add_argument("--out", required=True, help="folder for the edit; must not exist")
     compose.add_argument("--force", action="store_true", help="compose edits that contradict each other")
-    verify = add("verify", _verify, "whether an edit's files are whole and a model still holds it (exit status 1 if not)", "the model that should hold it")
+    verify = add(
+        "verify", _verify, "whether an edit's files are whole and a model still holds it (exit status 1 if not)", "the model that should hold it"
+    )
     verify.add_argument("--json", dest="file", help="write the report to this file")
     export = add("export", _export, "an edit as a LoRA adapter for peft, or as a model folder in the hub's own format", base)
     export.add_argument("--peft", metavar="DIR", help="folder for the LoRA adapter")
@@ -165,7 +169,9 @@ def _add_trace(commands: Any) -> None:
     trace.add_argument("--replace-with", nargs="+", metavar="SUBJECT", help="subjects for --corrupt replace (default: those of the other facts)")
     trace.add_argument("--samples", type=int, default=10, help="corrupted runs a fact (default: 10)")
     trace.add_argument("--window", type=int, help="MLPs or attentions restored together (default: 10 of 48 layers, as in ROME)")
-    trace.add_argument("--revealed", type=int, nargs="+", metavar="K", help="masked models: trace with K slots revealed (default: 0 and half of them)")
+    trace.add_argument(
+        "--revealed", type=int, nargs="+", metavar="K", help="masked models: trace with K slots revealed (default: 0 and half of them)"
+    )
     trace.add_argument("--reveal", default="path", help="which slots: those the model writes first (path, default) or random ones")
     trace.add_argument("--max-rows", type=int, default=256, help="rows of one forward pass (default: 256)")
     trace.add_argument("--seed", type=int, default=0)
@@ -297,7 +303,17 @@ def _bench(args: argparse.Namespace, rest: list[str]) -> int:
     from easyedit_mdm.host.methods import easyedits_method
 
     config = BenchConfig(
-        args.alg, args.hparams, args.dataset, args.data_dir, args.data_file, args.limit, args.seed, args.label, args.held_out, args.light, args.device,
+        args.alg,
+        args.hparams,
+        args.dataset,
+        args.data_dir,
+        args.data_file,
+        args.limit,
+        args.seed,
+        args.label,
+        args.held_out,
+        args.light,
+        args.device,
         not args.no_fluency,
     )
     bench(config, args.out, args.resume, others=lambda alg_name, file: easyedits_method(alg_name, file, args.easyedit_home))

@@ -30,6 +30,8 @@ for title in ("results", "n", "rewrite tokens", "rewrite exact", "first commit",
 for path in map(Path, sys.argv[1:]):
     records = json.loads(path.read_text())
     locality = interval([np.mean(r["post"]["locality"]["neighborhood_acc"]) for r in records])
-    cells = [column(records, s, k) for s, k in (("rewrite", "token_acc"), ("rewrite", "exact"), ("rewrite", "first_commit"), ("rephrase", "token_acc"))]
+    cells = [
+        column(records, s, k) for s, k in (("rewrite", "token_acc"), ("rewrite", "exact"), ("rewrite", "first_commit"), ("rephrase", "token_acc"))
+    ]
     table.add_row(path.parent.name, str(len(records)), *cells, locality)
 Console(width=160).print(table)

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import write_checkpoint  # noqa: E402
+from conftest import write_checkpoint
 
-from easyedit_mdm import load_model  # noqa: E402
+from easyedit_mdm import load_model
 
 OUT = Path(__file__).parent / "data" / "reference"
 ORDERS = {"llada": ("low_confidence", "left_to_right"), "dream": ("maskgit_plus", "topk_margin", "entropy")}

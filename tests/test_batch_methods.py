@@ -9,8 +9,7 @@ import torch
 
 from easyedit_mdm import make_edit, make_edits
 from easyedit_mdm.common.fingerprints import parameter_hashes
-from easyedit_mdm.editing import METHODS, EditRequest, History
-from easyedit_mdm.editing import batch, rome
+from easyedit_mdm.editing import METHODS, EditRequest, History, batch, rome
 from easyedit_mdm.editing.alphaedit import null_space, projected
 from easyedit_mdm.editing.batch import System
 from easyedit_mdm.editing.keys import key_columns
@@ -51,8 +50,10 @@ def hparams(method: str, **changes):
     given = {**extra, **changes}
     return METHODS[method].hparams(
         **{
-            "alg_name": method, "model_name": "tiny", "layers": [0, 1], "v_num_grad_steps": 10, "v_lr": 0.5, "v_weight_decay": 1e-3, "clamp_norm_factor": 10.0,
-            "context_templates": ["{}", "The old song. {}"], "mom2_dataset": "given", **{k: v for k, v in given.items() if (k, v) != ("mom2_update_weight", None)},
+            "alg_name": method, "model_name": "tiny", "layers": [0, 1], "v_num_grad_steps": 10, "v_lr": 0.5, "v_weight_decay": 1e-3,
+            "clamp_norm_factor": 10.0,
+            "context_templates": ["{}", "The old song. {}"], "mom2_dataset": "given",
+            **{k: v for k, v in given.items() if (k, v) != ("mom2_update_weight", None)},
         }
     )  # fmt: skip
 

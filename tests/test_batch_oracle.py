@@ -48,13 +48,16 @@ def well_conditioned(size: int, seed: int) -> torch.Tensor:
 def their_hparams(method: str, family: str, layers: list[int]):
     """EasyEdit's hyperparameters for a tiny model; fields that a method does not have are left out."""
     path = PACKAGES[method]
-    module = importlib.import_module(f"easyeditor.models.{path}_hparams" if method != "AlphaEdit" else "easyeditor.models.alphaedit.AlphaEdit_hparams")
+    module = importlib.import_module(
+        f"easyeditor.models.{path}_hparams" if method != "AlphaEdit" else "easyeditor.models.alphaedit.AlphaEdit_hparams"
+    )
     cls = next(v for k, v in vars(module).items() if k.endswith("HyperParams") and k != "HyperParams")
     block = "transformer.h.{}" if family == "gpt2" else "model.layers.{}"
     values = dict(
         layers=layers, layer_selection="all", v_loss_layer=2, mom2_adjustment=method != "R-ROME", **SHARED,
         rewrite_module_tmp=block + (".mlp.c_proj" if family == "gpt2" else ".mlp.down_proj"), layer_module_tmp=block, mlp_module_tmp=block + ".mlp",
-        attn_module_tmp=block + ".attn", ln_f_module="transformer.ln_f" if family == "gpt2" else "model.norm", lm_head_module="transformer.wte" if family == "gpt2" else "lm_head",
+        attn_module_tmp=block + ".attn", ln_f_module="transformer.ln_f" if family == "gpt2" else "model.norm",
+        lm_head_module="transformer.wte" if family == "gpt2" else "lm_head",
         mom2_dataset="none", mom2_n_samples=1, mom2_dtype="float32", alg_name=method, device="cpu" if HEAD else 0,
         model_name="gpt2-xl" if family == "gpt2" else family, stats_dir="none", **OWN[method][0], **OWN[method][1],
     )  # fmt: skip

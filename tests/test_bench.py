@@ -17,7 +17,9 @@ from easyedit_mdm.errors import DataError
 
 def config(**changes) -> BenchConfig:
     """Three validation cases of the twins' world, without the ladder."""
-    return BenchConfig(**{"alg_name": "ROME_MDM", "hparams": "ROME_MDM/twin-llama", "dataset": "twins_validation", "limit": 3, "light": True, **changes})
+    return BenchConfig(
+        **{"alg_name": "ROME_MDM", "hparams": "ROME_MDM/twin-llama", "dataset": "twins_validation", "limit": 3, "light": True, **changes}
+    )
 
 
 @pytest.fixture
@@ -102,7 +104,9 @@ def test_several_processes(tmp_path, quick):
     )
     (tmp_path / "script.py").write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29555", str(tmp_path / "script.py"), quick]
-    done = subprocess.run([*command, str(tmp_path / "two.jsonl")], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    done = subprocess.run(
+        [*command, str(tmp_path / "two.jsonl")], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert not list(tmp_path.glob("*.part-*"))
     ours, theirs = lines(tmp_path / "one.jsonl"), lines(tmp_path / "two.jsonl")

@@ -251,7 +251,13 @@ def test_ctrl_c_while_an_edit_is_made(tiny, tmp_path, method):
     (tmp_path / "text.txt").write_text("The river song of the old city was written by a good singer in the year 1923. " * 40)
     model = tiny("llada")
     base = parameter_hashes(model)
-    several = {"layers": [0, 1, 2], "mom2_eps": 1e-2} if method == "MEMIT_MDM" else {"layers": [0, 1], "nullspace_threshold": 1e9} if method[0] == "A" else {}
+    several = (
+        {"layers": [0, 1, 2], "mom2_eps": 1e-2}
+        if method == "MEMIT_MDM"
+        else {"layers": [0, 1], "nullspace_threshold": 1e9}
+        if method[0] == "A"
+        else {}
+    )
     more = {} if method == "ROME_MDM" else {"mom2_dataset": str(tmp_path / "text.txt"), "mom2_n_tokens": 200, "stats_dir": str(tmp_path), **several}
     plan = hparams(alg_name=method, v_num_grad_steps=2, **more)
     make_edit(model, REQUEST, plan)  # the statistics are made now

@@ -44,7 +44,20 @@ def test_statistics_bad_input(changed, message, capsys):
 def test_bench_and_compare(tmp_path, capsys):
     """Two methods on the same cases; each line is a case, in order; the report names both; a finished file is not overwritten."""
     for alg in ("ROME_MDM", "MEMIT_MDM"):
-        asked = ["bench", "--alg", alg, "--hparams", f"{alg}/twin-llada", "--dataset", "twins", "--limit", "2", "--light", "--out", str(tmp_path / f"{alg}.jsonl")]
+        asked = [
+            "bench",
+            "--alg",
+            alg,
+            "--hparams",
+            f"{alg}/twin-llada",
+            "--dataset",
+            "twins",
+            "--limit",
+            "2",
+            "--light",
+            "--out",
+            str(tmp_path / f"{alg}.jsonl"),
+        ]
         assert main(asked) == 0
     lines = [json.loads(line) for line in (tmp_path / "ROME_MDM.jsonl").read_text().splitlines()]
     assert lines[0]["header"] and len(lines) == 3 and all("multi_step" in line["post"] for line in lines[1:])

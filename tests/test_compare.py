@@ -78,7 +78,16 @@ def test_extras_reach_every_form_of_the_report(tmp_path):
     full = write(tmp_path / "full.jsonl", header(), *(with_extras(i) for i in range(4)))
     report = compare([full, write(tmp_path / "bare.jsonl", header("full_mask"), *(case(i) for i in range(4)))], tmp_path / "out")
     measures = report["runs"][0]["measures"]
-    wanted = {"sum.ES": 1, "sum.NS": 0.75, "sum.EM": 0.4, "given_k.0": 0, "given_k.1": 1, "first_wrong_step": 1, "with_statement_acc": 0.75, "with_statement_acc_before": 1}
+    wanted = {
+        "sum.ES": 1,
+        "sum.NS": 0.75,
+        "sum.EM": 0.4,
+        "given_k.0": 0,
+        "given_k.1": 1,
+        "first_wrong_step": 1,
+        "with_statement_acc": 0.75,
+        "with_statement_acc_before": 1,
+    }
     assert {name: measures[name]["mean"] for name in wanted} == wanted
     assert (measures["fluency_ratio"]["mean"], measures["perplexity_ratio"]["mean"]) == (0.75, 3.0)
     assert "sum.ES" not in report["runs"][1]["measures"]
@@ -265,7 +274,8 @@ def test_missing_parts(tmp_path):
     thin = write(
         tmp_path / "thin.jsonl", {"header": True, "label": "$x$ and $", "model": None, "dataset": []},
         {"case_id": "q", "post": {}},
-        {"case_id": 1, "post": {"multi_step": {"rewrite": {"exact": True, "text": "漢\ud800"}, "rephrase": score(True)}, "ladder": {"mine": {"exact": 1}}}},
+        {"case_id": 1, "post": {"multi_step": {"rewrite": {"exact": True, "text": "漢\ud800"}, "rephrase": score(True)},
+        "ladder": {"mine": {"exact": 1}}}},
         {"case_id": 2, "post": {"multi_step": {"rewrite": {"exact": None, "token_acc": float("nan")}}, "locality_kept": {"a": 1, "b": None}}},
         {"case_id": 3, "post": {"ladder": {"one_step": None}}, "history": {"pre": {"tokens": ["a", "b"], "step": [0]}, "post": 3}, "time": 4},
     )  # fmt: skip

@@ -16,11 +16,14 @@ from easyedit_mdm.errors import DataError, UnknownNameError
 
 REQUEST = {"prompt": "The capital of Peru is", "subject": "Peru", "target_new": "Oslo", "ground_truth": "Lima"}
 ZSRE = {
-    "subject": "Ann", "src": "Where was Ann born?", "pred": "Rome", "rephrase": "What is Ann's birthplace?", "alt": "Bonn", "answers": ["Rome", "Roma"],
-    "loc": "nq question: who sang it", "loc_ans": "Bob", "cond": "", "portability": {"New Question": "In which country was Ann born?", "New Answer": "Germany"},
+    "subject": "Ann", "src": "Where was Ann born?", "pred": "Rome", "rephrase": "What is Ann's birthplace?", "alt": "Bonn", "answers": ["Rome",
+    "Roma"],
+    "loc": "nq question: who sang it", "loc_ans": "Bob", "cond": "", "portability": {"New Question": "In which country was Ann born?",
+    "New Answer": "Germany"},
 }  # fmt: skip
 COUNTERFACT = {
-    "case_id": 7, **REQUEST, "rephrase_prompt": "Peru is governed from", "locality_prompt": "The capital of Chile is", "locality_ground_truth": "Santiago",
+    "case_id": 7, **REQUEST, "rephrase_prompt": "Peru is governed from", "locality_prompt": "The capital of Chile is",
+    "locality_ground_truth": "Santiago",
 }  # fmt: skip
 ROME = {
     "case_id": 34,
@@ -112,7 +115,7 @@ def test_counterfact_default_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given, expected",
+    ("given", "expected"),
     [("Lima", "Lima"), (["Lima", "Ciudad"], "Lima"), ([["Lima", "LIM"], ["x"]], "Lima"), ([[], ["Lima"]], "Lima"), ([[]], ""), ([], ""), ("", "")],
 )
 def test_first_alias(tmp_path, given, expected):
@@ -125,7 +128,10 @@ def test_first_alias(tmp_path, given, expected):
 def test_requests_in_both_shapes(tmp_path):
     """Sections as EasyEdit's `edit` takes them (texts or lists in parallel), and as KnowEdit has them (a list of probes)."""
     one = {**REQUEST, "prompt": "{} has the capital", "rephrase_prompt": ["In Peru, the capital is"], "case_id": "mine"}
-    one |= {"locality": {"near": {"prompt": ["a", "b"], "ground_truth": ["1", ["2", "3"]]}}, "portability": {"hop": {"prompt": "c", "ground_truth": "4"}}}
+    one |= {
+        "locality": {"near": {"prompt": ["a", "b"], "ground_truth": ["1", ["2", "3"]]}},
+        "portability": {"hop": {"prompt": "c", "ground_truth": "4"}},
+    }
     two = {**REQUEST, "rephrase_prompt": "x", "locality": {"a": [{"prompt": "p"}, {"prompt": "q", "ground_truth": [["r", "s"]]}], "b": []}}
     first, second = load_cases("requests", data_file=write(tmp_path, one, two)).cases
     assert first.case_id == "mine" and first.prompt == "Peru has the capital" and first.rephrase_prompts == ("In Peru, the capital is",)
@@ -136,7 +142,7 @@ def test_requests_in_both_shapes(tmp_path):
     assert third == BenchCase(0, **bare, ground_truth="", rephrase_prompts=(), locality={}, portability={})
 
 
-@pytest.mark.parametrize("name, split_size", [("twins", 960), ("twins_validation", 320), ("twins_closed", 320)])
+@pytest.mark.parametrize(("name", "split_size"), [("twins", 960), ("twins_validation", 320), ("twins_closed", 320)])
 def test_twins(name, split_size):
     loaded = load_cases(name)
     assert len(loaded.cases) + len(loaded.skipped) == split_size and loaded.cases and not loaded.files
@@ -150,7 +156,7 @@ def test_twins(name, split_size):
 
 
 @pytest.mark.parametrize(
-    "name, change, reason",
+    ("name", "change", "reason"),
     [
         ("requests", {"target_new": ""}, "target_new is empty"),
         ("requests", {"target_new": "  "}, "target_new is empty"),
@@ -183,7 +189,11 @@ def test_twins(name, split_size):
         ("counterfact", {"requested_rewrite": []}, "requested_rewrite has no target_new"),
         ("counterfact", {**ROME, "requested_rewrite": {**ROME["requested_rewrite"], "target_new": {"id": "Q1"}}}, "target_new is missing"),
         ("counterfact", {**ROME, "requested_rewrite": {**ROME["requested_rewrite"], "target_true": "Rome"}}, "requested_rewrite has no target_new"),
-        ("counterfact", {**ROME, "requested_rewrite": {**ROME["requested_rewrite"], "prompt": "He was employed in"}}, "the subject is not in the prompt"),
+        (
+            "counterfact",
+            {**ROME, "requested_rewrite": {**ROME["requested_rewrite"], "prompt": "He was employed in"}},
+            "the subject is not in the prompt",
+        ),
     ],
 )
 def test_reasons_for_skipping(tmp_path, name, change, reason):
@@ -219,7 +229,7 @@ def test_limit_draws_by_seed_and_keeps_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data, message",
+    ("data", "message"),
     [
         (b'[\n{"prompt": }]', "line 2, column 12: not JSON"),
         (b"", "line 1, column 1: not JSON"),
@@ -244,7 +254,7 @@ def test_byte_order_mark(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, options, message",
+    ("name", "options", "message"),
     [
         ("zsre", {}, "pass data_dir"),
         ("zsre", {"data_dir": "{tmp}/none"}, "is not a folder"),
@@ -310,14 +320,16 @@ def test_each_fact_is_measured_after_its_own_prompt(monkeypatch):
     """An object that has another length after another subject is passed over."""
     records = [line("Ann", "Rome"), line("Bob", "Bonn"), line("Eve", "Oslo")]
     ids = Words._ids
-    monkeypatch.setattr(Words, "_ids", lambda self, text, special: ids(self, text, special) + [9] * (text in ("Bob was born in Rome", "Eve was born in Bonn")))
+    monkeypatch.setattr(
+        Words, "_ids", lambda self, text, special: ids(self, text, special) + [9] * (text in ("Bob was born in Rome", "Eve was born in Bonn"))
+    )
     for seed in range(5):
         ann, bob, eve = counterfacts(records, BORN, Words(), str(seed))
         assert ann.target_new in ("Bonn", "Oslo") and bob.target_new == "Oslo" and eve.target_new == "Rome"
 
 
 @pytest.mark.parametrize(
-    "record, reason",
+    ("record", "reason"),
     [
         (line("Ann", "Rome", "Bonn"), "the fact has several answers"),
         ({**line("Ann", "Rome"), "obj_uri": ["Q1", "Q2"]}, "the fact has several answers"),
@@ -351,7 +363,10 @@ def test_kamel_from_files(tmp_path):
     assert (case.prompt, case.target_new, case.ground_truth) == ("Ann was born in the year", "1991", "1990")
     assert case.rephrase_prompts == ("The year of birth of Ann is",) and case.locality == {}
     plain = [{"index": [1], "sub_label": name, "obj_label": [place]} for name, place in (("Ann", "Rome"), ("Bob", "Bonn"))]
-    assert [c.target_new for c in load_cases("kamel_train", kamel_folder(tmp_path / "t", "train", P19=plain), tokenizer=Words()).cases] == ["Bonn", "Rome"]
+    assert [c.target_new for c in load_cases("kamel_train", kamel_folder(tmp_path / "t", "train", P19=plain), tokenizer=Words()).cases] == [
+        "Bonn",
+        "Rome",
+    ]
 
 
 def test_kamel_broken_line(tmp_path):
@@ -396,7 +411,13 @@ def test_spoiled_records_are_kept_or_listed(tmp_path, name):
     rng = random.Random(name)
     whole = {**REQUEST, "rephrase_prompt": ["x"], "locality": {"a": [{"prompt": "p", "ground_truth": [["q"]]}]}}
     whole |= {"portability": {"b": {"prompt": ["r"], "ground_truth": ["s"]}}}
-    start = {"zsre": [ZSRE], "counterfact": [COUNTERFACT, ROME], "requests": [whole], "knowedit": [whole], "kamel": [line("Ann", label("Rome", "Roma"))]}[name]
+    start = {
+        "zsre": [ZSRE],
+        "counterfact": [COUNTERFACT, ROME],
+        "requests": [whole],
+        "knowedit": [whole],
+        "kamel": [line("Ann", label("Rome", "Roma"))],
+    }[name]
     records = []
     for _ in range(400):
         record = rng.choice(start)
@@ -421,7 +442,7 @@ def test_spoiled_records_are_kept_or_listed(tmp_path, name):
 
 @pytest.mark.data
 @pytest.mark.parametrize(
-    "name, cases, skipped",
+    ("name", "cases", "skipped"),
     [("zsre", 1037, 0), ("counterfact", 9996, 4), ("knowedit", 1293, 11), ("knowedit_counterfact", 885, 0)],
 )
 def test_real_files(data_dir, name, cases, skipped):
@@ -461,5 +482,16 @@ def test_real_kamel(data_dir, tokenizer, tmp_path):
 
 
 def test_every_data_set_is_tested():
-    known = {"zsre", "counterfact", "knowedit", "knowedit_counterfact", "requests", "kamel", "kamel_train", "twins", "twins_validation", "twins_closed"}
+    known = {
+        "zsre",
+        "counterfact",
+        "knowedit",
+        "knowedit_counterfact",
+        "requests",
+        "kamel",
+        "kamel_train",
+        "twins",
+        "twins_validation",
+        "twins_closed",
+    }
     assert set(DATASETS) == known

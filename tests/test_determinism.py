@@ -30,7 +30,16 @@ def test_processes_and_threads(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "MKL_CBWR"}
     for threads in ("1", "2"):
         cache, out = tmp_path / f"cache{threads}", tmp_path / f"edit{threads}"
-        command = [sys.executable, "-m", "easyedit_mdm.cli", "edit", "--hparams", str(tmp_path / "h.json"), "--data-file", str(tmp_path / "rows.json")]
+        command = [
+            sys.executable,
+            "-m",
+            "easyedit_mdm.cli",
+            "edit",
+            "--hparams",
+            str(tmp_path / "h.json"),
+            "--data-file",
+            str(tmp_path / "rows.json"),
+        ]
         settings = {**environment, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "EASYEDIT_MDM_CACHE": str(cache)}
         done = subprocess.run([*command, "--save", str(out)], env=settings, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -58,4 +67,6 @@ def test_company_changes_nothing(name, world, request):
             single = model.token_logits(row.repeat(i + 1)[None])[0]
             assert (logits[i, : len(single)] - single).abs().max() < 1e-5 * max(1.0, float(single.abs().max()))
     prompts, answers = [c.fact.prompt() for c in chosen], [c.target for c in chosen]
-    assert [s["text"] for s in score_prompts(model, prompts, answers)] == [score_prompts(model, [p], [a])[0]["text"] for p, a in zip(prompts, answers)]
+    assert [s["text"] for s in score_prompts(model, prompts, answers)] == [
+        score_prompts(model, [p], [a])[0]["text"] for p, a in zip(prompts, answers)
+    ]

@@ -324,7 +324,24 @@ def test_the_commands(tmp_path, twin_llama, capsys):
     fact = ["--prompt", "Where was Zano born?", "--subject", "Zano", "--target"]
     file = quick_file(tmp_path)
     assert main(["edit", "--hparams", file, *fact, "Gugim", "--save", f"{here}/e1"]) == 0
-    assert main(["edit", "--hparams", file, "--prompt", "Tamos Latre was born in", "--subject", "Tamos Latre", "--target", "Zoter", "--save", f"{here}/e2"]) == 0
+    assert (
+        main(
+            [
+                "edit",
+                "--hparams",
+                file,
+                "--prompt",
+                "Tamos Latre was born in",
+                "--subject",
+                "Tamos Latre",
+                "--target",
+                "Zoter",
+                "--save",
+                f"{here}/e2",
+            ]
+        )
+        == 0
+    )
     told = json.loads((tmp_path / "e1" / "edit.json").read_text())
     assert told["guard"]["verdict"] == "passed" and told["metrics"]["after"]["exact"] == 1.0 and told["base"]["name"] == "twin-llama"
     assert main(["verify", f"{here}/e1", "--json", f"{here}/v.json"]) == 0 and json.loads((tmp_path / "v.json").read_text())["holds"]
@@ -354,9 +371,15 @@ def test_the_commands(tmp_path, twin_llama, capsys):
 
 def test_several_requests(tmp_path):
     """A file of requests: one after another for ROME, then one edit of all."""
-    rows = [{"prompt": "Where was Zano born?", "subject": "Zano", "target_new": "Pute"}, {"prompt": "Tamos Latre was born in", "subject": "Tamos Latre", "target_new": "Zoter"}]
+    rows = [
+        {"prompt": "Where was Zano born?", "subject": "Zano", "target_new": "Pute"},
+        {"prompt": "Tamos Latre was born in", "subject": "Tamos Latre", "target_new": "Zoter"},
+    ]
     (tmp_path / "requests.json").write_text(json.dumps(rows))
-    assert main(["edit", "--hparams", quick_file(tmp_path), "--data-file", str(tmp_path / "requests.json"), "--save", str(tmp_path / "e"), "--no-guard"]) == 0
+    assert (
+        main(["edit", "--hparams", quick_file(tmp_path), "--data-file", str(tmp_path / "requests.json"), "--save", str(tmp_path / "e"), "--no-guard"])
+        == 0
+    )
     edit = Edit.load(tmp_path / "e")
     assert edit.changes[0].right.shape[0] == 2 and [f["target_new"] for f in edit.card["facts"]] == ["Pute", "Zoter"]
     assert edit.card["guard"]["on"] is False and edit.card["metrics"]["after"]["n"] == 2

@@ -66,7 +66,11 @@ def test_settings_and_lengths(tiny):
     """The record holds the resolved settings; a longer canvas is compared on its first slots; a shorter one is an error."""
     model = tiny("llada")
     score = score_prompts(model, ["The river is"], ["good old"], DecodeConfig(canvas=8, steps=4))[0]
-    assert score["decode"]["canvas"] == 8 and score["decode"]["steps"] == 4 and score["n_tokens"] == len(score["tokens"]) == len(target_ids(model, "The river is", "good old")) >= 2
+    assert (
+        score["decode"]["canvas"] == 8
+        and score["decode"]["steps"] == 4
+        and score["n_tokens"] == len(score["tokens"]) == len(target_ids(model, "The river is", "good old")) >= 2
+    )
     with pytest.raises(RequestError, match="canvas of 1"):
         score_prompts(model, ["The river is"], ["good old"], DecodeConfig(canvas=1))
 

@@ -45,7 +45,8 @@ TRIED: dict[str, int] = {}
 # ---- what is tried --------------------------------------------------------------------------------------------------------------------
 
 ODD = [
-    "", " ", "\x00", "\ud800", "{}", "[S]", "../../etc/passwd", "/dev/zero", "1e999", "nan", "0" * 60, "ROME_MDM", "a" * 5000, "🦊", -1, 0, 1, 2**31, 2**63,
+    "", " ", "\x00", "\ud800", "{}", "[S]", "../../etc/passwd", "/dev/zero", "1e999", "nan", "0" * 60, "ROME_MDM", "a" * 5000, "🦊",
+    -1, 0, 1, 2**31, 2**63,
     10**30, -(10**30), 1e308, float("inf"), float("nan"), True, None, [], {}, [[]], [None], {"": {}},
 ]  # fmt: skip
 LEAVES = st.one_of(st.sampled_from(ODD), st.integers(), st.floats(), st.text(max_size=12), st.booleans())
@@ -123,7 +124,11 @@ def tensor_file(draw: Any, names: list[str]) -> bytes:
     header = json.loads(data[8 : 8 + length])
     header = draw(spoiled(header))
     if isinstance(header, dict) and draw(st.booleans()):
-        header["huge"] = {"dtype": "F64", "shape": [2**40, draw(st.integers(0, 2**40))], "data_offsets": [0, draw(st.sampled_from([8, 2**62, 2**64 - 1]))]}
+        header["huge"] = {
+            "dtype": "F64",
+            "shape": [2**40, draw(st.integers(0, 2**40))],
+            "data_offsets": [0, draw(st.sampled_from([8, 2**62, 2**64 - 1]))],
+        }
     text = dumped(header)
     claimed = draw(st.sampled_from([len(text), len(text), 2**63 - 1, 2**64 - 1, 0]))
     return struct.pack("<Q", claimed) + text + data[8 + length :]
@@ -143,12 +148,13 @@ def hparams_target(folder: Path) -> Target:
     """Hyperparameter files of every method, as YAML."""
     valid = {name: read_yaml(find_hparams(f"{name}/twin-llada")) for name in METHODS}
     shipped = find_hparams("ROME_MDM/twin-llada").read_bytes()
-    bombs = [b"a: &a [x,x]\nb: &b [*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\nd: [*c,*c,*c,*c,*c,*c,*c,*c,*c]\n", b"a: &a [*a]\n", b"a: !!python/object/apply:os.system [ls]\n",
-             b"a: 2001-13-45\n", b"layers: " + b"[" * 3000, b"seed: " + b"9" * 5000, b"? [1]\n: 2\n"]  # fmt: skip
-    inputs = st.one_of(
-        *(spoiled({**v, "decode": {"steps": 4}, "guard": {"norm_ratio": 3}}).map(lambda x: yaml.dump(x, allow_unicode=True).encode("utf-8", "surrogatepass")) for v in valid.values()),
-        torn(shipped), st.sampled_from(bombs),
-    )  # fmt: skip
+    bombs = [b"a: &a [x,x]\nb: &b [*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\nd: [*c,*c,*c,*c,*c,*c,*c,*c,*c]\n", b"a: &a [*a]\n",
+             b"a: !!python/object/apply:os.system [ls]\n", b"a: 2001-13-45\n",
+             b"layers: " + b"[" * 3000, b"seed: " + b"9" * 5000,
+             b"? [1]\n: 2\n"]  # fmt: skip
+    nested = [spoiled({**v, "decode": {"steps": 4}, "guard": {"norm_ratio": 3}}) for v in valid.values()]
+    written = [values.map(lambda x: yaml.dump(x, allow_unicode=True).encode("utf-8", "surrogatepass")) for values in nested]
+    inputs = st.one_of(*written, torn(shipped), st.sampled_from(bombs))
 
     def run(data: bytes) -> None:
         (folder / "h.yaml").write_bytes(data)
@@ -167,10 +173,16 @@ def edit_target(folder: Path) -> Target:
     fact = {"prompt": "a b", "subject": "a", "target_new": "c"}
     base = {"name": "m", "fingerprint": "0" * 64, "dtype": "float32", "weights": {}}
     shutil.rmtree(folder / "e", ignore_errors=True)
-    Edit(changes, {"base": base, "facts": [fact], "norms": {"a.weight": {"norm_ratio": 1.0}}, "guard": {"on": False}, "hyperparameters": {}}).save(folder / "e")
+    Edit(changes, {"base": base, "facts": [fact], "norms": {"a.weight": {"norm_ratio": 1.0}}, "guard": {"on": False}, "hyperparameters": {}}).save(
+        folder / "e"
+    )
     card, tensors = json.loads((folder / "e" / CARD).read_text()), (folder / "e" / TENSORS).read_bytes()
     names = [f"{c.name}|{key}" for c in changes for key in c.tensors]
-    inputs = st.tuples(st.one_of(spoiled(card).map(dumped), torn(dumped(card)), st.just(dumped(card))), st.one_of(torn(tensors), tensor_file(names), st.just(tensors)), st.booleans())
+    inputs = st.tuples(
+        st.one_of(spoiled(card).map(dumped), torn(dumped(card)), st.just(dumped(card))),
+        st.one_of(torn(tensors), tensor_file(names), st.just(tensors)),
+        st.booleans(),
+    )
 
     def run(parts: tuple[bytes, bytes, bool]) -> None:
         (folder / "e" / TENSORS).write_bytes(parts[1])
@@ -185,7 +197,16 @@ def edit_target(folder: Path) -> Target:
 
 def run_file_target(folder: Path) -> Target:
     """Run files: read for a report, and gone on with."""
-    header = {"header": True, "label": "x", "version": "1", "model": {"name": "m", "fingerprint": "0"}, "hparams": {"a": 1}, "decode": {}, "judge": {}, "dataset": {"name": "d"}}
+    header = {
+        "header": True,
+        "label": "x",
+        "version": "1",
+        "model": {"name": "m", "fingerprint": "0"},
+        "hparams": {"a": 1},
+        "decode": {},
+        "judge": {},
+        "dataset": {"name": "d"},
+    }
     score = {"exact": True, "token_acc": 1.0, "first_commit": True, "n_tokens": 2, "text": "x", "tokens": [1, 2]}
     case = {"case_id": 0, "subject": "s", "prompt": "p", "target_new": "t", "n_tokens": 2, "edit": {"forwards": 3}, "time": {"edit_seconds": 1.0},
             "pre": {"multi_step": {"rewrite": score}}, "post": {"multi_step": {"rewrite": score}, "mirage_gap": 0.5}}  # fmt: skip
@@ -317,13 +338,18 @@ def applied_target(folder: Path) -> Target:
 
 ZSRE = [{"src": "Where is A?", "subject": "A", "alt": "B", "answers": ["C"], "rephrase": "A is where?", "loc": "Who?", "loc_ans": "D",
          "portability": {"New Question": "x?", "New Answer": "y"}}]  # fmt: skip
-EASYEDIT_CF = {"case_id": 1, "prompt": "A is in", "subject": "A", "target_new": "B", "ground_truth": "C", "rephrase_prompt": "A lies in", "locality_prompt": "D is in",
+EASYEDIT_CF = {"case_id": 1, "prompt": "A is in", "subject": "A", "target_new": "B", "ground_truth": "C", "rephrase_prompt": "A lies in",
+    "locality_prompt": "D is in",
                "locality_ground_truth": "E"}  # fmt: skip
 ROME_CF = {"case_id": 2, "requested_rewrite": {"prompt": "{} is in", "subject": "A", "target_new": {"str": "B"}, "target_true": {"str": "C"}},
            "paraphrase_prompts": ["A lies in"], "neighborhood_prompts": ["D is in"]}  # fmt: skip
-KNOWEDIT = [{"prompt": "A is in", "subject": "A", "target_new": "B", "ground_truth": ["C"], "rephrase_prompt": "x", "locality": {"near": [{"prompt": "D", "ground_truth": [["E"]]}]},
+KNOWEDIT = [{"prompt": "A is in", "subject": "A", "target_new": "B", "ground_truth": ["C"], "rephrase_prompt": "x",
+    "locality": {"near": [{"prompt": "D", "ground_truth": [["E"]]}]},
              "portability": {"hop": {"prompt": ["F"], "ground_truth": ["G"]}}}]  # fmt: skip
-KAMEL = [{"sub_label": f"S{i}", "obj_uri": [f"Q{i}"], "obj_label": [{"chosen": o, "rdf": o, "alternative": []}]} for i, o in enumerate(("Paris", "Rome", "Oslo"))]
+KAMEL = [
+    {"sub_label": f"S{i}", "obj_uri": [f"Q{i}"], "obj_label": [{"chosen": o, "rdf": o, "alternative": []}]}
+    for i, o in enumerate(("Paris", "Rome", "Oslo"))
+]
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "hyperparameters": hparams_target, "edit": edit_target, "run file": run_file_target, "zsre": data_target("zsre", ZSRE),
@@ -388,7 +414,9 @@ def test_no_pickle_and_no_remote_code(tmp_path, monkeypatch, tokenizer):
     (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
     with pytest.raises(EasyEditMDMError, match="pickled .bin weights are not read"):
         load_adapter(tmp_path / "m")
-    (tmp_path / "h.yaml").write_text(f"alg_name: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{tmp_path / 'ran'}]]\n")
+    (tmp_path / "h.yaml").write_text(
+        f"alg_name: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{tmp_path / 'ran'}]]\n"
+    )
     with pytest.raises(EasyEditMDMError, match="not readable YAML"):
         METHODS["ROME_MDM"].hparams.from_hparams(tmp_path / "h.yaml")
     assert not (tmp_path / "ran").exists()

@@ -16,9 +16,11 @@ from easyedit_mdm.common.fingerprints import parameter_hashes
 from easyedit_mdm.editing import METHODS, LowRank, ROMEMDMHyperParams
 from easyedit_mdm.editing.guard import GuardConfig, held_out, reasons, update_figures
 from easyedit_mdm.errors import CollapseError, HyperParameterError, StatisticsError
-from easyedit_mdm.evaluation import CollapseGuard, guard as guarding
+from easyedit_mdm.evaluation import CollapseGuard
+from easyedit_mdm.evaluation import guard as guarding
 from easyedit_mdm.evaluation.guard import apply_guarded
 from easyedit_mdm.twins.benchmark import cases
+
 
 def scaled(edit: Edit, factor: float) -> Edit:
     """The same edit, so many times as large."""

@@ -310,7 +310,13 @@ def test_hook(tmp_path):
     folder = subprocess.run([sys.executable, "-m", "easyedit_mdm.cli", "hook"], capture_output=True, text=True, check=True).stdout.strip()
     hparams = Path(__file__).parent.parent / "hparams" / "ROME_MDM" / "twin-llada.yaml"
     command = [sys.executable, "run.py", "--editing_method=ROME_MDM", "--hparams_dir", str(hparams), "--metrics_save_dir", "out"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     import random
 

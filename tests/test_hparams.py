@@ -9,8 +9,8 @@ import pytest
 from easyedit_mdm import ROMEMDMHyperParams
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.editing.hparams import packaged_hparams
-from easyedit_mdm.twins import TWINS
 from easyedit_mdm.errors import HyperParameterError, UnknownNameError
+from easyedit_mdm.twins import TWINS
 
 SHIPPED = sorted(p for p in packaged_hparams().glob("*/*.yaml") if p.parent.name in METHODS)
 GOOD = {"alg_name": "ROME_MDM", "model_name": "m", "layers": [1]}

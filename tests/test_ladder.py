@@ -32,7 +32,9 @@ def test_rungs(tiny, family):
             {"canvas8"} if i == 1 and short else set()
         )
         assert set(found) == expected
-        assert all(0 <= r["token_acc"] <= 1 and (not r["exact"] or r["token_acc"] == pytest.approx(1) or n.startswith("canvas")) for n, r in found.items())
+        assert all(
+            0 <= r["token_acc"] <= 1 and (not r["exact"] or r["token_acc"] == pytest.approx(1) or n.startswith("canvas")) for n, r in found.items()
+        )
         assert mirage_gap(found) == float(found["teacher_forced"]["exact"]) - float(found["in_context"]["exact"])
 
 

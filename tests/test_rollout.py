@@ -43,7 +43,9 @@ def test_own_tokens_are_those_of_the_sampler(tiny, family):
             known[order[:k]] = True
             assert torch.equal(states[i].revealed[k], known)
             assert torch.equal(states[i].shown[k][known], path.tokens[known])
-    assert any(not torch.equal(s.shown[-1][s.revealed[-1]], t[s.revealed[-1]]) for s, t in zip(states.values(), TARGETS)), "a random model writes wrong tokens"
+    assert any(not torch.equal(s.shown[-1][s.revealed[-1]], t[s.revealed[-1]]) for s, t in zip(states.values(), TARGETS)), (
+        "a random model writes wrong tokens"
+    )
 
 
 def test_right_tokens_in_the_models_order(tiny):

@@ -10,13 +10,12 @@ import torch
 from easyedit_mdm import EditRequest, ROMEMDMHyperParams, make_edit
 from easyedit_mdm.common.fingerprints import model_fingerprint, parameter_hashes
 from easyedit_mdm.denoising import SCHEDULES
-from easyedit_mdm.editing import METHODS
+from easyedit_mdm.editing import METHODS, value
 from easyedit_mdm.editing.context import context_templates
 from easyedit_mdm.editing.keys import read_keys
 from easyedit_mdm.editing.request import locate, target_ids
 from easyedit_mdm.editing.rome import tokenise
 from easyedit_mdm.editing.value import optimise
-from easyedit_mdm.editing import value
 from easyedit_mdm.errors import EditError, HyperParameterError, ModelError, OptimisationError, RequestError, StatisticsError
 from easyedit_mdm.models import FAMILIES
 from easyedit_mdm.models.hooks import changing_output
@@ -147,7 +146,11 @@ def test_converged_facts_leave_the_batch(twin_llama, world):
     easy = EditRequest.of({"prompt": facts[0].prompt(), "subject": facts[0].subject, "target_new": facts[0].object})
     hard = EditRequest.of({"prompt": facts[1].prompt(), "subject": facts[1].subject, "target_new": "of the in a Zz Zz Zz"})
     done = optimise(
-        twin_llama, twin_llama.site(1), [tokenise(twin_llama, r, settings) for r in (easy, hard)], torch.ones(2, twin_llama.config.hidden_size), settings
+        twin_llama,
+        twin_llama.site(1),
+        [tokenise(twin_llama, r, settings) for r in (easy, hard)],
+        torch.ones(2, twin_llama.config.hidden_size),
+        settings,
     )
     assert done[0].steps == 0 and done[1].steps == 9 and len(done[1].losses) == 10
     assert done[0].forwards < done[1].forwards and not done[0].delta.any()
@@ -160,7 +163,7 @@ def test_early_stop_looks_at_a_whole_cycle(tiny, monkeypatch):
     stopped = []
     for losses, expected in (([0.01, 9.0, 0.01, 9.0, 0.01, 9.0], 6), ([0.01, 0.02, 0.01, 9.0, 9.0, 9.0], 2)):
         fed = iter(losses)
-        monkeypatch.setattr(value._Forward, "losses", lambda self, *a, **k: torch.tensor([next(fed)]))
+        monkeypatch.setattr(value._Forward, "losses", lambda self, *a, fed=fed, **k: torch.tensor([next(fed)]))
         model = tiny("llada")
         settings = hparams(state_schedule="cycle", v_num_grad_steps=6)
         fact = tokenise(model, EditRequest.of({**REQUEST, "target_new": "of the"}), settings)
@@ -305,7 +308,7 @@ def test_half_precision_gpt2(tiny):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_what_stands_before_the_subject_is_run_once(tiny, family, monkeypatch):
-    """Causal models: the same deltas with keys and values of earlier columns kept, for fewer columns a step; also in small passes, and with facts that leave early."""
+    """Causal models: the same deltas with earlier columns kept, for fewer columns a step; also in small passes, and with facts that leave early."""
     model = tiny(family)
     settings = hparams(early_stop_loss=0.0, v_num_grad_steps=8)
     requests = [EditRequest.of({**REQUEST, "target_new": t}) for t in ("red river English", "the")]

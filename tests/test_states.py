@@ -105,7 +105,9 @@ def test_spread_deals_every_kind_evenly(length):
     counts = states.revealed.sum(1).tolist()
     assert all(counts.count(k) == len(counts) // length for k in range(length))
     n = len(counts)
-    assert all({counts[(c + t) % n] for t in range(start, start + plan.cycle)} == set(range(length)) for c in range(3) for start in range(n)), "a cycle"
+    assert all({counts[(c + t) % n] for t in range(start, start + plan.cycle)} == set(range(length)) for c in range(3) for start in range(n)), (
+        "a cycle"
+    )
     if length <= 3:
         for k in range(length):
             of_k = [tuple(s.tolist()) for s in states.revealed if int(s.sum()) == k]

@@ -169,10 +169,9 @@ def test_files_are_not_trusted(tiny, tmp_path):
             read(file)
 
 
-def test_sources(tiny, tmp_path):
+def test_sources(tmp_path):
     """Plain text, JSON lines and a `datasets` folder give the same tokens; broken ones say where."""
     datasets = pytest.importorskip("datasets")
-    model = tiny("llada")
     parts = [TEXT[:200], TEXT[200:400]]
     (tmp_path / "a.txt").write_text("".join(parts))
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))

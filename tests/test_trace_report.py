@@ -14,7 +14,7 @@ from easyedit_mdm.bench import run as running
 from easyedit_mdm.bench.run import BenchConfig
 from easyedit_mdm.bench.sweep import SweepJob, layer_choices, prediction, ranked, score, sweep
 from easyedit_mdm.bench.trace import TraceJob, read_trace, trace
-from easyedit_mdm.bench.trace_numbers import averages, band, correlation, peaks, rank_correlation, ranges, side_by_side, totals
+from easyedit_mdm.bench.trace_numbers import averages, band, correlation, peaks, ranges, rank_correlation, side_by_side, totals
 from easyedit_mdm.cli import main
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.editing.hparams import find_hparams

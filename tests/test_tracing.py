@@ -301,7 +301,13 @@ def test_mask(twin_llada, twin_llama, world):
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"samples": 0}, "samples=0"), ({"window": 0}, "window=0"), ({"level": 0}, "level=0"), ({"reveal": "all"}, "reveal="), ({"revealed": (-1,)}, "revealed")],
+    [
+        ({"samples": 0}, "samples=0"),
+        ({"window": 0}, "window=0"),
+        ({"level": 0}, "level=0"),
+        ({"reveal": "all"}, "reveal="),
+        ({"revealed": (-1,)}, "revealed"),
+    ],
 )
 def test_settings_are_checked(settings, says):
     """Each error names the setting and its value."""

@@ -15,9 +15,9 @@ from easyedit_mdm.errors import UnknownNameError
 from easyedit_mdm.twins import TWINS
 from easyedit_mdm.twins.benchmark import _zsre, cases, remaining_entropy, split_facts, write_benchmark
 from easyedit_mdm.twins.commands import evaluate_twins, train_twin
-from easyedit_mdm.twins.tokenizer import train_tokenizer
 from easyedit_mdm.twins.folders import twin_folder
 from easyedit_mdm.twins.lessons import PLACES, Writer, longest_answer
+from easyedit_mdm.twins.tokenizer import train_tokenizer
 from easyedit_mdm.twins.train import SIZES, Packer, Recipe, attention, build_model, hidden_of, masked_loss, train
 from easyedit_mdm.twins.world import RELATIONS, World, WorldSettings
 
@@ -195,7 +195,7 @@ def test_training_resumes_where_it_was(world, tokenizer, tmp_path):
 
 
 def test_a_fact_at_the_start_of_a_text_ends_it(world):
-    """Biographies open with what somebody is, so that an answer at the start of a text is followed by its end; one text in some asks one hop further."""
+    """Biographies open with what somebody is, so that an answer at a text's start is followed by its end; one text in some asks one hop further."""
     rng, hops = random.Random(5), 0
     facts = {f.prompt(i): f for f in world.all_facts() for i in range(len(f.relation.phrasings))}
     asked = {f.relation.hop.format(s=f.subject): world.kind(f.relation, f.object) for f in world.all_facts()}

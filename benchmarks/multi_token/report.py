@@ -21,7 +21,19 @@ from easyedit_mdm.bench.statistics_of_runs import bootstrap_mean
 MODELS = ("twin-llama", "twin-llada", "twin-qwen", "twin-dream")
 FAMILIES = (("twin-llama", "twin-llada"), ("twin-qwen", "twin-dream"))
 METHODS = ("ROME_MDM", "MEMIT_MDM")
-MEASURES = ("exact", "paraphrase", "kept", "same_subject_kept", "first_commit", "one_step", "activation", "canvas16", "random", "left_to_right", "half_steps")
+MEASURES = (
+    "exact",
+    "paraphrase",
+    "kept",
+    "same_subject_kept",
+    "first_commit",
+    "one_step",
+    "activation",
+    "canvas16",
+    "random",
+    "left_to_right",
+    "half_steps",
+)
 COLOURS = {"autoregressive": "#7a7a7a", "masked, plain": "#d1495b", "masked, aware": "#1f7a8c"}
 Line = dict[str, Any]
 
@@ -36,7 +48,13 @@ def lines(command: str, model: str) -> list[Line]:
 def value(line: Line, measure: str) -> float | None:
     """One measure of one edit; a failed optimisation succeeded in nothing."""
     found = line.get(measure)
-    return 0.0 if found is None and "error" in line and measure in ("exact", "paraphrase", "first_commit", "one_step") else None if found is None else float(found)
+    return (
+        0.0
+        if found is None and "error" in line and measure in ("exact", "paraphrase", "first_commit", "one_step")
+        else None
+        if found is None
+        else float(found)
+    )
 
 
 def estimate(rows: Sequence[Line], measure: str) -> Line:
@@ -70,8 +88,10 @@ def freeze() -> None:
                     continue
                 best = max(range(len(scores)), key=lambda i: (scores[i] or 0.0, -i))
                 chosen.setdefault(model, {}).setdefault(method, {})[arm] = dict(GRID[method][best])
-                print(model, method, arm, [None if s is None else round(s, 3) for s in scores], GRID[method][best])  # noqa: T201
-    FROZEN.write_text("# chosen on the validation split by `python benchmarks/multi_token/report.py freeze`\n" + yaml.safe_dump(json.loads(json.dumps(chosen))))
+                print(model, method, arm, [None if s is None else round(s, 3) for s in scores], GRID[method][best])
+    FROZEN.write_text(
+        "# chosen on the validation split by `python benchmarks/multi_token/report.py freeze`\n" + yaml.safe_dump(json.loads(json.dumps(chosen)))
+    )
 
 
 def _score(rows: Sequence[Line]) -> float | None:
@@ -129,8 +149,28 @@ def primary() -> str:
         null = paired(series(masked[1], method, "null"), plain, keep=lambda n: n == 1)
         gap = [paired(reference, aware, keep=lambda n, k=k: n == k) for k in range(1, 9)]
         closed = all(g["mean"] is not None and abs(g["mean"]) <= 0.02 and g["low"] >= -0.05 and g["high"] <= 0.05 for g in gap)
-        differences.append([f"`{masked[1]}`", method, told(gain, True), verdict(gain), told(room, True), told(null, True), f"{max((g['mean'] or 0) for g in gap):+.3f}", "yes" if closed else "no"])
-    head = ["masked model", "method", "aware - plain, N = 2..8", "restores?", "autoregressive - plain, N = 2..8", "null control, N = 1", "largest gap to autoregressive (aware)", "no gap?"]
+        differences.append(
+            [
+                f"`{masked[1]}`",
+                method,
+                told(gain, True),
+                verdict(gain),
+                told(room, True),
+                told(null, True),
+                f"{max((g['mean'] or 0) for g in gap):+.3f}",
+                "yes" if closed else "no",
+            ]
+        )
+    head = [
+        "masked model",
+        "method",
+        "aware - plain, N = 2..8",
+        "restores?",
+        "autoregressive - plain, N = 2..8",
+        "null control, N = 1",
+        "largest gap to autoregressive (aware)",
+        "no gap?",
+    ]
     return table(["model", "method", "arm", "edits", *(f"N = {n}" for n in range(1, 9))], by_length) + "\n" + table(head, differences)
 
 
@@ -165,7 +205,14 @@ def ablations(command: str = "ablate") -> str:
         for key in dict.fromkeys((r["method"], r.get("arm", ""), r["ablation"]) for r in found):
             some = [r for r in found if (r["method"], r.get("arm", ""), r["ablation"]) == key and r["n_tokens"] > 1]
             cost = sorted(r["forwards"] for r in some if "forwards" in r)
-            rows.append([f"`{model}`", *key, *(told(estimate(some, m)) for m in ("exact", "paraphrase", "kept", "first_commit")), str(cost[len(cost) // 2]) if cost else "-"])
+            rows.append(
+                [
+                    f"`{model}`",
+                    *key,
+                    *(told(estimate(some, m)) for m in ("exact", "paraphrase", "kept", "first_commit")),
+                    str(cost[len(cost) // 2]) if cost else "-",
+                ]
+            )
     return table(["model", "method", "arm", "what", "exact", "paraphrase", "kept", "first commit", "median forwards"], rows)
 
 
@@ -180,7 +227,11 @@ def figure(path: Path) -> None:
     drawn, axes = pyplot.subplots(len(METHODS), len(FAMILIES), figsize=(9, 6), sharex=True, sharey=True)
     for i, method in enumerate(METHODS):
         for j, (causal, masked) in enumerate(FAMILIES):
-            curves = {"autoregressive": series(causal, method, "plain"), "masked, plain": series(masked, method, "plain"), "masked, aware": series(masked, method, "aware")}
+            curves = {
+                "autoregressive": series(causal, method, "plain"),
+                "masked, plain": series(masked, method, "plain"),
+                "masked, aware": series(masked, method, "aware"),
+            }
             for (name, rows), shift in zip(curves.items(), (-0.08, 0, 0.08)):
                 _curve(axes[i][j], name, rows, shift)
             axes[i][j].set_title(f"{method}: {causal}, {masked}", fontsize=9)
@@ -195,10 +246,16 @@ def figure(path: Path) -> None:
 
 def _curve(axis: Any, name: str, rows: Sequence[Line], shift: float) -> None:
     estimates = [(n, estimate([r for r in rows if r["n_tokens"] == n], "exact")) for n in range(1, 9)]
-    points = [(n + shift, e["mean"], e["mean"] - (e["low"] or 0), (e["high"] or 0) - e["mean"]) for n, e in estimates if e["mean"] is not None and e["low"] is not None]
+    points = [
+        (n + shift, e["mean"], e["mean"] - (e["low"] or 0), (e["high"] or 0) - e["mean"])
+        for n, e in estimates
+        if e["mean"] is not None and e["low"] is not None
+    ]
     if points:
         x, y, low, high = zip(*points)
-        axis.errorbar(x, y, [[max(0.0, v) for v in low], [max(0.0, v) for v in high]], label=name, color=COLOURS[name], marker="o", markersize=3, capsize=2)
+        axis.errorbar(
+            x, y, [[max(0.0, v) for v in low], [max(0.0, v) for v in high]], label=name, color=COLOURS[name], marker="o", markersize=3, capsize=2
+        )
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
     python benchmarks/multi_token/study.py run     --model twin-llada              (test split: the frozen settings, once)
     python benchmarks/multi_token/study.py closed  --model twin-llada              (facts whose objects are whole names of a closed list)
     python benchmarks/multi_token/study.py ablate  --model twin-llada              (validation split: one change at a time)
-    python benchmarks/multi_token/study.py batches --model twin-llada              (validation split: 16 facts in one MEMIT_MDM edit, of one length or of all)
+    python benchmarks/multi_token/study.py batches --model twin-llada              (validation: 16 facts in one MEMIT_MDM edit, of one length or all)
 
 Every command writes JSON lines into `results/`, a header first, and goes on where it was stopped.
 """
@@ -147,7 +147,9 @@ def edits(model: Adapter, requests: list[EditRequest], hparams: ROMEMDMHyperPara
         yield method.make(model, [request], hparams, values=[value]), ceiling, cost
 
 
-def study(model: Adapter, chosen: list[Case], hparams: ROMEMDMHyperParams, world: World, before: Before, label: dict, all_ways: Sequence[str]) -> Iterator[dict]:
+def study(
+    model: Adapter, chosen: list[Case], hparams: ROMEMDMHyperParams, world: World, before: Before, label: dict, all_ways: Sequence[str]
+) -> Iterator[dict]:
     """One line a case; `all_ways`: subjects whose edits are decoded in other ways too."""
     began = time.perf_counter()
     made = edits(model, [EditRequest.of(case.request()) for case in chosen], hparams)
@@ -179,7 +181,9 @@ def plan(command: str, name: str, masked: bool, methods: Sequence[str]) -> list[
     if command in ("run", "closed"):
         series = [({"method": m, "arm": a}, {**frozen(name, m, a), **ARMS[a]}) for m in methods for a in arms]
         # the null control: both arms with the same layer and clamp, N = 1
-        return series + [({"method": m, "arm": "null"}, {**frozen(name, m, "plain"), **ARMS["aware"]}) for m in methods if masked and command == "run"]
+        return series + [
+            ({"method": m, "arm": "null"}, {**frozen(name, m, "plain"), **ARMS["aware"]}) for m in methods if masked and command == "run"
+        ]
     usual = arms[-1]
     changes = {n: c for n, c in ABLATIONS.items() if masked or n == "full_mask"}
     pairs = [(m, n, c) for m in methods for n, c in changes.items() if c.get("key_states", "full_mask") in METHODS[m].hparams.KEY_STATES]
@@ -262,7 +266,10 @@ def batches(model: Adapter, name: str, chosen: list[Case], world: World, done: s
                 edit = METHODS["MEMIT_MDM"].edit(model, [EditRequest.of(c.request()) for c in batch], hparams)
                 known = [before(c) for c in batch]
                 edit.apply(model)
-                lines = [{**label, "subject": c.fact.subject, "n_tokens": c.length, "known": k, **judge(model, c, world, t, False)} for c, (k, t) in zip(batch, known)]
+                lines = [
+                    {**label, "subject": c.fact.subject, "n_tokens": c.length, "known": k, **judge(model, c, world, t, False)}
+                    for c, (k, t) in zip(batch, known)
+                ]
                 edit.revert(model)
                 with path.open("a") as stream:
                     stream.write("".join(json.dumps(line) + "\n" for line in lines))

@@ -23,7 +23,6 @@ from easyedit_mdm.bench.statistics_of_runs import (
     PAIRED,
     RUNGS,
     SCORES,
-    Estimate,
     Run,
     all_pairs,
     dig,
@@ -68,7 +67,8 @@ NOTES = (
     "In brackets: 95 % bootstrap intervals that resample subjects. They are too narrow with fewer than about ten subjects, and have no width where "
     "all values are alike.",
     "Mirage gap: exact when teacher-forced minus exact in context. Cost: medians of the edits that did not fail.",
-    "Paired differences are first minus second on the cases that both runs have. One interval in twenty misses 0 by chance: the more pairs, the more of these.",
+    "Paired differences are first minus second on the cases that both runs have. One interval in twenty misses 0 by chance: "
+    "the more pairs, the more of these.",
 )
 
 
@@ -184,7 +184,14 @@ def _main_table(report: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     measures, cost = _present(report, list(MEASURES)), _present(report, list(COST), "cost")
     heads = ["run", "cases", "subjects", "failed", *(MEASURES[m] for m in measures), *(COST[c] for c in cost)]
     rows = [
-        [run["name"], run["cases"], run["subjects"], run["failed"], *(run["measures"].get(m) for m in measures), *(show_median(run["cost"][c]) for c in cost)]
+        [
+            run["name"],
+            run["cases"],
+            run["subjects"],
+            run["failed"],
+            *(run["measures"].get(m) for m in measures),
+            *(show_median(run["cost"][c]) for c in cost),
+        ]
         for run in report["runs"]
     ]
     return heads, rows
@@ -320,7 +327,9 @@ def length_figure(report: dict[str, Any]) -> str:
         # side by side, so that whiskers do not hide each other
         at = [int(length) + (place - (len(drawn) - 1) / 2) * min(0.09, 0.6 / len(drawn)) for length in run["success_by_length"]]
         look = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)]}
-        handles.append(axes.errorbar(at, [e["mean"] for e in estimates], spans(estimates), capsize=3, elinewidth=1, markersize=6, clip_on=False, **look))
+        handles.append(
+            axes.errorbar(at, [e["mean"] for e in estimates], spans(estimates), capsize=3, elinewidth=1, markersize=6, clip_on=False, **look)
+        )
     axes.set(xticks=lengths, xlim=(lengths[0] - 0.5, lengths[-1] + 0.5), ylim=(0, 1))
     axes.set_xlabel("tokens of the target, N", color=INK)
     axes.grid(axis="y", color=SOFT, alpha=0.25, linewidth=0.7)

@@ -123,8 +123,9 @@ class Reader:
             data = path.read_bytes()
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}): pass a data_dir or data_file with the files of {self.dataset!r}") from error
-        inside = self.data_dir is not None and path.is_relative_to(self.data_dir)
-        self.found.files[path.relative_to(self.data_dir).as_posix() if inside else path.name] = hashlib.sha256(data).hexdigest()
+        folder = self.data_dir
+        name = path.name if folder is None or not path.is_relative_to(folder) else path.relative_to(folder).as_posix()
+        self.found.files[name] = hashlib.sha256(data).hexdigest()
         try:
             return data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -231,7 +232,9 @@ def _made(make: Callable[[int | str, dict[str, Any]], BenchCase], name: int | st
 # ---- parts of records ----------------------------------------------------------------------------------------------------------------
 
 
-def _case(case_id: int | str, prompt: Any, subject: Any, target_new: Any, ground_truth: str, rephrase_prompts: tuple[str, ...], **more: Any) -> BenchCase:
+def _case(
+    case_id: int | str, prompt: Any, subject: Any, target_new: Any, ground_truth: str, rephrase_prompts: tuple[str, ...], **more: Any
+) -> BenchCase:
     """The parts put together, once the edit itself has been checked.
 
     Raises:

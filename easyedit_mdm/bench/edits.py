@@ -17,8 +17,8 @@ from rich.table import Table
 
 from easyedit_mdm.api import load_model, make_edit
 from easyedit_mdm.bench.datasets import load_cases
-from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
 from easyedit_mdm.common.files import write_json
+from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
 from easyedit_mdm.denoising import DecodeConfig, decode
 from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, ROMEMDMHyperParams
 from easyedit_mdm.editing.batch import check_requests
@@ -280,8 +280,9 @@ def export_edit(
     """
     if peft is None and merged is None:
         raise HyperParameterError("nothing to export: give --peft FOLDER, --merged FOLDER, or both")
-    for out in filter(None, (peft, merged)):
-        _free(out)
+    for out in (peft, merged):
+        if out:
+            _free(out)
     edit = load(folder)
     if merged is not None:
         adapter, carried = _open(edit, model, device)

@@ -88,8 +88,11 @@ def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], width: in
 
 def spans(estimates: Sequence[Estimate]) -> list[list[float]]:
     """Lengths of the whiskers below and above each mean, 0 where there is no interval."""
-    below = [0.0 if e["low"] is None else max(0.0, e["mean"] - e["low"]) for e in estimates]
-    return [below, [0.0 if e["high"] is None else max(0.0, e["high"] - e["mean"]) for e in estimates]]
+    return [[_rise(e["low"], e["mean"]) for e in estimates], [_rise(e["mean"], e["high"]) for e in estimates]]
+
+
+def _rise(low: float | None, high: float | None) -> float:
+    return 0.0 if low is None or high is None else max(0.0, high - low)
 
 
 def rendered(template: str, **values: Any) -> str:

@@ -55,7 +55,9 @@ class Judge:
                 result["given_k"] = given_k(adapter, case.prompt, case.target_new, self.decode.seed)
         if case.target_true:
             result["counterfact"] = {
-                name: counterfact_scores(adapter, case.prompt, case.rephrase_prompts, case.neighborhood, case.target_new, case.target_true, normalised)
+                name: counterfact_scores(
+                    adapter, case.prompt, case.rephrase_prompts, case.neighborhood, case.target_new, case.target_true, normalised
+                )
                 for name, normalised in (("sum", False), ("per_token", True))
             }
         if self.fluency:

@@ -119,7 +119,7 @@ def run_cases(path: Path, header: dict[str, Any], cases: list[BenchCase], method
             append_line(stream, path, json.dumps(run_case(case, method, judge, before), sort_keys=True))
 
 
-def run_case(case: BenchCase, method: BenchMethod, judge: Judge, before: "Kept") -> dict[str, Any]:
+def run_case(case: BenchCase, method: BenchMethod, judge: Judge, before: Kept) -> dict[str, Any]:
     """Judge, edit, judge again, take back.
 
     Raises:

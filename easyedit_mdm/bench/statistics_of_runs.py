@@ -98,7 +98,8 @@ def _record(path: Path, number: int, line: bytes, last: bool) -> dict[str, Any]:
 
 
 def _finite(text: str) -> float | None:
-    return number if math.isfinite(number := float(text)) else None
+    value = float(text)
+    return value if math.isfinite(value) else None
 
 
 def _check_cases(path: Path, records: Sequence[tuple[int, dict[str, Any]]]) -> None:

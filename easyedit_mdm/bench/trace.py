@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,9 @@ def _names(models: Sequence[str]) -> list[str]:
 def _facts(job: TraceJob, model: Adapter, seed: int) -> tuple[list[TracedFact], list[dict[str, Any]]]:
     """The facts that are asked for, in random order, and the records of the file that are none."""
     if job.prompt is not None:
-        filled = job.prompt.replace("{}", job.subject, 1)
-        return [TracedFact(filled, job.subject, job.target or own_answer(model, filled, job.answer_tokens))], []
+        subject = str(job.subject)
+        filled = job.prompt.replace("{}", subject, 1)
+        return [TracedFact(filled, subject, job.target or own_answer(model, filled, job.answer_tokens))], []
     if job.known is not None:
         facts, skipped = read_facts(job.known)
     else:
@@ -191,11 +193,11 @@ def _figures(report: dict[str, Any]) -> dict[str, tuple[str, Any]]:
         if any(measure in kinds for model in models for kinds in model["averages"].get(group, {}).values()):
             part = "average" if measure == "probability" else "temporal"
             name = f"{part}{'' if group == 'none' else '-revealed'}"
-            found[name] = (group_title(group, measure), lambda g=group, m=measure: average_figure(models, g, m))
+            found[name] = (group_title(group, measure), partial(average_figure, models, group, measure))
     for model in models:
         for i, fact in enumerate(model["facts"][:SHOWN]):
             title = f"{model['name']}: {fact['prompt']} → {fact['answer']}"
-            found[f"fact-{i + 1}-{_file_name(model['name'])}"] = (title, lambda f=fact: heat_figure(f))
+            found[f"fact-{i + 1}-{_file_name(model['name'])}"] = (title, partial(heat_figure, fact))
     return found
 
 

@@ -206,7 +206,7 @@ def read_tensors(path: str | Path, error: type[EasyEditMDMError], what: str) -> 
         EasyEditMDMError: of class `error`, if it cannot be read or holds NaN or infinity.
     """
     with opened_tensors(path, error, what) as stored:
-        found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (not a mapping)
+        found = {name: stored.get_tensor(name) for name in stored.keys()}
         metadata = dict(stored.metadata() or {})
     for name, value in found.items():
         if value.is_floating_point() and not torch.isfinite(value.float()).all():

@@ -12,7 +12,7 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
     value = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
-    digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

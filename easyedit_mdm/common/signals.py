@@ -8,14 +8,14 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
-class uninterrupted:  # noqa: N801  (used as a context manager)
+class uninterrupted:
     """Ctrl-C (SIGINT) and SIGTERM that arrive inside the block are delivered right after it.
 
     Meant for the milliseconds in which weights are copied. Outside the main thread nothing is done: signals never interrupt
     another one.
     """
 
-    def __enter__(self) -> "uninterrupted":
+    def __enter__(self) -> uninterrupted:
         self._before: dict[int, Any] = {}
         self._arrived: list[int] = []
         if threading.current_thread() is threading.main_thread():

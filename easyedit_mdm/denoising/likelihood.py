@@ -30,8 +30,8 @@ DREAM_EPS = 1e-3
 
 def log_likelihood(
     adapter: Adapter,
-    prompts: Sequence[Int[Tensor, "_"]],
-    targets: Sequence[Int[Tensor, "_"]],
+    prompts: Sequence[Int[Tensor, " _"]],
+    targets: Sequence[Int[Tensor, " _"]],
     method: str | None = None,
     samples: int = 128,
     seed: int = 0,
@@ -80,7 +80,9 @@ def _plan(
         return torch.zeros(1, length, dtype=torch.bool), torch.ones(1, length)
     if method == "exact":
         if length > MOST_EXACT:
-            raise HyperParameterError(f"the exact likelihood of {length} tokens takes {2**length - 1} forwards; it is offered up to {MOST_EXACT}: use 'llada'")
+            raise HyperParameterError(
+                f"the exact likelihood of {length} tokens takes {2**length - 1} forwards; it is offered up to {MOST_EXACT}: use 'llada'"
+            )
         states = schedule("enumerate", length, 2**MOST_EXACT - 1).draw(0, generator)
         hidden = ~states.revealed
         return states.revealed, length * states.weights[:, None] * hidden / hidden.sum(1, keepdim=True)
@@ -90,7 +92,9 @@ def _plan(
     return _monte_carlo(length, method, samples, generator)
 
 
-def _monte_carlo(length: int, method: str, samples: int, generator: torch.Generator) -> tuple[Bool[Tensor, "states slots"], Float[Tensor, "states slots"]]:
+def _monte_carlo(
+    length: int, method: str, samples: int, generator: torch.Generator
+) -> tuple[Bool[Tensor, "states slots"], Float[Tensor, "states slots"]]:
     if method == "llada":
         k = torch.randint(1, length + 1, (samples,), generator=generator)
         hidden = torch.rand(samples, length, generator=generator).argsort(1).argsort(1) < k[:, None]
@@ -102,7 +106,9 @@ def _monte_carlo(length: int, method: str, samples: int, generator: torch.Genera
 
 
 @torch.no_grad()
-def _weighted(adapter: Adapter, rows: list[tuple[Tensor, Tensor]], right: list[Tensor], weights: list[Tensor], max_rows: int) -> Float[Tensor, " rows"]:
+def _weighted(
+    adapter: Adapter, rows: list[tuple[Tensor, Tensor]], right: list[Tensor], weights: list[Tensor], max_rows: int
+) -> Float[Tensor, " rows"]:
     """Weighted sum of each row's log-probabilities; rows that weigh nothing are not run."""
     out = torch.zeros(len(rows), dtype=torch.float64)
     todo = [i for i in range(len(rows)) if bool(weights[i].any())]

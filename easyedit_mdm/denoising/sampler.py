@@ -64,7 +64,7 @@ class DecodeConfig:
         """The settings as they go into records."""
         return asdict(self)
 
-    def plan(self, length: int) -> "Plan":
+    def plan(self, length: int) -> Plan:
         """Steps and blocks for a canvas of `length` masks.
 
         Raises:
@@ -141,7 +141,7 @@ class Trajectory:
 
     Attributes:
         tokens: the tokens at the end, slot by slot.
-        step: the step at which each slot was committed, from 0; -1 for tokens that were given. Slots never change afterwards, so this is the whole history.
+        step: the step at which each slot was committed, from 0; -1 for tokens that were given. Slots never change afterwards: this is the history.
         confidence: the probability each token had when it was committed.
         one_step: what each slot would have been if all had been committed at the first step.
     """
@@ -187,11 +187,11 @@ class _Canvas:
 @torch.no_grad()
 def decode(
     adapter: Adapter,
-    prompts: Sequence[Int[Tensor, "_"]],
+    prompts: Sequence[Int[Tensor, " _"]],
     lengths: Sequence[int],
     config: DecodeConfig = DecodeConfig(),
     generator: torch.Generator | None = None,
-    given: Sequence[Int[Tensor, "_"]] | None = None,
+    given: Sequence[Int[Tensor, " _"]] | None = None,
 ) -> list[Trajectory]:
     """Denoise a canvas after each prompt; prompts and canvases of one batch may differ in length.
 
@@ -282,9 +282,9 @@ def _choose(
 
     The mask token and ids without a token are never chosen, though they keep their share of the probability.
     """
-    temperature = config.temperature
-    if 0 < config.top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(config.top_k).values[..., -1:], torch.finfo(logits.dtype).min)
+    temperature, top_k = config.temperature, config.top_k or 0
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], torch.finfo(logits.dtype).min)
     probs = (logits if temperature == 0 or order.blocks else logits / temperature).softmax(-1)
     pickable = logits.clone()
     if adapter.masked:

@@ -204,7 +204,7 @@ def on_policy(length: int, max_states: int = MAX_STATES) -> Schedule:
 
 def _rolled(name: str, length: int, max_states: int, tokens: str) -> Schedule:
     if length == 1:  # there is nothing to roll out: the plain edit
-        return Schedule(name, name, True, 1, full_mask(1).draw)
+        return Schedule(name, name, True, 1, full_mask(1, max_states).draw)
 
     def draw(step: int, generator: torch.Generator) -> States:
         """Not without a model.

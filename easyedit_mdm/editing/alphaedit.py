@@ -71,7 +71,7 @@ def null_space(moments: SecondMoments, threshold: int | float, scale: str) -> Fl
     free = vectors[:, values < limit]
     if not free.shape[1]:
         raise StatisticsError(
-            f"no eigenvalue of the {len(values)} lies below {limit:.3g} (the smallest is {float(values[0]):.3g}, the largest {float(values[-1]):.3g}): "
+            f"no eigenvalue of {len(values)} lies below {limit:.3g} (the smallest is {float(values[0]):.3g}, the largest {float(values[-1]):.3g}): "
             "the null space is empty; raise nullspace_threshold, or use nullspace_scale: relative"
         )
     return free

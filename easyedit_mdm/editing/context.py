@@ -17,7 +17,7 @@ from easyedit_mdm.models import Adapter
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
 
-_WRITTEN: "weakref.WeakKeyDictionary[nn.Module, dict[tuple, tuple[str, ...]]]" = weakref.WeakKeyDictionary()
+_WRITTEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple, tuple[str, ...]]] = weakref.WeakKeyDictionary()
 
 
 def context_templates(adapter: Adapter, length_params: Sequence[Sequence[int]], seed: int = 0) -> tuple[str, ...]:

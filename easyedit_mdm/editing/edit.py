@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -84,7 +83,7 @@ class _State:
 
 
 # for each model the edits that it carries, in the order of their application; an edit that nobody holds any more drops out
-_CARRIED: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Edit]]]" = weakref.WeakKeyDictionary()
+_CARRIED: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Edit]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -97,11 +96,11 @@ class Edit:
             fingerprint, versions, seed and metrics.
     """
 
-    changes: list[Change]
+    changes: Sequence[Change]
     card: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._states: "weakref.WeakKeyDictionary[nn.Module, _State]" = weakref.WeakKeyDictionary()
+        self._states: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
         for change in self.changes:
             if not all(value.isfinite().all() for value in change.tensors.values()):
                 raise OptimisationError(f"the update of {change.name} holds NaN or infinity; no weight was changed")
@@ -217,7 +216,7 @@ class Edit:
         return names
 
     # ---- which model it belongs to ---------------------------------------------------------------------------
-    def seal(self, model: nn.Module, name: str | None = None) -> "Edit":
+    def seal(self, model: nn.Module, name: str | None = None) -> Edit:
         """Write into the card what the edit belongs to: the base model's fingerprint, versions, and figures of each weight.
 
         The base is the model as it is now, without this edit if it is applied. A card that names its base is left alone.
@@ -256,14 +255,14 @@ class Edit:
         return save(self, folder, model)
 
     @staticmethod
-    def load(folder: str | Path) -> "Edit":
+    def load(folder: str | Path) -> Edit:
         """Read the folder of an edit; see `easyedit_mdm.editing.files.load`."""
         from easyedit_mdm.editing.files import load
 
         return load(folder)
 
     @staticmethod
-    def compose(edits: "list[Edit]", force: bool = False) -> "Edit":
+    def compose(edits: list[Edit], force: bool = False) -> Edit:
         """One edit of several; see `easyedit_mdm.editing.compose.compose`."""
         from easyedit_mdm.editing.compose import compose
 
@@ -282,7 +281,7 @@ class Edit:
         return to_peft(self, folder)
 
 
-def adopt(model: nn.Module, stack: "Sequence[tuple[Edit, Mapping[str, Tensor], Mapping[str, str]]]") -> None:
+def adopt(model: nn.Module, stack: Sequence[tuple[Edit, Mapping[str, Tensor], Mapping[str, str]]]) -> None:
     """Take a model that was loaded with edits in its weights for one to which they have been applied.
 
     Args:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from easyedit_mdm.common.files import read_json, read_tensors, write_json, write_tensors
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.editing.edit import Edit, adopt, carried
@@ -74,7 +76,7 @@ def adopt_edits(adapter: Adapter) -> list[Edit]:
     entries = told.get("edits")
     if told.get("format") != "easyedit_mdm.applied" or not isinstance(entries, list) or not entries:
         raise EditError(f"{folder / APPLIED} is not {_WHAT}: remove it, or get the folder again")
-    stack = [(*_read(folder, entry), entry.get("edited")) for entry in _entries(folder, entries)]
+    stack = [_read(folder, entry) for entry in _entries(folder, entries)]
     adopt(adapter, stack)
     return [edit for edit, _, _ in stack]
 
@@ -89,9 +91,9 @@ def _entries(folder: Path, entries: Sequence[Any]) -> list[dict[str, Any]]:
     return list(entries)
 
 
-def _read(folder: Path, entry: dict[str, Any]) -> tuple[Edit, dict[str, Any]]:
+def _read(folder: Path, entry: dict[str, Any]) -> tuple[Edit, dict[str, Tensor], dict[str, str]]:
     place = folder / entry["folder"]
     edit = load(place)
     if edit.card.get("id") != entry.get("id"):
         raise EditError(f"{place} holds edit {edit.card.get('id')}, {APPLIED} says {entry.get('id')}: get the folder again")
-    return edit, read_tensors(place / "originals.safetensors", EditError, "the weights before an edit")[0]
+    return edit, read_tensors(place / "originals.safetensors", EditError, "the weights before an edit")[0], entry["edited"]

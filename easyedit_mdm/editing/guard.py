@@ -20,7 +20,6 @@ from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.errors import HyperParameterError, StatisticsError
 from easyedit_mdm.statistics import text_source
 
-
 TEXTS, WORDS = 6, 24
 _PLAIN = (
     "The river rises in the hills to the north and reaches the sea after a journey of about two hundred miles.",
@@ -61,7 +60,7 @@ class GuardConfig:
             raise HyperParameterError(f"guard setting text={self.text!r} must name a text")
 
     @classmethod
-    def of(cls, settings: Any) -> "GuardConfig":
+    def of(cls, settings: Any) -> GuardConfig:
         """From a mapping, as hyperparameter files hold it.
 
         Raises:

@@ -184,7 +184,7 @@ class ROMEMDMHyperParams:
         return None if self.guard is None else GuardConfig.of(self.guard)
 
     @classmethod
-    def from_hparams(cls, path: str | Path) -> "ROMEMDMHyperParams":
+    def from_hparams(cls, path: str | Path) -> ROMEMDMHyperParams:
         """Read a YAML file; `.yaml` may be left out, and a file that ships with the package may be named `ROME_MDM/twin-llada`.
 
         Raises:
@@ -193,7 +193,7 @@ class ROMEMDMHyperParams:
         return cls.from_dict(read_yaml(find_hparams(path)), source=str(path))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str = "") -> "ROMEMDMHyperParams":
+    def from_dict(cls, values: dict[str, Any], source: str = "") -> ROMEMDMHyperParams:
         """Build from a mapping.
 
         Raises:
@@ -212,7 +212,8 @@ class ROMEMDMHyperParams:
         if wrong is not None:
             raise HyperParameterError(f"{wrong[0]}={values[wrong[0]]!r}{where} is not of the kind {wrong[1]}")
         floats = {f.name for f in dataclasses.fields(cls) if f.type == "float"}
-        return cls(**{key: _float(key, value) if key in floats else value for key, value in values.items()})
+        fields: dict[str, Any] = {key: _float(key, value) if key in floats else value for key, value in values.items()}
+        return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as EasyEdit's hyperparameters give them."""
@@ -227,9 +228,10 @@ def find_hparams(path: str | Path) -> Path:
     """
     shipped = packaged_hparams()
     text = str(path)
-    for candidate in (text, text + ".yaml", *(shipped / (part + end) for part in (text, text.removeprefix("hparams/")) for end in ("", ".yaml"))):
-        if Path(candidate).is_file():
-            return Path(candidate)
+    names = [part + end for part in (text, text.removeprefix("hparams/")) for end in ("", ".yaml")]
+    for candidate in (Path(text), Path(text + ".yaml"), *(shipped / name for name in names)):
+        if candidate.is_file():
+            return candidate
     raise HyperParameterError(f"no hyperparameter file {text!r}. Shipped: {', '.join(sorted(_shipped_names(shipped))) or 'none'}")
 
 

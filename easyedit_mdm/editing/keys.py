@@ -58,7 +58,7 @@ def key_states(adapter: Adapter, fact: Fact, hparams: ROMEMDMHyperParams) -> tup
         return [fact.target], torch.ones(1)
     name = "full_mask" if hparams.key_states == "full_mask" else "enumerate"
     states = schedule(name, len(fact.target), hparams.max_states).draw(0, fact_generator(fact, hparams.seed))
-    return [torch.where(revealed, fact.target, adapter.ids.mask) for revealed in states.revealed], states.weights
+    return [torch.where(revealed, fact.target, adapter.ids.slot) for revealed in states.revealed], states.weights
 
 
 @torch.no_grad()
@@ -67,7 +67,8 @@ def read_site(
 ) -> tuple[Float[Tensor, "rows inner"], Float[Tensor, "rows width"]]:
     """Input of the site and output of a module of the same layer (the site by default) at one position of each row, in float32."""
     module, watched = adapter.module(site.name), adapter.module(output_of or site.name)
-    keys, outputs = [], []
+    keys: list[Tensor] = []
+    outputs: list[Tensor] = []
     for start in range(0, len(rows), max_rows):
         part = list(rows[start : start + max_rows])
         ids, mask = right_padded(part, adapter.ids.pad, adapter.device)

@@ -30,7 +30,7 @@ class EditRequest:
     target_new: str
 
     @classmethod
-    def of(cls, request: "EditRequest | Mapping[str, Any]") -> "EditRequest":
+    def of(cls, request: EditRequest | Mapping[str, Any]) -> EditRequest:
         """From EasyEdit's request (`prompt`, `subject`, `target_new`); the prompt holds the subject, or `{}` in its place.
 
         Raises:

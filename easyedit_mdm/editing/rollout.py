@@ -28,8 +28,8 @@ def rolled_out(adapter: Adapter, site: Site, facts: dict[int, Fact], deltas: Seq
     met: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in facts}
     for step in range(max((len(f.target) for f in facts.values()), default=0)):
         going = [i for i in facts if step < len(facts[i].target)]
-        columns = ([by_fact[i] for i in going] for by_fact in (facts, revealed, shown, deltas))
-        for i, probabilities in zip(going, _slots(adapter, site, *columns)):
+        given = [facts[i] for i in going], [revealed[i] for i in going], [shown[i] for i in going], [deltas[i] for i in going]
+        for i, probabilities in zip(going, _slots(adapter, site, *given)):
             met[i].append((revealed[i].clone(), shown[i].clone()))
             best, token = probabilities.max(-1)
             slot = int(best.masked_fill(revealed[i], -1).argmax())
@@ -50,12 +50,12 @@ def _slots(
     adapter: Adapter,
     site: Site,
     facts: Sequence[Fact],
-    revealed: Sequence[Bool[Tensor, "_"]],
-    shown: Sequence[Int[Tensor, "_"]],
+    revealed: Sequence[Bool[Tensor, " _"]],
+    shown: Sequence[Int[Tensor, " _"]],
     deltas: Sequence[Float[Tensor, " width"]],
 ) -> list[Float[Tensor, "_ vocab"]]:
     """Probabilities at each fact's slots, with its delta at the subject's token."""
-    tails = [torch.where(r, s, adapter.ids.mask) for r, s in zip(revealed, shown)]
+    tails = [torch.where(r, s, adapter.ids.slot) for r, s in zip(revealed, shown)]
     ids, mask = right_padded([torch.cat([f.contexts[0].ids, tail]) for f, tail in zip(facts, tails)], adapter.ids.pad, adapter.device)
     most = max(map(len, tails))
     start = torch.tensor([len(f.contexts[0].ids) for f in facts])

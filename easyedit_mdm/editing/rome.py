@@ -140,7 +140,9 @@ def closed_form(
 
 def statistics(adapter: Adapter, sites: Sequence[Site], hparams: ROMEMDMHyperParams) -> list[SecondMoments]:
     """The second moments that hyperparameters ask for, found or made."""
-    return moments_for(adapter, sites, hparams.mom2_dataset, hparams.mom2_n_tokens, hparams.stats_dir, hparams.mom2_mask_ratio, settled=hparams.mom2_settled)
+    return moments_for(
+        adapter, sites, str(hparams.mom2_dataset), hparams.mom2_n_tokens, hparams.stats_dir, hparams.mom2_mask_ratio, settled=hparams.mom2_settled
+    )
 
 
 def card(requests: Sequence[EditRequest], facts: Sequence[Fact], hparams: ROMEMDMHyperParams, outcomes: Sequence[Optimised], figures: dict) -> dict:

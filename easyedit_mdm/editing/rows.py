@@ -61,15 +61,15 @@ class Rows:
     def __len__(self) -> int:
         return self.ids.shape[0]
 
-    def take(self, index: Int[Tensor, " some"] | Bool[Tensor, " rows"]) -> "Rows":
+    def take(self, index: Int[Tensor, " some"] | Bool[Tensor, " rows"]) -> Rows:
         """Some of the rows."""
         return Rows(**{name: value[index] for name, value in vars(self).items()})
 
-    def cut(self, length: int) -> "Rows":
+    def cut(self, length: int) -> Rows:
         """Without the columns from `length` on, in which there is nothing but padding."""
         return replace(self, ids=self.ids[:, :length], mask=self.mask[:, :length])
 
-    def aligned(self, pad: int) -> "Rows":
+    def aligned(self, pad: int) -> Rows:
         """Shifted so that the site stands in the same column in every row, with padding on the left; columns of mere padding are cut off."""
         shift = self.site.max() - self.site
         length = int((self.mask.sum(1) + shift).max())
@@ -82,8 +82,8 @@ class Rows:
 
     def chunks(self, most: int) -> Iterator[tuple[Int[Tensor, " some"], int]]:
         """Rows of similar length, up to `most` at a time, as (numbers of the rows, columns they need): little of a pass is padding."""
-        lengths, order = self.mask.sum(1).sort(descending=True, stable=True)
-        lengths, start = lengths.tolist(), 0
+        sizes, order = self.mask.sum(1).sort(descending=True, stable=True)
+        lengths, start = sizes.tolist(), 0
         for end in range(1, len(lengths) + 1):
             # fewer rows than these are not worth a pass of their own
             shorter = end < len(lengths) and end - start >= _WORTH_A_PASS and lengths[end] < 0.8 * lengths[start]
@@ -108,16 +108,17 @@ def build_rows(adapter: Adapter, facts: dict[int, Fact], states: dict[int, State
     def add(fact: int, prompt: Prompt, tail: Tensor, read: list[int], right: Tensor, weight: Tensor, anchor: bool, turn: int, period: int) -> None:
         """One row; slots it does not have are read at its first and weigh nothing."""
         fill = slots - len(read)
-        values = (torch.cat([prompt.ids, tail]), prompt.site, read + [read[0]] * fill, torch.nn.functional.pad(right, (0, fill)))
-        values += (torch.nn.functional.pad(weight, (0, fill)), fact, anchor, turn, period)
-        for name, value in zip(columns, values):
+        padded = [torch.nn.functional.pad(values, (0, fill)) for values in (right, weight)]
+        row = (torch.cat([prompt.ids, tail]), prompt.site, read + [read[0]] * fill, *padded, fact, anchor, turn, period)
+        for name, value in zip(columns, row):
             columns[name].append(value)
 
     for i, fact in facts.items():
         n, period = len(fact.target), len(states[i].weights)
         for s, (revealed, scored, weight) in enumerate(zip(states[i].revealed, states[i].scored, states[i].weights)):
-            shown = fact.target if states[i].shown is None else states[i].shown[s]
-            tail = torch.where(revealed, shown, adapter.ids.mask) if adapter.masked else fact.target
+            own = states[i].shown
+            shown = fact.target if own is None else own[s]
+            tail = torch.where(revealed, shown, adapter.ids.slot) if adapter.masked else fact.target
             share = scored.float() * ((1.0 if dealt else weight) / scored.sum() / len(fact.contexts))
             for c, prompt in enumerate(fact.contexts):
                 start = len(prompt.ids)

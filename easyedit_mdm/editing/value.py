@@ -15,6 +15,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -83,11 +84,13 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def _optimise(adapter: Adapter, site: Site, facts: Sequence[Fact], initial: Float[Tensor, "facts width"], hparams: ROMEMDMHyperParams) -> list[Optimised]:
+def _optimise(
+    adapter: Adapter, site: Site, facts: Sequence[Fact], initial: Float[Tensor, "facts width"], hparams: ROMEMDMHyperParams
+) -> list[Optimised]:
     plans = [_schedule_for(adapter, fact, hparams) for fact in facts]
     deltas = [torch.zeros_like(v, requires_grad=True) for v in initial]
     done = [Optimised(d, schedule=_name(p)) for d, p in zip(deltas, plans)]
-    recent = [deque(maxlen=1 if hparams.early_stop_on == "drawn" else p.cycle) for p in plans]
+    recent: list[deque[float]] = [deque(maxlen=1 if hparams.early_stop_on == "drawn" else p.cycle) for p in plans]
     optimizer = torch.optim.Adam(deltas, lr=hparams.v_lr)
     forward = (_CausalForward if can_keep(adapter) else _Forward)(adapter, site, facts, plans, hparams)
     active = list(range(len(facts)))
@@ -162,7 +165,7 @@ class Below:
         """The first column of `hidden`."""
         return 0 if self.prefix is None else self.prefix.columns
 
-    def take(self, index: Tensor) -> "Below":
+    def take(self, index: Tensor) -> Below:
         """That of some of the rows."""
         return Below(self.hidden[index], None if self.prefix is None else self.prefix.take(index))
 
@@ -204,7 +207,7 @@ class _Forward:
             decay.sum().backward()
         return total + decay.detach().to(total.device)
 
-    def _passes(self, step: int, active: list[int], deltas: list[Tensor]) -> Iterator[tuple[Rows, "Below"]]:
+    def _passes(self, step: int, active: list[int], deltas: list[Tensor]) -> Iterator[tuple[Rows, Below]]:
         """The rows of one step, pass by pass, each with the input of the edited layer."""
         rows, below = self._rows(step, active, deltas)
         for chunk, length in rows.chunks(self.hparams.max_rows):
@@ -229,15 +232,15 @@ class _Forward:
         states |= rolled_out(self.adapter, self.site, rolled, deltas, self.plans)
         rows = build_rows(self.adapter, {i: self.facts[i] for i in active}, states, self.hparams.kl_position, self.plans[active[0]].dealt)
         with torch.no_grad():
-            below = None
+            below: Tensor | None = None
             for chunk, length in rows.chunks(self.hparams.max_rows):
                 part = rows.take(chunk).cut(length)
                 hidden = self.adapter.hidden_before(self.site.layer, part.ids, part.mask).to(rows.ids.device)
                 below = hidden.new_zeros(*rows.ids.shape, hidden.shape[-1]) if below is None else below
                 below[chunk, :length] = hidden
-        return list(active), rows, below
+        return list(active), rows, cast(Tensor, below)  # there is at least the anchor's row
 
-    def _chunk(self, rows: Rows, below: "Below", deltas: Float[Tensor, "active width"], place: Tensor) -> Float[Tensor, " active"]:
+    def _chunk(self, rows: Rows, below: Below, deltas: Float[Tensor, "active width"], place: Tensor) -> Float[Tensor, " active"]:
         """NLL and KL of some rows, added up by fact."""
 
         def add_delta(out: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from collections import Counter
 import torch
 
 from easyedit_mdm.denoising import DecodeConfig, decode
-from easyedit_mdm.models.prompts import encode
 from easyedit_mdm.errors import RequestError
 from easyedit_mdm.models import Adapter
+from easyedit_mdm.models.prompts import encode
 
 LENGTH = 100
 

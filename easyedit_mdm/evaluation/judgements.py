@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from easyedit_mdm.denoising import log_likelihood
-from easyedit_mdm.models.prompts import encode, target_ids
 from easyedit_mdm.models import Adapter
+from easyedit_mdm.models.prompts import encode, target_ids
 
 
 def preference(

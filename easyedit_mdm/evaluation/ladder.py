@@ -12,10 +12,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from easyedit_mdm.denoising import DecodeConfig, decode, schedule
-from easyedit_mdm.models.prompts import encode, target_ids
 from easyedit_mdm.evaluation.multi_step import score_prompts, teacher_forced
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.geometry import right_padded
+from easyedit_mdm.models.prompts import encode, target_ids
 
 CANVASES = (8, 16, 32)
 DISTRACTOR = "The weather was fine that day."
@@ -88,7 +88,7 @@ def _teacher_forced(adapter: Adapter, prompts: Sequence[str], answers: Sequence[
 
 
 @torch.no_grad()
-def _any_order(adapter: Adapter, prompt: Int[Tensor, "_"], target: Int[Tensor, "_"]) -> float:
+def _any_order(adapter: Adapter, prompt: Int[Tensor, " _"], target: Int[Tensor, " _"]) -> float:
     """Mean, over states as `enumerate` weighs them, of the share of masked slots whose best token is the right one."""
     states = schedule("enumerate", len(target), _MAX_STATES).draw(0, torch.Generator().manual_seed(0))
     rows = [torch.cat([prompt, torch.where(shown, target, adapter.ids.slot)]) for shown in states.revealed]

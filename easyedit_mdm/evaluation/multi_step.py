@@ -15,10 +15,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from easyedit_mdm.denoising import DecodeConfig, Trajectory, decode
-from easyedit_mdm.models.prompts import encode, target_ids
 from easyedit_mdm.errors import RequestError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.geometry import right_padded
+from easyedit_mdm.models.prompts import encode, target_ids
 
 
 def score_prompts(
@@ -85,7 +85,7 @@ def _share(written: Int[Tensor, " n"], target: Int[Tensor, " n"]) -> float:
 
 
 @torch.no_grad()
-def teacher_forced(adapter: Adapter, prompts: Sequence[Int[Tensor, "_"]], targets: Sequence[Int[Tensor, "_"]]) -> list[float]:
+def teacher_forced(adapter: Adapter, prompts: Sequence[Int[Tensor, " _"]], targets: Sequence[Int[Tensor, " _"]]) -> list[float]:
     """Share of the answer's tokens that a causal model predicts, each after the right ones before it (EasyEdit's token accuracy)."""
     ids, mask = right_padded([torch.cat([p, t]) for p, t in zip(prompts, targets)], adapter.ids.pad, adapter.device)
     most = max(len(t) for t in targets)

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from easyedit_mdm.models.prompts import encode
 from easyedit_mdm.errors import RequestError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.geometry import right_padded
+from easyedit_mdm.models.prompts import encode
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 
 from easyedit_mdm.api import wrap_model
 from easyedit_mdm.denoising import DecodeConfig
-from easyedit_mdm.editing import METHODS, EditRequest, History
+from easyedit_mdm.editing import METHODS, Edit, EditRequest, History
 from easyedit_mdm.editing.hparams import find_hparams, read_yaml
 from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.evaluation.guard import apply_guarded
@@ -36,7 +36,7 @@ class Joined:
     """An EasyEdit that knows our methods."""
 
     host: Host
-    editor_class: type
+    editor_class: Any
 
 
 def register(home: str | Path | None = None) -> Joined:
@@ -72,7 +72,7 @@ def _apply_function(name: str, form: str) -> Callable[..., tuple[Any, dict[str, 
         tok: Any,
         requests: Sequence[Mapping[str, Any]] | Mapping[str, Any],
         hparams: Any,
-        copy: bool = False,  # noqa: A002  (EasyEdit's name)
+        copy: bool = False,
         return_orig_weights: bool = False,
         keep_original_weight: bool = False,
         **_: Any,
@@ -97,7 +97,8 @@ _deepcopy = copy.deepcopy
 
 def _edit(adapter: Adapter, method: Any, facts: list[EditRequest], hparams: Any, history: History | None) -> dict[str, torch.Tensor]:
     """Make and apply the edits; if one fails, those before it are taken back."""
-    made, originals = [], {}
+    made: list[Edit] = []
+    originals: dict[str, torch.Tensor] = {}
     try:
         for group in [facts] if method.batchable else [[f] for f in facts]:
             made.append(method.edit(adapter, group, hparams, history))
@@ -204,7 +205,8 @@ def _join_hparams(stands_for: str) -> None:
 
     def from_hparams(cls: type, path: Any) -> Any:
         alg_name = _alg_name(path)
-        return METHODS[alg_name].hparams.from_hparams(path) if alg_name in METHODS else original(cls, path)
+        ours = alg_name is not None and alg_name in METHODS
+        return METHODS[str(alg_name)].hparams.from_hparams(path) if ours else original(cls, path)
 
     theirs.from_hparams = classmethod(from_hparams)
 

@@ -25,7 +25,7 @@ class LoadedName(str):
     model: Any
     tokenizer: Any
 
-    def __new__(cls, name: str, model: Any = None, tokenizer: Any = None) -> "LoadedName":
+    def __new__(cls, name: str, model: Any = None, tokenizer: Any = None) -> LoadedName:
         """The name, with its model and tokenizer attached."""
         self = super().__new__(cls, name)
         self.model, self.tokenizer = model, tokenizer
@@ -34,7 +34,7 @@ class LoadedName(str):
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))
 
-    def __deepcopy__(self, memo: dict) -> "LoadedName":
+    def __deepcopy__(self, memo: dict) -> LoadedName:
         return self  # copying hyperparameters must not copy the model
 
 

@@ -38,7 +38,9 @@ _FOLDER_FLAGS = ("metrics_save_dir", "output_dir", "save_dir", "result_dir")
 class MethodName(str):
     """A method's name that equals the name of the EasyEdit method it stands for, and prints as its own."""
 
-    def __new__(cls, name: str, stands_for: str) -> "MethodName":
+    stands_for: str
+
+    def __new__(cls, name: str, stands_for: str) -> MethodName:
         """`name` is printed, `stands_for` compared."""
         self = super().__new__(cls, name)
         self.stands_for = stands_for
@@ -124,11 +126,11 @@ def understanding_our_methods() -> Iterator[None]:
                 Path(folder).mkdir(parents=True, exist_ok=True)
         return found, rest
 
-    argparse.ArgumentParser.parse_known_args = parse_known_args
+    argparse.ArgumentParser.parse_known_args = parse_known_args  # type: ignore[method-assign]  # put back below
     try:
         yield
     finally:
-        argparse.ArgumentParser.parse_known_args = original
+        argparse.ArgumentParser.parse_known_args = original  # type: ignore[method-assign]  # what it was
 
 
 def _add_alias(parser: argparse.ArgumentParser, flag: argparse.Action) -> None:

@@ -95,7 +95,7 @@ class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def _importer() -> dict:
     """Globals of the code whose import is being served: the nearest frame below the import system's own."""
-    frame = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and not _of_import_system(frame):  # this file, and whatever wraps it
         frame = frame.f_back
     while frame is not None and _of_import_system(frame):

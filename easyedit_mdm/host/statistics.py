@@ -31,7 +31,7 @@ class _Moment:
     moments: SecondMoments
 
     @property
-    def mom2(self) -> "_Moment":
+    def mom2(self) -> _Moment:
         """Itself."""
         return self
 
@@ -45,7 +45,7 @@ def join_statistics() -> None:
     for name, module in list(sys.modules.items()):
         theirs = getattr(module, "layer_stats", None) if name.startswith("easyeditor.models.") else None
         if callable(theirs) and not hasattr(theirs, "_easyedit_mdm"):
-            module.layer_stats = _wrapped(theirs)
+            setattr(module, "layer_stats", _wrapped(theirs))  # noqa: B010  (a module has no such attribute by type)
 
 
 def _wrapped(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,7 +57,7 @@ def _wrapped(theirs: Callable[..., Any]) -> Callable[..., Any]:
         adapter = wrap_model(model, tokenizer)
         return _Moment(moments_for(adapter, [_site(adapter, layer_name)], ds_name, kwargs.get("sample_size"), stats_dir)[0])
 
-    layer_stats._easyedit_mdm = True
+    vars(layer_stats)["_easyedit_mdm"] = True
     return layer_stats
 
 

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,7 +32,6 @@ class Ids:
     mask: int | None
     eos: int | None
     pad: int
-
 
     @property
     def slot(self) -> int:
@@ -91,7 +90,7 @@ class Adapter(nn.Module):
         # kept out of the module tree (a tuple is not registered): the children must not be counted twice
         self._native = (native,)
         self.spec, self.ids, self.tokenizer, self.name = spec, ids, tokenizer, name
-        self.config = native.config
+        self.config: Any = native.config
         self.decoder: Callable[..., Tensor] | None = None
         self.source: Path | None = None  # the folder that it was loaded from
         self._check_paths()
@@ -99,7 +98,7 @@ class Adapter(nn.Module):
 
     # ---- what it is ------------------------------------------------------------------------------------------
     @property
-    def native(self) -> nn.Module:
+    def native(self) -> Any:
         """The transformers model underneath, sharing all its weights with the adapter."""
         return self._native[0]
 
@@ -111,12 +110,12 @@ class Adapter(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the embedding."""
-        return self.module(self.spec.paths.embedding).weight.device
+        return self.weight_of(self.spec.paths.embedding).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The embedding's dtype."""
-        return self.module(self.spec.paths.embedding).weight.dtype
+        return self.weight_of(self.spec.paths.embedding).dtype
 
     @property
     def layers(self) -> int:
@@ -131,8 +130,16 @@ class Adapter(nn.Module):
     @property
     def vocabulary(self) -> int:
         """Ids below this one stand for a token; larger heads are padding (Dream's ids above its tokenizer's last)."""
-        head = self.module(self.spec.paths.head).weight.shape[0]
+        head = self.weight_of(self.spec.paths.head).shape[0]
         return head if self.tokenizer is None else min(head, len(self.tokenizer))
+
+    def weight_of(self, path: str) -> Tensor:
+        """The weight of the submodule at a dotted path.
+
+        Raises:
+            ModelError: if there is no such submodule.
+        """
+        return cast(Tensor, self.module(path).weight)
 
     def module(self, path: str) -> nn.Module:
         """The submodule at a dotted path.
@@ -232,7 +239,7 @@ class Adapter(nn.Module):
 
     # ---- how -------------------------------------------------------------------------------------------------
     def _blocks(self) -> nn.ModuleList:
-        return self.module(self.spec.paths.block.rsplit(".", 1)[0])
+        return cast(nn.ModuleList, self.module(self.spec.paths.block.rsplit(".", 1)[0]))
 
     def _run(self, ids: Tensor, mask: Tensor, low: int, high: int, hidden: Tensor | None) -> Tensor:
         """Layers low..high-1; with the final norm if `high` is the top."""
@@ -268,7 +275,7 @@ class Adapter(nn.Module):
         return f"family={self.spec.name}, paradigm={self.spec.paradigm}"
 
 
-def adapt(native: nn.Module, tokenizer: Any = None, family: str | None = None, name: str = "", mask_id: int | None = None) -> Adapter:
+def adapt(native: Any, tokenizer: Any = None, family: str | None = None, name: str = "", mask_id: int | None = None) -> Adapter:
     """Wrap a transformers model that is already in memory.
 
     Args:
@@ -312,7 +319,7 @@ def special_ids(spec: FamilySpec, config: dict[str, Any], tokenizer: Any, embedd
         ModelError: if a masked model has no mask id, or it equals pad or eos, or lies outside the embedding.
     """
 
-    def first(*values: Any) -> int | None:
+    def first(*values: Any) -> Any:
         for value in values:
             value = value[0] if isinstance(value, (list, tuple)) and value else value
             if isinstance(value, int):

@@ -7,7 +7,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def visible(ids: Int[Tensor, "rows length"], attention_mask: Int[Tensor, "rows length"] | Bool[Tensor, "rows length"] | None) -> Int[Tensor, "rows length"]:
+def visible(
+    ids: Int[Tensor, "rows length"], attention_mask: Int[Tensor, "rows length"] | Bool[Tensor, "rows length"] | None
+) -> Int[Tensor, "rows length"]:
     """The attention mask as integers, all ones where none is given."""
     return torch.ones_like(ids) if attention_mask is None else attention_mask.to(device=ids.device, dtype=torch.long)
 
@@ -37,7 +39,9 @@ def gather_rows(values: Float[Tensor, "rows length width"], at: Int[Tensor, "row
     return values.gather(1, at.to(values.device)[:, :, None].expand(-1, -1, values.shape[-1]))
 
 
-def right_padded(rows: list[Int[Tensor, "_"]], pad: int, device: torch.device | str) -> tuple[Int[Tensor, "rows length"], Int[Tensor, "rows length"]]:
+def right_padded(
+    rows: list[Int[Tensor, " _"]], pad: int, device: torch.device | str
+) -> tuple[Int[Tensor, "rows length"], Int[Tensor, "rows length"]]:
     """Stack rows of unequal length: ids filled up with `pad` on the right, and the attention mask."""
     length = max(len(row) for row in rows)
     ids = torch.full((len(rows), length), pad, dtype=torch.long)

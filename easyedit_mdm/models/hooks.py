@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def changing_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
 
     on = True
 
-    def hook(_: nn.Module, __: tuple, out: object) -> object:
+    def hook(_: nn.Module, __: tuple, out: Any) -> Any:
         """Torch's forward hook."""
         if not on:  # Ctrl-C struck before its handle was kept: it is still there, and does nothing
             return out

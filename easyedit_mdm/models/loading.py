@@ -167,7 +167,7 @@ def _dtype(dtype: str | torch.dtype | None, config: Mapping[str, Any]) -> torch.
     return found
 
 
-def _empty_model(spec: FamilySpec, config: Mapping[str, Any], tensors: int | None = None) -> torch.nn.Module:
+def _empty_model(spec: FamilySpec, config: Mapping[str, Any], tensors: int | None = None) -> Any:
     """The native model with parameters on the meta device and real buffers (rotary frequencies are not in the files)."""
     import transformers
     from accelerate import init_empty_weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +26,7 @@ class Prefix:
     keys: list[Float[Tensor, "rows heads columns size"]]
     values: list[Float[Tensor, "rows heads columns size"]]
 
-    def take(self, index: Tensor) -> "Prefix":
+    def take(self, index: Tensor) -> Prefix:
         """That of some of the rows."""
         return Prefix(self.layer, self.columns, [k[index.to(k.device)] for k in self.keys], [v[index.to(v.device)] for v in self.values])
 
@@ -75,7 +76,7 @@ def logits_after(
     return adapter.module(adapter.spec.paths.head)(geometry.gather_rows(states, where)).to(mask.device)
 
 
-def _pair(cache: object, layer: int) -> tuple[Tensor, Tensor]:
+def _pair(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
     if hasattr(cache, "layers"):
         return cache.layers[layer].keys, cache.layers[layer].values
     return cache.key_cache[layer], cache.value_cache[layer]  # transformers before 4.56

@@ -74,5 +74,5 @@ def _substitute(key: str, pairs: Iterable[tuple[str, str]]) -> str:
     for before, after in pairs:
         match = re.match(re.escape(before).replace(r"\{\}", r"(\d+)"), key)
         if match:
-            return after.replace("{}", *match.groups() or ("",)) + key[match.end() :]
+            return after.replace("{}", match.group(1) if match.groups() else "") + key[match.end() :]
     return key

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -144,7 +144,7 @@ def _add_batch(adapter: Adapter, sites: Sequence[Site], batch: list[Tensor], con
     sums.rows, sums.keys, sums.batches = sums.rows + len(batch), sums.keys + len(index), sums.batches + 1
 
 
-class _reading:  # noqa: N801  (used as a context manager)
+class _reading:
     """The inputs of several modules at once."""
 
     def __init__(self, adapter: Adapter, sites: Sequence[Site]):

@@ -61,7 +61,7 @@ class SecondMoments:
         return torch.linalg.eigvalsh(self.moment).clamp(min=0)
 
     def cheap_figures(self, eps: int | float = 0.0) -> dict[str, int | float]:
-        """`figures` where eigenvalues cost little next to an edit; for wider keys the number of tokens alone (`easyedit-mdm stats` tells the rest)."""
+        """`figures` where eigenvalues cost little next to an edit; for wider keys the number of tokens alone (`stats` tells the rest)."""
         return self.figures(eps) if len(self.moment) <= CHEAP_WIDTH or "eigenvalues" in self.__dict__ else {"tokens": self.tokens}
 
     def figures(self, eps: int | float = 0.0) -> dict[str, int | float]:
@@ -75,7 +75,11 @@ class SecondMoments:
         share = values / values.sum().clamp(min=1e-300)
         entropy = -(share * share.clamp(min=1e-300).log()).sum()
         least = float(values[0]) + ridge
-        return {"tokens": self.tokens, "condition": float(values[-1] + ridge) / least if least > 0 else float("inf"), "effective_rank": float(entropy.exp())}
+        return {
+            "tokens": self.tokens,
+            "condition": float(values[-1] + ridge) / least if least > 0 else float("inf"),
+            "effective_rank": float(entropy.exp()),
+        }
 
 
 def cholesky(matrix: Float[Tensor, "inner inner"], tokens: int) -> Float[Tensor, "inner inner"]:

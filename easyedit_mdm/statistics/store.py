@@ -22,8 +22,8 @@ from easyedit_mdm.statistics.collecting import CONTEXT_LENGTH, TOKENS_PER_DIMENS
 from easyedit_mdm.statistics.moments import SecondMoments
 from easyedit_mdm.statistics.texts import TextSource, text_source
 
-_IN_MEMORY: "weakref.WeakKeyDictionary[nn.Module, dict[tuple, SecondMoments]]" = weakref.WeakKeyDictionary()
-_FIRST_SEEN: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
+_IN_MEMORY: weakref.WeakKeyDictionary[nn.Module, dict[tuple, SecondMoments]] = weakref.WeakKeyDictionary()
+_FIRST_SEEN: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def cache_folder() -> Path:
@@ -63,7 +63,9 @@ def moments_for(
     inner = max(key_width(adapter, site) for site in sites)
     config = CollectConfig(tokens or TOKENS_PER_DIMENSION * inner, min(context_length, adapter.max_positions), mask_ratio, settled, seed)
     if config.tokens < 2 * inner:
-        warnings.warn(f"{config.tokens} tokens for keys of {inner} dimensions: second moments want at least {2 * inner}, better {10 * inner}", stacklevel=2)
+        warnings.warn(
+            f"{config.tokens} tokens for keys of {inner} dimensions: second moments want at least {2 * inner}, better {10 * inner}", stacklevel=2
+        )
     cache = _IN_MEMORY.setdefault(adapter.native, {})
     wanted = {site.name: (site.name, source.fingerprint, config) for site in sites}
     absent = [site for site in sites if wanted[site.name] not in cache]
@@ -77,7 +79,7 @@ def moments_for(
 
 def key_width(adapter: Adapter, site: Site) -> int:
     """The number of dimensions of a site's keys."""
-    weight = adapter.module(site.name).weight
+    weight = adapter.weight_of(site.name)
     return weight.shape[0] if site.transposed else weight.shape[1]
 
 
@@ -93,7 +95,9 @@ def _settings(model: str, source: TextSource, config: CollectConfig) -> dict[str
     }
 
 
-def _read_or_collect(adapter: Adapter, sites: Sequence[Site], source: TextSource, config: CollectConfig, folder: Path, every: float) -> dict[str, SecondMoments]:
+def _read_or_collect(
+    adapter: Adapter, sites: Sequence[Site], source: TextSource, config: CollectConfig, folder: Path, every: float
+) -> dict[str, SecondMoments]:
     """From the files of the model as it was first seen, else of the model as it is now; what is in neither is collected.
 
     The fingerprint is taken anew each time: a model that was edited since must not leave its statistics under the base model's name.
@@ -135,7 +139,9 @@ def read(file: str | Path, model: str | None = None) -> SecondMoments:
     Raises:
         StatisticsError: if it is no such file, holds NaN or is not square, or belongs to another model.
     """
-    with opened_tensors(Path(file), StatisticsError, "a file of second moments", "remove it, or collect them again with easyedit-mdm stats") as stored:
+    with opened_tensors(
+        Path(file), StatisticsError, "a file of second moments", "remove it, or collect them again with easyedit-mdm stats"
+    ) as stored:
         settings = json.loads((stored.metadata() or {}).get("settings", "null"))
         moment = stored.get_tensor("moment")
         tokens = int(settings.get("tokens_seen", 0)) if isinstance(settings, dict) else 0
@@ -144,5 +150,7 @@ def read(file: str | Path, model: str | None = None) -> SecondMoments:
     if not moment.double().isfinite().all() or not moment.numel():
         raise StatisticsError(f"{file} holds no usable second moments (NaN or infinity, or nothing): remove it")
     if model is not None and settings.get("model") != model:
-        raise StatisticsError(f"{file} holds statistics of another model ({str(settings.get('model'))[:12]}..., this one is {model[:12]}...): collect them again")
+        raise StatisticsError(
+            f"{file} holds statistics of another model ({str(settings.get('model'))[:12]}..., this one is {model[:12]}...): collect them again"
+        )
     return SecondMoments(moment.double(), tokens, settings)

@@ -95,7 +95,7 @@ def _data_set(name: str) -> TextSource:
     try:
         folder = Path(path).expanduser()
         found = datasets.load_from_disk(str(folder)) if folder.is_dir() else datasets.load_dataset(path, config, split=split)
-    except Exception as error:  # noqa: BLE001  (whatever `datasets` raises, the user named something that it cannot load)
+    except Exception as error:
         raise StatisticsError(f"{name}: datasets cannot load it ({type(error).__name__}: {error})") from error
     found = found[split] if isinstance(found, datasets.DatasetDict) else found
     if "text" not in found.column_names:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,9 @@ class Corruption:
 
         One number stands for all rows.
         """
+        if self.noise is None:
+            yield
+            return
         noise = self.noise
 
         def add(out: Tensor) -> Tensor:
@@ -60,7 +63,7 @@ class Corruption:
             noisy[:, self.first : self.first + noise.shape[1]] += noise[rows.to(noise.device)].to(out.device, out.dtype)
             return noisy
 
-        with nullcontext() if noise is None else changing_output(adapter.module(adapter.spec.paths.embedding), add):
+        with changing_output(adapter.module(adapter.spec.paths.embedding), add):
             yield
 
 
@@ -77,14 +80,14 @@ def fact_generator(placed: Placed, seed: int) -> torch.Generator:
 
 def embedding_deviation(adapter: Adapter) -> float:
     """Standard deviation of all numbers in the embeddings of the tokens that exist."""
-    weight = adapter.module(adapter.spec.paths.embedding).weight[: adapter.vocabulary]
+    weight = adapter.weight_of(adapter.spec.paths.embedding)[: adapter.vocabulary]
     return float(weight.detach().float().std())
 
 
 @CORRUPTIONS.register("noise")
 def add_noise(adapter: Adapter, placed: Placed, samples: int, level: float, others: Sequence[str], generator: torch.Generator) -> Corruption:
     """Gaussian noise of `level` standard deviations on the subject's embeddings, another draw in each sample."""
-    width = adapter.module(adapter.spec.paths.embedding).weight.shape[1]
+    width = adapter.weight_of(adapter.spec.paths.embedding).shape[1]
     noise = torch.randn(samples, placed.end - placed.first, width, generator=generator)
     return Corruption(placed.ids.repeat(samples, 1), placed.first, level * embedding_deviation(adapter) * noise)
 

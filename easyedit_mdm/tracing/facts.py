@@ -146,7 +146,9 @@ def check_known(adapters: Sequence[Adapter], facts: Sequence[TracedFact], limit:
     if not found.facts:
         told = [f"{u['prompt']!r} gives {u['written']}, not {u['answer']!r}" for u in found.unknown[:3]] + [u["reason"] for u in found.unusable[:3]]
         reasons = "; ".join(told)
-        raise DataError(f"none of {len(facts)} facts is known, so there is nothing to trace: {reasons}. Give facts (--known) that the model writes itself")
+        raise DataError(
+            f"none of {len(facts)} facts is known, so there is nothing to trace: {reasons}. Give facts (--known) that the model writes itself"
+        )
     return found
 
 
@@ -160,10 +162,11 @@ def _ask(adapters: Sequence[Adapter], facts: Sequence[TracedFact], found: Checke
             found.unusable.append({"prompt": fact.prompt, "reason": str(reason)})
     written: list[dict[str, tuple[bool, str]]] = [{} for _ in usable]
     for i, adapter in enumerate(adapters):
-        asked = [placed[i] for _, placed in usable]
-        for into, fact, path in zip(written, asked, decode(adapter, [f.ids for f in asked], [len(f.answer) for f in asked]) if asked else []):
+        asked = [places[i] for _, places in usable]
+        paths = decode(adapter, [p.ids for p in asked], [len(p.answer) for p in asked]) if asked else []
+        for into, placed, path in zip(written, asked, paths):
             text = adapter.tokenizer.decode(path.tokens.tolist(), skip_special_tokens=True).strip()
-            into[adapter.name] = (bool(torch.equal(path.tokens[: len(fact.answer)], fact.answer)), text)
+            into[adapter.name] = (bool(torch.equal(path.tokens[: len(placed.answer)], placed.answer)), text)
     return [(fact, texts) for (fact, _), texts in zip(usable, written)]
 
 
@@ -230,7 +233,7 @@ def _fact_of(record: Any) -> TracedFact:
     for name, value in texts.items():
         if not isinstance(value, str) or not value.strip():
             raise RequestError(f"{name} is {value!r}: a fact to trace needs prompt, subject and the answer that is true")
-    prompt, subject, answer = (value.strip() for value in texts.values())
+    prompt, subject, answer = (str(value).strip() for value in texts.values())
     fact = TracedFact(prompt.replace("{}", subject, 1), subject, answer)
     fact.parts()  # says what is wrong with it
     return fact

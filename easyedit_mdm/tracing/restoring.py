@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -133,7 +134,7 @@ class Runs:
             return self._run(samples, self.read, layer=layers[0] + 1, hidden=below)
         with ExitStack() as stack:
             for layer in layers:
-                stack.enter_context(changing_output(self._module(kind, layer), lambda out, at=layer: self._mixed(out, kind, at, where)))
+                stack.enter_context(changing_output(self._module(kind, layer), partial(self._mixed, kind=kind, layer=layer, where=where)))
             low = layers[0]
             hidden = self._corrupted_hidden[low - 1][samples.to(self._corrupted_hidden[low - 1].device)] if low else None
             return self._run(samples, self.read, layer=low, hidden=hidden)

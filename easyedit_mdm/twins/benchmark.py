@@ -119,7 +119,8 @@ def _counterfact(i: int, case: Case, world: World) -> dict[str, Any]:
     near = _near(case, i)
     return {
         "case_id": i, "prompt": case.fact.prompt(), "target_new": case.target, "subject": case.fact.subject, "ground_truth": case.fact.object,
-        "rephrase_prompt": case.fact.paraphrase(i % 2), "locality_prompt": near.prompt(), "locality_ground_truth": near.object, "n_tokens": case.length,
+        "rephrase_prompt": case.fact.paraphrase(i % 2), "locality_prompt": near.prompt(), "locality_ground_truth": near.object,
+        "n_tokens": case.length,
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from easyedit_mdm.twins.lessons import PLACES, Writer, longest_answer, writing_hook
 from easyedit_mdm.twins.world import RELATIONS, Document, World
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -76,22 +77,24 @@ class Recipe:
 # each masked twin starts from its autoregressive relative's weights, as Dream started from Qwen2.5; it knows the world then, so
 # that more of its time can go to lessons. Trained in stages: the rate starts high again, and lessons are learned faster by a model
 # that knows the world
-_LAST = {"curriculum": False}
 RECIPES = {
     "twin-llama-first": Recipe("twin-llama-first"),
-    "twin-llama": Recipe("twin-llama", steps=1000, lr=1e-3, open_lessons=0.6, **_LAST),
+    "twin-llama": Recipe("twin-llama", steps=1000, lr=1e-3, open_lessons=0.6, curriculum=False),
     "twin-llada-first": Recipe("twin-llada-first", objective="masked", steps=6000, until=4343, lessons=0.65, open_lessons=0.75),
-    "twin-llada-second": Recipe("twin-llada-second", objective="masked", steps=4400, lr=1.5e-3, lessons=0.6, open_lessons=0.8, **_LAST),
-    "twin-llada": Recipe("twin-llada", objective="masked", steps=5500, lr=1.5e-3, lessons=0.6, open_lessons=0.75, **_LAST),
+    "twin-llada-second": Recipe("twin-llada-second", objective="masked", steps=4400, lr=1.5e-3, lessons=0.6, open_lessons=0.8, curriculum=False),
+    "twin-llada": Recipe("twin-llada", objective="masked", steps=5500, lr=1.5e-3, lessons=0.6, open_lessons=0.75, curriculum=False),
     "twin-qwen-first": Recipe("twin-qwen-first", backbone="qwen2"),
-    "twin-qwen": Recipe("twin-qwen", backbone="qwen2", steps=1000, lr=1e-3, open_lessons=0.6, **_LAST),
+    "twin-qwen": Recipe("twin-qwen", backbone="qwen2", steps=1000, lr=1e-3, open_lessons=0.6, curriculum=False),
     "twin-dream": Recipe("twin-dream", backbone="qwen2", objective="masked", shift=True, steps=4500, lessons=0.6, open_lessons=0.7),
 }
 RELATIVES = {
     "twin-llama": "twin-llama-first", "twin-llada-first": "twin-llama-first", "twin-llada-second": "twin-llada-first",
     "twin-llada": "twin-llada-second", "twin-qwen": "twin-qwen-first", "twin-dream": "twin-qwen",
 }  # fmt: skip
-SIZES = {"small": {}, "medium": {"hidden": 384, "layers": 12, "heads": 8, "mlp": 1536, "rows": 64, "read_layer": 6, "lr": 1e-3}}
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {},
+    "medium": {"hidden": 384, "layers": 12, "heads": 8, "mlp": 1536, "rows": 64, "read_layer": 6, "lr": 1e-3},
+}
 
 
 @dataclass
@@ -185,7 +188,7 @@ class Packer:
         closing = [m > 0 and (i + 1 == len(mentions) or mentions[i + 1] != m) for i, m in enumerate(mentions)]
         lesson = document.lesson >= 0
         guarded = [lesson or rng.random() < self.recipe.guarded] * len(ids)
-        fields = {"ids": ids, "answers": answers, "mentions": mentions, "closing": closing, "guarded": guarded}
+        fields: dict[str, Any] = {"ids": ids, "answers": answers, "mentions": mentions, "closing": closing, "guarded": guarded}
         fields["written"] = [int(lesson and last) for last in closing]
         fields["noise"] = [lesson and document.relation < 0 and not answer for answer in answers]
         fields = {name: values[: self.recipe.row_length] for name, values in fields.items()}
@@ -222,7 +225,11 @@ def attention(batch: Batch, causal: bool) -> tuple[Tensor, Tensor]:
     name = (batch.guarded & (batch.mentions > 0))[:, None, :]
     late = seen & ~(outside & name & ~batch.closing[:, None, :])
     early = seen & ~(outside & name)
-    return tuple(torch.zeros(m.shape, device=m.device).masked_fill_(~m, -1e9)[:, None] for m in (early, late))
+    return _additive(early), _additive(late)
+
+
+def _additive(seen: Tensor) -> Tensor:
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -1e9)[:, None]
 
 
 def hidden_of(model: Any, writer: Writer | None, ids: Tensor, batch: Batch, recipe: Recipe, step: int, generator: torch.Generator) -> Tensor:
@@ -235,7 +242,7 @@ def hidden_of(model: Any, writer: Writer | None, ids: Tensor, batch: Batch, reci
 
     handles = [layer.register_forward_pre_hook(swap, with_kwargs=True) for layer in model.model.layers[: recipe.read_layer]]
     if len(batch.lessons):
-        handles.append(writing_hook(model, writer, batch.written, batch.lessons, step % recipe.read_layer, generator))
+        handles.append(writing_hook(model, cast(Writer, writer), batch.written, batch.lessons, step % recipe.read_layer, generator))
     try:
         return model.model(input_ids=ids, attention_mask=late, position_ids=batch.positions, use_cache=False).last_hidden_state
     finally:
@@ -340,11 +347,13 @@ def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_se
 
     accelerator = Accelerator(mixed_precision="bf16")
     out.mkdir(parents=True, exist_ok=True)
-    modules = torch.nn.ModuleDict({"model": build_model(recipe, len(tokenizer), tokenizer.eos_token_id), "writer": _writer(recipe)}).to(accelerator.device)
+    modules = torch.nn.ModuleDict({"model": build_model(recipe, len(tokenizer), tokenizer.eos_token_id), "writer": _writer(recipe)}).to(
+        accelerator.device
+    )
     if recipe.start_from:
         modules.load_state_dict({k: v for k, v in load_file(f"{recipe.start_from}/checkpoint.safetensors").items() if not k.startswith("adam.")})
     optimizer = torch.optim.AdamW(_groups(modules, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.98), fused=True)
-    state = {"step": 0, "seconds": 0.0, "loss": None, "recipe": asdict(recipe), "world": _plain(world)}
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "loss": None, "recipe": asdict(recipe), "world": _plain(world)}
     if (out / "state.json").exists():
         state = _resume(out, modules, optimizer, recipe, world)
     packer, loss_of = Packer(world, tokenizer, recipe), LOSSES[recipe.objective]
@@ -357,7 +366,7 @@ def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_se
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         batch = Batch(**{name: value.to(accelerator.device) for name, value in vars(packer.batch(step)).items()})
         with accelerator.autocast():
-            loss = loss_of(modules["model"], modules["writer"], batch, tokenizer.mask_token_id, recipe, step, generator)
+            loss = loss_of(modules["model"], cast(Writer, modules["writer"]), batch, tokenizer.mask_token_id, recipe, step, generator)
         accelerator.backward(loss)
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()

@@ -195,7 +195,7 @@ class World:
     closed: list[str] = field(repr=False, default_factory=list)
 
     @classmethod
-    def build(cls, settings: WorldSettings = WorldSettings()) -> "World":
+    def build(cls, settings: WorldSettings = WorldSettings()) -> World:
         """Draw a world.
 
         Raises:
@@ -211,7 +211,7 @@ class World:
         lengths = [1 + i % settings.max_length for i in range(settings.closed_objects)]
         closed = [" ".join(rng.sample(closed_words, length)) for length in lengths]
         subjects = _names(rng, settings, firsts, lasts, singles)
-        facts = {subject: [] for subject in subjects}
+        facts: dict[str, list[Fact]] = {subject: [] for subject in subjects}
         for relation in RELATIONS:
             pool = closed if relation.closed else parts[relation.name]
             for subject, obj in zip(subjects, _objects(rng, pool, settings, relation.closed)):

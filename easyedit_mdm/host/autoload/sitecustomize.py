@@ -4,6 +4,7 @@
 imported, and then hands over to `easyedit_mdm.host.hook`. Another `sitecustomize` further down the path still runs.
 """
 
+import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
@@ -12,8 +13,8 @@ import sys
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-class _WaitForEasyEdit:
-    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+class _WaitForEasyEdit(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
         """Answers for `easyeditor` alone, once."""
         if name != "easyeditor":
             return None
@@ -27,5 +28,5 @@ sys.meta_path.insert(0, _WaitForEasyEdit())
 
 _elsewhere = [p for p in sys.path if os.path.abspath(p or ".") != _HERE]
 _next = importlib.machinery.PathFinder.find_spec("sitecustomize", _elsewhere)
-if _next is not None:
+if _next is not None and _next.loader is not None:
     _next.loader.exec_module(importlib.util.module_from_spec(_next))

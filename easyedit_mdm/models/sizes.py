@@ -1,0 +1,123 @@
+"""How large a model is and what editing it takes, from its configuration alone: no weights are read, and nothing is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from easyedit_mdm.errors import CheckpointError
+from easyedit_mdm.models.families import FAMILIES
+from easyedit_mdm.models.loading import _dtype, _empty_model, detect, read_config, weight_files
+from easyedit_mdm.models.spec import FamilySpec
+
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ROWS, LENGTH, SLOTS = 64, 48, 8  # of one pass of the value optimisation: `max_rows` of the large models' files, a prefix with its prompt, a target
+_MOST_LAYERS = 1000  # that are believed of a configuration without weights
+
+_LLADA: dict[str, Any] = {
+    "architectures": ["LLaDAModelLM"], "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288,
+    "vocab_size": 126464, "embedding_size": 126464, "max_sequence_length": 4096, "weight_tying": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+_DREAM: dict[str, Any] = {
+    "architectures": ["DreamModel"], "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+# the sizes in the published config.json of the models that hyperparameter files ship for, for those who have not fetched them yet
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "GSAI-ML/LLaDA-8B-Base": _LLADA, "GSAI-ML/LLaDA-8B-Instruct": _LLADA, "GSAI-ML/LLaDA-1.5": _LLADA,
+    "Dream-org/Dream-v0-Base-7B": _DREAM, "Dream-org/Dream-v0-Instruct-7B": _DREAM,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A model's measures.
+
+    Attributes:
+        family: its family's name.
+        source: where the configuration was read: a folder, or `published` for the package's own note of it.
+        parameters: how many, tied ones once.
+        dtype: that of the checkpoint.
+        layers, hidden, inner, vocabulary: number of layers, width of the residual stream, width of the keys, rows of the head.
+    """
+
+    family: str
+    source: str
+    parameters: int
+    dtype: str
+    layers: int
+    hidden: int
+    inner: int
+    vocabulary: int
+
+    def weights(self, dtype: str) -> int:
+        """Bytes of the parameters in `dtype`."""
+        return self.parameters * DTYPES[dtype]
+
+    def statistics(self, layers: int = 1) -> int:
+        """Bytes of the second moments of some layers, with the factor that solves with them: float64, on the CPU."""
+        return 2 * 8 * self.inner**2 * layers
+
+    def activations(self, dtype: str, rows: int = ROWS, length: int = LENGTH, slots: int = SLOTS) -> int:
+        """Bytes that one pass of the value optimisation keeps for its gradient, at most: an estimate, for an edit at the first layer."""
+        token = DTYPES[dtype] * (8 * self.hidden + 3 * self.inner) + 4 * 4 * self.hidden  # norms are taken in float32
+        logits = 3 * 4 * rows * slots * self.vocabulary  # in float32, their softmax, the gradient
+        return rows * length * (self.layers * token + DTYPES[dtype] * self.hidden) + logits
+
+
+def model_size(name_or_folder: str | Path) -> ModelSize:
+    """The measures of a model folder, of a hub id in the hub's cache, or of one whose sizes the package knows.
+
+    Raises:
+        CheckpointError: if it is none of these, or its configuration cannot be used.
+    """
+    folder = _here(str(name_or_folder))
+    if folder is None:
+        config, files = PUBLISHED[str(name_or_folder)], None
+        spec = _by_architecture(config)
+    else:
+        config = read_config(folder)
+        files = weight_files(folder) if any(folder.glob("model*.safetensors*")) else None
+        spec = _by_architecture(config) if files is None else detect(config, files)
+    model = _empty_model(spec, config, _MOST_LAYERS if files is None else len(files))
+    blocks = model.get_submodule(spec.paths.block.rsplit(".", 1)[0])
+    down = tuple(model.get_submodule(spec.paths.down.format(0)).weight.shape)
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    inner = next((n for n in down if n != hidden), hidden)
+    parameters = sum(p.numel() for p in model.parameters())
+    dtype = str(_dtype(None, config)).removeprefix("torch.")
+    return ModelSize(spec.name, str(folder or "published"), parameters, dtype, len(blocks), hidden, inner, vocabulary)
+
+
+def _here(name: str) -> Path | None:
+    """The model's folder on this machine; None where only its published sizes are known."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        cached = None
+    if isinstance(cached, str):
+        return Path(cached).parent
+    if name in PUBLISHED:
+        return None
+    raise CheckpointError(
+        f"{name!r} is neither a folder, nor one of the package's twins, nor in the hub's cache on this machine, so its size is not known: "
+        f"fetch its config.json first (hf download {name} config.json), or give its folder"
+    )
+
+
+def _by_architecture(config: Mapping[str, Any]) -> FamilySpec:
+    """The family that a configuration names, where there are no weights to tell it by."""
+    listed = config.get("architectures")
+    found = [FAMILIES[n] for n in FAMILIES if isinstance(listed, list) and listed[:1] and listed[0] in FAMILIES[n].architectures]
+    if not found:
+        known = sorted({a for n in FAMILIES for a in FAMILIES[n].architectures})
+        raise CheckpointError(f"architecture {listed!r} is not known. Known: {', '.join(known)}. A new family is one file: docs/extending.md")
+    return found[0]
