@@ -97,7 +97,7 @@ def _here(name: str) -> Path | None:
     if folder.is_dir():
         return folder
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import HFValidationError
 
     try:
         cached = try_to_load_from_cache(name, "config.json")
