@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for add in (_add_demo, _add_run, _add_edit, _add_edits, _add_stats, _add_bench, _add_compare, _add_trace, _add_sweep, _add_twins):
+    for add in (_add_demo, _add_doctor, _add_run, _add_edit, _add_edits, _add_stats, _add_bench, _add_compare, _add_trace, _add_sweep, _add_twins):
         add(commands)
     return parser
 
@@ -42,6 +42,14 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--out", default="demo", help="folder for demo.html and demo.json (default: demo)")
     demo.add_argument("--easyedit-home", help="a clone of EasyEdit (default: EASYEDIT_HOME, or the installed one)")
     demo.set_defaults(command=_demo)
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser("doctor", help="what is here, what will not work and what to do (exit status 1 if no twin can be edited)")
+    doctor.add_argument("--model", help="a twin, a folder or a hub id: what editing it takes, against the memory here; no weights are loaded")
+    doctor.add_argument("--easyedit-home", help="a clone of EasyEdit (default: EASYEDIT_HOME, or the installed one)")
+    doctor.add_argument("--json", dest="file", help="write the report to this file")
+    doctor.set_defaults(command=_doctor)
 
 
 def _add_run(commands: Any) -> None:
@@ -223,6 +231,12 @@ def _demo(args: argparse.Namespace, rest: list[str]) -> int:
     from easyedit_mdm.demo import run_demo
 
     return 0 if run_demo(args.out, args.easyedit_home) else 1
+
+
+def _doctor(args: argparse.Namespace, rest: list[str]) -> int:
+    from easyedit_mdm.doctor import doctor
+
+    return 0 if doctor(args.model, args.easyedit_home, args.file) else 1
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> int:

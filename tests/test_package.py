@@ -64,3 +64,15 @@ def test_every_package_is_in_the_wheel():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "easyedit_mdm").rglob("*.py")}
     assert found | {"easyedit_mdm.hparams"} == listed
+
+
+def test_every_error_has_its_cause_and_cure_in_the_docs():
+    """docs/errors.md: one row a class of `easyedit_mdm.errors`, no row of a class that is gone, nothing left empty."""
+    from easyedit_mdm import errors
+
+    classes = {n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, errors.EasyEditMDMError)} - {"EasyEditMDMError"}
+    text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")]
+    assert sorted(row[0].strip("`") for row in rows) == sorted(classes)
+    assert all(len(row) == 3 and min(map(len, row)) > 10 for row in rows), "a class, its cause, its cure"
+    assert "EasyEditMDMError" in text

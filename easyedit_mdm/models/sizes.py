@@ -9,7 +9,7 @@ from typing import Any
 
 from easyedit_mdm.errors import CheckpointError
 from easyedit_mdm.models.families import FAMILIES
-from easyedit_mdm.models.loading import _dtype, _empty_model, detect, read_config, weight_files
+from easyedit_mdm.models.loading import _dtype, _empty_model, _tied_names, detect, read_config, weight_files
 from easyedit_mdm.models.spec import FamilySpec
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -86,7 +86,7 @@ def model_size(name_or_folder: str | Path) -> ModelSize:
     down = tuple(model.get_submodule(spec.paths.down.format(0)).weight.shape)
     vocabulary, hidden = model.get_input_embeddings().weight.shape
     inner = next((n for n in down if n != hidden), hidden)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for n, p in model.named_parameters() if n not in _tied_names(model))
     dtype = str(_dtype(None, config)).removeprefix("torch.")
     return ModelSize(spec.name, str(folder or "published"), parameters, dtype, len(blocks), hidden, inner, vocabulary)
 
@@ -97,7 +97,7 @@ def _here(name: str) -> Path | None:
     if folder.is_dir():
         return folder
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import HFValidationError
 
     try:
         cached = try_to_load_from_cache(name, "config.json")

@@ -328,6 +328,10 @@ def build_model(recipe: Recipe, vocab_size: int, eos: int) -> Any:
         return make_model(config)
 
 
+def _modules(recipe: Recipe, tokenizer: Any) -> torch.nn.ModuleDict:
+    return torch.nn.ModuleDict({"model": build_model(recipe, len(tokenizer), tokenizer.eos_token_id), "writer": _writer(recipe)})
+
+
 def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_seconds: float = 300.0) -> dict:
     """Train one twin, or go on with it where `out` holds a checkpoint of the same recipe; on a GPU where there is one.
 
@@ -347,9 +351,7 @@ def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_se
 
     accelerator = Accelerator(mixed_precision="bf16")
     out.mkdir(parents=True, exist_ok=True)
-    modules = torch.nn.ModuleDict({"model": build_model(recipe, len(tokenizer), tokenizer.eos_token_id), "writer": _writer(recipe)}).to(
-        accelerator.device
-    )
+    modules = _modules(recipe, tokenizer).to(accelerator.device)
     if recipe.start_from:
         modules.load_state_dict({k: v for k, v in load_file(f"{recipe.start_from}/checkpoint.safetensors").items() if not k.startswith("adam.")})
     optimizer = torch.optim.AdamW(_groups(modules, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.98), fused=True)
