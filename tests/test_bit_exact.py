@@ -30,6 +30,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SEQUENCES = 1200
 
 
+@pytest.fixture(autouse=True, scope="module")
+def ctrl_c_works():
+    """Python's own handler of Ctrl-C: a shell that starts the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Small(nn.Module):
     """Three weights, the last tied to the first under a second name."""
 

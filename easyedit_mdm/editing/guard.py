@@ -48,7 +48,7 @@ class GuardConfig:
     norm_ratio: float | int | None = 20.0
     condition: float | int | None = 1e9
     denominator: float | int | None = 1e-4
-    perplexity_ratio: float | int | None = 1.5
+    perplexity_ratio: float | int | None = 3.0
     text: str | None = None
 
     def __post_init__(self) -> None:
