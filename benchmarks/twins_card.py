@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from multi_token.study import GRID
+
 from easyedit_mdm.twins import TWINS
 
 HERE = Path(__file__).parent
@@ -47,22 +49,24 @@ def evaluation() -> str:
     return table(["model", "", "facts a length", *(f"N = {n}" for n in LENGTHS)], rows)
 
 
-def layers() -> str:
-    """Success as an activation by layer."""
-    parts = []
-    for name in TWINS:
-        path = HERE / f"twins_layers-{name}.json"
-        if path.exists():
-            found = json.loads(path.read_text())["results"]
-            rows = [[str(k), *(f"{r['activation']:.2f}" for r in found if r["layer"] == k)] for k in sorted({r["layer"] for r in found})]
-            parts.append(f"`{name}` ({found[0]['n']} facts a cell):\n\n" + table(["layer", *(f"N = {n}" for n in LENGTHS)], rows))
-    return "\n".join(parts)
+def search() -> str:
+    """The study's tries on the validation split."""
+    rows = []
+    for path in sorted((HERE / "multi_token" / "results").glob("search-*.jsonl")):
+        header, *found = (json.loads(line) for line in path.read_text().splitlines())
+        for key in dict.fromkeys((r["method"], r["arm"], r["try"]) for r in found):
+            some = [r for r in found if (r["method"], r["arm"], r["try"]) == key]
+            tried = GRID[key[0]][key[2]]
+            shares = [f"{sum(float(r.get(m) or 0) for r in some) / len(some):.2f}" for m in ("exact", "paraphrase", "kept")]
+            where = [str(tried["layers"]), f"{tried['clamp_norm_factor']:g}"]
+            rows.append([f"`{header['model']}`", key[0], key[1], *where, str(len(some)), *shares])
+    return table(["model", "method", "states", "layers", "clamp", "edits", "exact", "paraphrase", "kept"], rows)
 
 
 def main() -> None:
     """Rewrite the card."""
     text = CARD.read_text()
-    for name, part in (("training", training), ("evaluation", evaluation), ("layers", layers)):
+    for name, part in (("training", training), ("evaluation", evaluation), ("search", search)):
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise SystemExit(f"{CARD} has no place marked {name}")

@@ -113,6 +113,11 @@ def series(model: str, method: str, arm: str) -> list[Line]:
     return [row for row in lines("run", model) if (row["method"], row["arm"]) == (method, arm)]
 
 
+def methods_run() -> list[str]:
+    """The methods that some model was run with."""
+    return [method for method in METHODS if any(series(model, method, "plain") for model in MODELS)]
+
+
 def arms_of(model: str) -> list[str]:
     """The arms that a model was run with."""
     return [arm for arm in ARMS if any(series(model, m, arm) for m in METHODS)]
@@ -138,10 +143,12 @@ def verdict(e: Line) -> str:
 def primary() -> str:
     """Success by length, the paired differences and the verdicts."""
     by_length, differences = [], []
-    for masked, method in ((pair, m) for pair in FAMILIES for m in METHODS):
+    for masked, method in ((pair, m) for pair in FAMILIES for m in methods_run()):
         for model in masked:
             for arm in arms_of(model):
                 rows = series(model, method, arm)
+                if not rows:
+                    continue
                 cells = [told(estimate([r for r in rows if r["n_tokens"] == n], "exact")) for n in range(1, 9)]
                 by_length.append([f"`{model}`", method, arm, str(len(rows)), *cells])
         plain, aware, reference = series(masked[1], method, "plain"), series(masked[1], method, "aware"), series(masked[0], method, "plain")
@@ -178,9 +185,11 @@ def secondary() -> str:
     """All other outcomes, over all lengths."""
     rows = []
     for model in MODELS:
-        for method in METHODS:
+        for method in methods_run():
             for arm in arms_of(model):
                 some = series(model, method, arm)
+                if not some:
+                    continue
                 rows.append([f"`{model}`", method, arm, *(told(estimate(some, m)) for m in MEASURES)])
     return table(["model", "method", "arm", *(m.replace("_", " ") for m in MEASURES)], rows)
 
@@ -189,11 +198,12 @@ def closed() -> str:
     """Closed list of whole names against compositional objects, N = 2..8."""
     rows = []
     for model in MODELS:
-        for method in METHODS:
+        for method in methods_run():
             for arm in arms_of(model):
                 some = [r for r in lines("closed", model) if (r["method"], r["arm"]) == (method, arm) and r["n_tokens"] > 1]
                 own = [r for r in series(model, method, arm) if r["n_tokens"] in (2, 4, 8)]
-                rows.append([f"`{model}`", method, arm, told(estimate(some, "exact")), told(estimate(own, "exact"))])
+                if some:
+                    rows.append([f"`{model}`", method, arm, told(estimate(some, "exact")), told(estimate(own, "exact"))])
     return table(["model", "method", "arm", "closed list, N = 2, 4, 8", "compositional, the same N"], rows)
 
 
@@ -224,8 +234,8 @@ def figure(path: Path) -> None:
     from matplotlib import pyplot
 
     matplotlib.rcParams["svg.hashsalt"] = "multi_token"
-    drawn, axes = pyplot.subplots(len(METHODS), len(FAMILIES), figsize=(9, 6), sharex=True, sharey=True)
-    for i, method in enumerate(METHODS):
+    drawn, axes = pyplot.subplots(len(methods_run()), len(FAMILIES), figsize=(9, 1 + 3 * len(methods_run())), sharex=True, sharey=True, squeeze=False)
+    for i, method in enumerate(methods_run()):
         for j, (causal, masked) in enumerate(FAMILIES):
             curves = {
                 "autoregressive": series(causal, method, "plain"),
@@ -269,6 +279,7 @@ def main() -> None:
         }  # fmt: skip
         known = [f"{m}: {len({r['subject'] for r in lines('run', m)})} of 120 facts known" for m in MODELS if lines("run", m)]
         text = "<!-- made by `python benchmarks/multi_token/report.py tables` -->\n" + "; ".join(known) + ".\n"
+        parts = {title: part for title, part in parts.items() if part.count("\n") > 2}  # what was not run is left out
         (HERE / "results.md").write_text(text + "".join(f"\n## {title}\n{part}" for title, part in parts.items()))
         figure(HERE / "success.svg")
     else:
