@@ -360,9 +360,7 @@ def _sweep(args: argparse.Namespace, rest: list[str]) -> int:
     from easyedit_mdm.bench.stats import parse_layers
     from easyedit_mdm.bench.sweep import SweepJob, sweep
 
-    config = BenchConfig(
-        args.alg, args.hparams, args.dataset, args.data_dir, args.data_file, args.limit, args.seed, light=True, device=args.device
-    )
+    config = BenchConfig(args.alg, args.hparams, args.dataset, args.data_dir, args.data_file, args.limit, args.seed, light=True, device=args.device)
     layers = None if args.layers is None else parse_layers(args.layers)
     sweep(SweepJob(config, layers, args.windows, args.trace_file, args.trace_limit), args.out)
     return 0

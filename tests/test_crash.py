@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import signal
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,27 +26,32 @@ from easyedit_mdm.statistics import moments_for
 from easyedit_mdm.twins.folders import twin_folder
 
 SHORT, LONG = 4, 50
+needs_processes = pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs a server of processes")
 NO_PLACE = Path("/sys/kernel/easyedit_mdm") if Path("/sys/kernel").is_dir() else None
 
 
-def in_child(work: Callable[[], object], kill_after: float | None = None) -> bool:
-    """Run `work` in a forked process, killing it (SIGKILL) after some seconds; whether it ended by itself."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on forks of processes with threads
-        pid = os.fork()
-    if pid == 0:
-        try:
-            torch.set_num_threads(1)
-            work()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
+def _run(make: Callable[..., Callable[[], object]], arguments: tuple) -> None:
+    """What a child does."""
+    torch.set_num_threads(1)
+    make(*arguments)()
+
+
+def in_child(make: Callable[..., Callable[[], object]], *arguments: object, kill_after: float | None = None) -> bool:
+    """Run `make(*arguments)()` in a process of its own, killing it (SIGKILL) after some seconds; whether it ended by itself.
+
+    The processes are forked from a server that has imported the libraries and done nothing: a fork of this process would inherit the
+    locks that its other threads (progress bars, OpenMP) happen to hold.
+    """
+    children = multiprocessing.get_context("forkserver")
+    children.set_forkserver_preload(["easyedit_mdm.bench.run", "easyedit_mdm.statistics", "transformers.models.auto"])
+    child = children.Process(target=_run, args=(make, arguments))
+    child.start()
     if kill_after is not None:
         time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the run itself failed"
-    return not os.WIFSIGNALED(status)
+        child.kill()
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL), "the run itself failed"
+    return child.exitcode == 0
 
 
 def without_times(value):
@@ -91,17 +96,18 @@ def stats_result(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "stats").iterdir()}
 
 
-def kills(points: int, make: Callable[[Path], Callable[[], object]], result: Callable[[Path], object], folder: Path) -> int:
+def kills(points: int, make: Callable[..., Callable[[], object]], model: object, result: Callable[[Path], object], folder: Path) -> int:
     """Start, kill at a random moment, resume: the result of a run that was left alone, each time. Returns how many were killed at work."""
-    (folder / "whole").mkdir()
-    began = time.monotonic()
-    assert in_child(make(folder / "whole"))
+    for name in ("whole", "timed"):  # the first one also starts the server of processes
+        (folder / name).mkdir()
+        began = time.monotonic()
+        assert in_child(make, folder / name, model)
     length, wanted, rng, struck = time.monotonic() - began, result(folder / "whole"), random.Random(0), 0
     for number in range(points):
         here = folder / str(number)
         here.mkdir()
-        struck += not in_child(make(here), kill_after=rng.uniform(0.02, 0.95) * length)
-        assert in_child(make(here)), "and the second time to the end"
+        struck += not in_child(make, here, model, kill_after=rng.uniform(0.02, 0.95) * length)
+        assert in_child(make, here, model), "and the second time to the end"
         assert result(here) == wanted, f"killed at point {number}"
         assert not [p for p in here.rglob("*") if p.name.endswith((".part", ".tmp"))], "nothing is left lying about"
     return struck
@@ -115,28 +121,30 @@ def quick(tmp_path) -> str:
     return str(tmp_path / "quick.yaml")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@needs_processes
 def test_bench_killed(tmp_path, quick):
     """kill -9 at random points of a bench."""
-    assert kills(SHORT, lambda folder: bench_run(folder, quick), bench_result, tmp_path) >= 2
+    assert kills(SHORT, bench_run, quick, bench_result, tmp_path) >= 2
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@needs_processes
 def test_statistics_killed(tmp_path):
     """kill -9 at random points of a collection: the same bytes."""
-    assert kills(SHORT, lambda folder: stats_run(folder, twin_folder("twin-llama")), stats_result, tmp_path) >= 2
+    assert kills(SHORT, stats_run, twin_folder("twin-llama"), stats_result, tmp_path) >= 2
 
 
 @pytest.mark.long
+@needs_processes
 def test_bench_killed_at_fifty_points(tmp_path, quick):
     """As above, fifty times."""
-    assert kills(LONG, lambda folder: bench_run(folder, quick), bench_result, tmp_path) >= LONG // 2
+    assert kills(LONG, bench_run, quick, bench_result, tmp_path) >= LONG // 2
 
 
 @pytest.mark.long
+@needs_processes
 def test_statistics_killed_at_fifty_points(tmp_path):
     """As above, fifty times."""
-    assert kills(LONG, lambda folder: stats_run(folder, twin_folder("twin-llama")), stats_result, tmp_path) >= LONG // 2
+    assert kills(LONG, stats_run, twin_folder("twin-llama"), stats_result, tmp_path) >= LONG // 2
 
 
 # ---- whole or not at all -------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from easyedit_mdm import ROMEMDMHyperParams, make_edit
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.errors import StatisticsError
 from easyedit_mdm.models.hooks import reading_input
-from easyedit_mdm.statistics import CollectConfig, SecondMoments, TextSource, cache_folder, collect, collecting, moments_for, read, text_source
+from easyedit_mdm.statistics import CollectConfig, SecondMoments, TextSource, cache_folder, collect, collecting, moments_for, read, store, text_source
 
 TEXT = "The river song of the old city was written by a good singer in the year 1923. " * 40
 
@@ -79,6 +79,36 @@ def test_resumes_where_it_stood(tiny, tmp_path, monkeypatch):
     again = collect(model, [site], source(TEXT * 4), config, checkpoint)[site.name]
     assert torch.allclose(again.moment, whole.moment, rtol=1e-12)
     assert [args[2][0].tolist() for args in calls].count(calls[0][2][0].tolist()) == 1
+
+
+@pytest.mark.parametrize("stop", ["one result", "both results"])
+def test_stopped_while_results_are_stored(tiny, tmp_path, monkeypatch, stop):
+    """Stopped between the writing of two results, or just before the checkpoint goes, the next run ends with the same files and no more."""
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def run(folder):
+        model = tiny("llada")
+        moments_for(model, [model.site(1), model.site(2)], tmp_path / "text.txt", 300, folder, checkpoint_every=0.0)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    whole = run(tmp_path / "whole")
+    assert len(whole) == 2
+    writing = store.write
+
+    def stopping(file, moments):
+        written = len([p for p in file.parent.iterdir() if p.name.startswith("mom2")])
+        if stop == "both results" or not written:
+            writing(file, moments)
+        if stop == "one result" or written:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut")
+    left = [p.name for p in (tmp_path / "cut").iterdir()]
+    assert len(left) == (2 if stop == "one result" else 3) and sum(name.startswith("unfinished") for name in left) == 1
+    assert run(tmp_path / "cut") == whole
 
 
 def test_stops_when_settled(tiny):

@@ -295,4 +295,3 @@ def _merge(path: Path, header: dict[str, Any], cases: list[BenchCase], world: in
     write_text(path, "\n".join([json.dumps(header, sort_keys=True), *merged]) + "\n")
     for part in parts:
         part.unlink()
-

@@ -114,9 +114,7 @@ def layer_choices(
     return found
 
 
-def _setting(
-    config: BenchConfig, adapter: Adapter, hparams: ROMEMDMHyperParams, layers: list[int], loaded: Loaded, folder: Path
-) -> dict[str, Any]:
+def _setting(config: BenchConfig, adapter: Adapter, hparams: ROMEMDMHyperParams, layers: list[int], loaded: Loaded, folder: Path) -> dict[str, Any]:
     """All cases edited at some layers, from the run file where it is whole already."""
     name = "-".join(map(str, sorted({layers[0], layers[-1]})))
     method = ours(adapter, replace(hparams, layers=layers))

@@ -219,10 +219,7 @@ def decode(
     for step in range(max((p.steps for p in state.plans), default=0)):
         rows = torch.tensor([r for r, p in enumerate(state.plans) if step < p.steps], device=state.ids.device)
         _denoise(adapter, state, rows, step, config, generator)
-    return [
-        Trajectory(*(getattr(state, name)[r, :n].cpu() for name in ("tokens", "step", "confidence", "one_step")))
-        for r, n in enumerate(lengths)
-    ]
+    return [Trajectory(*(getattr(state, name)[r, :n].cpu() for name in ("tokens", "step", "confidence", "one_step"))) for r, n in enumerate(lengths)]
 
 
 def _check(adapter: Adapter, prompts: Sequence[Tensor], lengths: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ from easyedit_mdm.editing.rows import Fact
 from easyedit_mdm.editing.value import optimise
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
-from easyedit_mdm.models.hooks import changing_output
+from easyedit_mdm.models.hooks import adding_at
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,7 @@ def success_as_activation(adapter: Adapter, values: Activations, config: DecodeC
     for length in sorted({len(f.target) for f in values.facts}):  # rows of one length take the same steps, in the same order
         which = [i for i, f in enumerate(values.facts) if len(f.target) == length]
         at = torch.tensor([values.facts[i].contexts[0].site for i in which])
-
-        def add(out: Tensor, which: list[int] = which, at: Tensor = at) -> Tensor:
-            """delta at each row's site."""
-            out = out.clone()
-            out[torch.arange(len(which)), at] += values.deltas[which].to(out.device, out.dtype)
-            return out
-
-        with changing_output(adapter.module(values.site.name), add):
+        with adding_at(adapter.module(values.site.name), at, values.deltas[which]):
             paths = decode(adapter, [values.facts[i].contexts[0].ids for i in which], [length] * len(which), config)
         for i, path in zip(which, paths):
             done[i] = bool(torch.equal(path.tokens[:length], values.facts[i].target))

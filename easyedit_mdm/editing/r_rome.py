@@ -34,9 +34,7 @@ class RROMEMDMHyperParams(ROMEMDMHyperParams):
     KEY_AVERAGES: ClassVar[tuple[str, ...]] = ("single", "prompt")
 
 
-def r_rome(
-    adapter: Adapter, requests: Sequence[EditRequest], hparams: RROMEMDMHyperParams, values: Sequence[Optimised] | None = None
-) -> Edit:
+def r_rome(adapter: Adapter, requests: Sequence[EditRequest], hparams: RROMEMDMHyperParams, values: Sequence[Optimised] | None = None) -> Edit:
     """Make (not apply) the edit for one request.
 
     Raises:

@@ -13,7 +13,7 @@ from easyedit_mdm.editing.rows import Fact
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
 from easyedit_mdm.models.geometry import right_padded
-from easyedit_mdm.models.hooks import changing_output
+from easyedit_mdm.models.hooks import adding_at
 
 
 @torch.no_grad()
@@ -61,13 +61,6 @@ def _slots(
     start = torch.tensor([len(f.contexts[0].ids) for f in facts])
     at = (start[:, None] + torch.arange(most)).clamp(max=ids.shape[1] - 1).to(ids.device)
     where = torch.tensor([f.contexts[0].site for f in facts])
-
-    def add_delta(out: Tensor) -> Tensor:
-        """delta at each row's site."""
-        out = out.clone()
-        out[torch.arange(len(where)), where] += torch.stack(list(deltas)).to(out.device, out.dtype)
-        return out
-
-    with changing_output(adapter.module(site.name), add_delta):
+    with adding_at(adapter.module(site.name), where, torch.stack(list(deltas))):
         probabilities = adapter.token_logits(ids, mask, at=at).float().softmax(-1).cpu()
     return [row[: len(tail)] for row, tail in zip(probabilities, tails)]

@@ -71,9 +71,7 @@ def check_modules(adapter: Adapter, hparams: ROMEMDMHyperParams) -> Site:
     return site
 
 
-def rome(
-    adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams, values: Sequence[Optimised] | None = None
-) -> Edit:
+def rome(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams, values: Sequence[Optimised] | None = None) -> Edit:
     """Make (not apply) the edit for one request.
 
     Raises:

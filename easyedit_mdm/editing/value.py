@@ -28,7 +28,7 @@ from easyedit_mdm.editing.rows import Fact, Rows, build_rows
 from easyedit_mdm.errors import OptimisationError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
-from easyedit_mdm.models.hooks import changing_output, frozen
+from easyedit_mdm.models.hooks import adding_at, frozen
 from easyedit_mdm.models.prefix import Prefix, can_keep, logits_after, read_prefix
 
 
@@ -242,15 +242,7 @@ class _Forward:
 
     def _chunk(self, rows: Rows, below: Below, deltas: Float[Tensor, "active width"], place: Tensor) -> Float[Tensor, " active"]:
         """NLL and KL of some rows, added up by fact."""
-
-        def add_delta(out: Tensor) -> Tensor:
-            """delta at each row's site."""
-            extra = torch.zeros_like(out)
-            index = torch.arange(len(rows), device=out.device)
-            extra[index, rows.site.to(out.device) - below.start] = deltas[place[rows.fact].to(deltas.device)].to(out.device, out.dtype)
-            return out + extra
-
-        with changing_output(self.adapter.module(self.site.name), add_delta):
+        with adding_at(self.adapter.module(self.site.name), rows.site - below.start, deltas[place[rows.fact].to(deltas.device)]):
             logits = below.logits(self.adapter, self.site.layer, rows)
         log_probs = logits.float().log_softmax(-1)
         right = log_probs.gather(-1, rows.tokens.to(log_probs.device)[..., None])[..., 0]

@@ -21,9 +21,7 @@ from easyedit_mdm.models.geometry import right_padded
 from easyedit_mdm.models.prompts import encode, target_ids
 
 
-def score_prompts(
-    adapter: Adapter, prompts: Sequence[str], answers: Sequence[str], config: DecodeConfig = DecodeConfig()
-) -> list[dict[str, Any]]:
+def score_prompts(adapter: Adapter, prompts: Sequence[str], answers: Sequence[str], config: DecodeConfig = DecodeConfig()) -> list[dict[str, Any]]:
     """Decode after each prompt and compare with its answer; all prompts go through the model together.
 
     Args:

@@ -55,6 +55,19 @@ def changing_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
 
 
 @contextmanager
+def adding_at(module: nn.Module, at: Tensor, values: Tensor) -> Iterator[None]:
+    """Add `values` (rows x width) to the output of `module`, one vector a row, at column `at` of each; gradients go into `values`."""
+
+    def add(out: Tensor) -> Tensor:
+        extra = torch.zeros_like(out)
+        extra[torch.arange(len(out), device=out.device), at.to(out.device)] = values.to(out.device, out.dtype)
+        return out + extra
+
+    with changing_output(module, add):
+        yield
+
+
+@contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for gradients inside the block; each one's flag is put back after it."""
     flags = [(p, p.requires_grad) for p in model.parameters()]

@@ -108,16 +108,20 @@ def _read_or_collect(
         settings = _settings(model, source, config)
         files = {site.name: folder / f"mom2-{site.name}-{run_name(settings, [site])}.safetensors" for site in sites}
         found |= {name: read(file, model) for name, file in files.items() if name not in found and file.exists()}
+    # settings and files are those of the model as it is now; the checkpoint is named after all sites asked for, so that a run that was
+    # killed between the writing of two results, or after the last, is found again by the next that asks for the same
+    checkpoint = folder / f"unfinished-{run_name(settings, sites)}.safetensors"
     absent = [site for site in sites if site.name not in found]
-    if absent:  # settings and files are those of the model as it is now
+    if absent:
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = folder / f"unfinished-{run_name(settings, absent)}.safetensors"
         for name, moments in collect(adapter, absent, source, config, checkpoint, every).items():
             moments.settings = {**settings, "site": name, "tokens_seen": moments.tokens, "dataset": source.name}
             write(files[name], moments)
             found[name] = moments
-        checkpoint.unlink(missing_ok=True)
+    if checkpoint.exists():
+        with explained(checkpoint, "removed"):
+            checkpoint.unlink(missing_ok=True)
     return found
 
 

@@ -144,9 +144,7 @@ class Runs:
         clean = self._clean_outputs[kind][layer].to(out.device, out.dtype)
         return torch.where(where.to(out.device)[..., None], clean, out)
 
-    def _run(
-        self, samples: Tensor | None, slots: Tensor, canvas: Tensor | None = None, layer: int = 0, hidden: Tensor | None = None
-    ) -> Answer:
+    def _run(self, samples: Tensor | None, slots: Tensor, canvas: Tensor | None = None, layer: int = 0, hidden: Tensor | None = None) -> Answer:
         """Rows of one forward pass, read at `slots`; from the embedding, or from `layer` on given its input."""
         adapter = self.adapter
         rows = 1 if samples is None else len(samples)
