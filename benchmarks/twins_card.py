@@ -1,6 +1,6 @@
 """Put the figures of benchmarks/ into the twins' model card (easyedit_mdm/twins/README.md), between its markers.
 
-    python benchmarks/twins_card.py
+python benchmarks/twins_card.py
 """
 
 from __future__ import annotations

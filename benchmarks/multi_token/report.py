@@ -1,7 +1,7 @@
 """Tables and figure of PROTOCOL.md from `results/`.
 
-    python benchmarks/multi_token/report.py freeze      (the search's choice -> frozen.yaml)
-    python benchmarks/multi_token/report.py tables      (-> results.md, success.svg)
+python benchmarks/multi_token/report.py freeze      (the search's choice -> frozen.yaml)
+python benchmarks/multi_token/report.py tables      (-> results.md, success.svg)
 """
 
 from __future__ import annotations
@@ -38,23 +38,19 @@ COLOURS = {"autoregressive": "#7a7a7a", "masked, plain": "#d1495b", "masked, awa
 Line = dict[str, Any]
 
 
-def lines(command: str, model: str) -> list[Line]:
-    """The finished edits of a command, without those of facts that the model did not know; [] if it was not run."""
+def lines(command: str, model: str, known: bool = True) -> list[Line]:
+    """The lines of a command, those of facts that the model knew where it is about edits; [] if it was not run."""
     path = RESULTS / f"{command}-{model}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()[1:]] if path.exists() else []
-    return [row for row in rows if row["known"]]
+    return [row for row in rows if row["known"]] if known else rows
 
 
 def value(line: Line, measure: str) -> float | None:
     """One measure of one edit; a failed optimisation succeeded in nothing."""
     found = line.get(measure)
-    return (
-        0.0
-        if found is None and "error" in line and measure in ("exact", "paraphrase", "first_commit", "one_step")
-        else None
-        if found is None
-        else float(found)
-    )
+    if found is None:
+        return 0.0 if "error" in line and measure in ("exact", "paraphrase", "first_commit", "one_step") else None
+    return float(found)
 
 
 def estimate(rows: Sequence[Line], measure: str) -> Line:
@@ -62,11 +58,11 @@ def estimate(rows: Sequence[Line], measure: str) -> Line:
     return bootstrap_mean([value(row, measure) for row in rows], [row["subject"] for row in rows])
 
 
-def told(e: Line, signed: bool = False) -> str:
+def told(e: Line, signed: bool = False, digits: int = 2) -> str:
     """`0.95 [0.93, 0.97]`."""
     if e["mean"] is None:
         return "-"
-    form = "{:+.3f}" if signed else "{:.2f}"
+    form = "{:+.3f}" if signed else f"{{:.{digits}f}}"
     low, high = ("-" if x is None else form.format(x) for x in (e["low"], e["high"]))
     return f"{form.format(e['mean'])} [{low}, {high}]"
 
@@ -142,7 +138,7 @@ def verdict(e: Line) -> str:
 
 def primary() -> str:
     """Success by length, the paired differences and the verdicts."""
-    by_length, differences = [], []
+    lengths, differences = [], []
     for masked, method in ((pair, m) for pair in FAMILIES for m in methods_run()):
         for model in masked:
             for arm in arms_of(model):
@@ -150,7 +146,7 @@ def primary() -> str:
                 if not rows:
                     continue
                 cells = [told(estimate([r for r in rows if r["n_tokens"] == n], "exact")) for n in range(1, 9)]
-                by_length.append([f"`{model}`", method, arm, str(len(rows)), *cells])
+                lengths.append([f"`{model}`", method, arm, str(len(rows)), *cells])
         plain, aware, reference = series(masked[1], method, "plain"), series(masked[1], method, "aware"), series(masked[0], method, "plain")
         gain, room = paired(aware, plain), paired(reference, plain)
         null = paired(series(masked[1], method, "null"), plain, keep=lambda n: n == 1)
@@ -178,7 +174,52 @@ def primary() -> str:
         "largest gap to autoregressive (aware)",
         "no gap?",
     ]
-    return table(["model", "method", "arm", "edits", *(f"N = {n}" for n in range(1, 9))], by_length) + "\n" + table(head, differences)
+    return table(["model", "method", "arm", "edits", *(f"N = {n}" for n in range(1, 9))], lengths) + "\n" + table(head, differences)
+
+
+def by_length() -> str:
+    """Paired differences at each length: where a gain comes from (looked at afterwards: exploratory)."""
+    rows = []
+    for (causal, masked), method in ((pair, m) for pair in FAMILIES for m in methods_run()):
+        plain, aware, reference = series(masked, method, "plain"), series(masked, method, "aware"), series(causal, method, "plain")
+        for what, first, second in (("aware - plain", aware, plain), ("autoregressive - aware", reference, aware)):
+            if first and second:
+                cells = [told(paired(first, second, keep=lambda n, k=k: n == k), True) for k in range(1, 9)]
+                rows.append([f"`{masked}`", method, what, *cells, told(paired(first, second), True)])
+    return table(["masked model", "method", "what", *(f"N = {n}" for n in range(1, 9)), "N = 2..8"], rows)
+
+
+def failures() -> str:
+    """The edits that failed: whether the value failed already as an activation, and how near they came."""
+    rows = []
+    for model, method in ((model, m) for model in MODELS for m in methods_run()):
+        for arm in arms_of(model):
+            some = [r for r in series(model, method, arm) if not value(r, "exact") and "error" not in r]
+            if not some:
+                continue
+            works = [r for r in some if r["activation"]]
+            near = [r for r in some if r["token_acc"] * r["n_tokens"] >= r["n_tokens"] - 1.01 and r["n_tokens"] > 1]
+            lengths = ", ".join(f"{n}: {k}" for n in range(1, 9) if (k := sum(r["n_tokens"] == n for r in some)))
+            first = sum(bool(r["first_commit"]) for r in some)
+            rows.append([f"`{model}`", method, arm, str(len(some)), lengths, *map(str, (first, len(near), len(some) - len(works), len(works)))])
+    head = ["model", "method", "arm", "failed", "by N", "first token committed is right", "one token wrong"]
+    return table([*head, "value fails as an activation too", "value works as an activation"], rows)
+
+
+def keys() -> str:
+    """Cosine of the key with the target partly revealed and with nothing revealed, and the share of delta that arrives, by layer."""
+    rows = []
+    for model in MODELS:
+        found = lines("keys", model, known=False)
+        for layer in sorted({r["layer"] for r in found}):
+            some = [r for r in found if r["layer"] == layer]
+            subjects = [r["subject"] for r in some]
+            cells = []
+            for measure in ("cos", "delivered"):
+                cells.append(told(bootstrap_mean([sum(r[measure]) / len(r[measure]) for r in some], subjects), digits=3))
+                cells.append(f"{min(min(r[measure]) for r in some):.2f}")
+            rows.append([f"`{model}`", str(layer), str(len(some)), *cells])
+    return table(["model", "layer", "targets", "cos(k(S), k(empty))", "least", "share of delta that arrives in S", "least"], rows)
 
 
 def secondary() -> str:
@@ -274,7 +315,9 @@ def main() -> None:
         freeze()
     elif sys.argv[1:] == ["tables"]:
         parts = {
-            "Primary outcome": primary(), "Secondary outcomes, all lengths": secondary(), "Closed list and compositional objects": closed(),
+            "Primary outcome": primary(), "Differences at each length (exploratory)": by_length(), "Edits that failed": failures(),
+            "Secondary outcomes, all lengths": secondary(), "Keys of the edited place by state (validation, N = 2, 4, 8)": keys(),
+            "Closed list and compositional objects": closed(),
             "Ablations (validation, N = 2, 4, 8)": ablations(), "Batches of 16 facts (validation, N = 2, 4, 8)": ablations("batches"),
         }  # fmt: skip
         known = [f"{m}: {len({r['subject'] for r in lines('run', m)})} of 120 facts known" for m in MODELS if lines("run", m)]
