@@ -85,9 +85,10 @@ def run(file: str, n: int, destructive: int, seed: int) -> dict[str, Any]:
     guard, result = CollapseGuard(model, OFF), {}
     for kind in KINDS:
         rows, failed, began = [], [], time.monotonic()
-        if METHODS[alg_name].batchable and kind.startswith("denominator"):
-            continue  # no single one that could be made small
-        for case in tqdm(chosen[: n if kind == "ordinary" else destructive], desc=f"{file}, {kind}"):
+        some = chosen[: n if kind == "ordinary" else destructive]
+        if not some or METHODS[alg_name].batchable and kind.startswith("denominator"):
+            continue  # batched methods have no single denominator that could be made small
+        for case in tqdm(some, desc=f"{file}, {kind}"):
             try:
                 edit = spoiled(kind, model, case.request(), hparams, generator)
                 rows.append(measured(model, guard, edit, [f if f is not case.fact else facts[0] for f in facts], right))
