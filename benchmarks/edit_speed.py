@@ -7,7 +7,8 @@
 The same test facts of the twins' world, targets of 1 to 4 tokens in turn, the same context prefixes (bare and five), 25 steps, layer 4 (MEMIT:
 layers 2-4); `--early-stop` ends a fact at a loss of 0.05, as EasyEdit always does, otherwise ours never stops early. Statistics are made
 beforehand. FLOPs are those of the forward passes of all linear maps (2 x inputs x outputs a token), counted by hooks; attention's own products are
-not counted. Timings of one run can be compared with each other only.
+not counted. Seconds are those of the CPU (with one thread, what a quiet machine's clock says). `success` is the share of facts whose target the edited
+model writes, token by token; judging is not timed. Timings of one run can be compared with each other only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from easyedit_mdm import load_model, make_edit, register, wrap_model
+from easyedit_mdm import load_model, make_edit, register, score_prompts, wrap_model
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.host.importing import host_module
 from easyedit_mdm.twins.benchmark import cases
@@ -34,6 +35,7 @@ PREFIXES = [
     f"{word}. {{}}"
     for word in ("The river of the old city", "Therefore it was made", "Because he was known", "I was born in a town", "You are a painter")
 ]
+WEIGHT = 100  # lambda: what the twins' own files have
 VALUE = dict(fact_token="subject_last", v_num_grad_steps=25, v_lr=0.5, v_weight_decay=1e-3, clamp_norm_factor=4.0, kl_factor=0.0625)
 
 
@@ -75,32 +77,38 @@ def wide_model() -> torch.nn.Module:
 
 def hparams_of(method: str, layers: list[int], schedule: str, early_stop: bool, dataset: str):
     """Ours."""
-    batch = {} if method == "ROME_MDM" else {"mom2_dataset": dataset, "key_average": "easyedit", "max_rows": 512}
+    batch = {} if method == "ROME_MDM" else {"mom2_update_weight": WEIGHT, "mom2_dataset": dataset, "key_average": "easyedit", "max_rows": 512}
     return METHODS[method].hparams(
         alg_name=method, model_name="benchmark", layers=layers, **VALUE, state_schedule=schedule, early_stop_loss=0.05 if early_stop else 0.0,
         kl_position="subject_last", context_templates=["{}", *PREFIXES], **batch,
     )  # fmt: skip
 
 
-def ours(adapter, method: str, layers: list[int], schedule: str, early_stop: bool, dataset: str) -> Callable[[list[dict]], None]:
-    """All facts in one edit (MEMIT_MDM), or one after another (ROME_MDM)."""
+Run = Callable[[list[dict], Callable[[list[dict]], None]], None]
+
+
+def ours(adapter, method: str, layers: list[int], schedule: str, early_stop: bool, dataset: str) -> Run:
+    """All facts in one edit (MEMIT_MDM), or one after another (ROME_MDM); `judge` is called with each group while its edit is in the weights."""
     hparams = hparams_of(method, layers, schedule, early_stop, dataset)
 
-    def run(requests: list[dict]) -> None:
+    def run(requests: list[dict], judge: Callable[[list[dict]], None]) -> None:
         for group in [requests] if METHODS[method].batchable else [[r] for r in requests]:
-            make_edit(adapter, group, hparams)
+            edit = make_edit(adapter, group, hparams)
+            edit.apply(adapter)
+            judge(group)
+            edit.revert(adapter)
 
     return run
 
 
-def theirs(adapter, method: str, layers: list[int], dataset: str) -> Callable[[list[dict]], None]:
+def theirs(adapter, method: str, layers: list[int], dataset: str) -> Run:
     """EasyEdit's own function, as its editor calls it, the weights put back after each call."""
     module = host_module(f"models.{method.lower()}.{method.lower()}_main")
     module.CONTEXT_TEMPLATES_CACHE = ["{}", *PREFIXES] if method == "ROME" else [["{}"], list(PREFIXES)]
     cls = getattr(host_module("models"), f"{method}HyperParams")
     values = dict(
         alg_name=method, model_name="llama", layers=layers, layer_selection="all", **VALUE, v_loss_layer=adapter.layers - 1,
-        mom2_adjustment=method == "MEMIT", mom2_update_weight=15000, context_template_length_params=[[5, 5]],
+        mom2_adjustment=method == "MEMIT", mom2_update_weight=WEIGHT, context_template_length_params=[[5, 5]],
         rewrite_module_tmp="model.layers.{}.mlp.down_proj",
         layer_module_tmp="model.layers.{}", mlp_module_tmp="model.layers.{}.mlp", attn_module_tmp="model.layers.{}.self_attn",
         ln_f_module="model.norm",
@@ -110,10 +118,11 @@ def theirs(adapter, method: str, layers: list[int], dataset: str) -> Callable[[l
     apply = host_module("util.alg_dict").ALG_DICT[method]
     adapter.tokenizer.padding_side = "right"
 
-    def run(requests: list[dict]) -> None:
+    def run(requests: list[dict], judge: Callable[[list[dict]], None]) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             for group in [requests] if method == "MEMIT" else [[r] for r in requests]:
                 _, originals = apply(adapter.native, adapter.tokenizer, group, hparams, copy=False, return_orig_weights=True)
+                judge(group)
                 with torch.no_grad():
                     for name, value in originals.items():
                         dict(adapter.native.named_parameters())[name].copy_(value)
@@ -121,16 +130,24 @@ def theirs(adapter, method: str, layers: list[int], dataset: str) -> Callable[[l
     return run
 
 
-def measure(name: str, adapter, run: Callable[[list[dict]], None], n: int, warm: bool = True) -> dict:
-    """Seconds and FLOPs a fact."""
-    requests = requests_of(n)
-    if warm:
-        run(requests[:1])
+def measure(name: str, adapter, run: Run, n: int) -> dict:
+    """Seconds, FLOPs and success a fact."""
+    requests, judging, written = requests_of(n), [0.0, 0.0], []
+    run(requests[:1], lambda group: None)
     with counting(adapter) as flops:
-        began = time.perf_counter()
-        run(requests)
-        seconds = time.perf_counter() - began
-    return {"what": name, "facts": n, "seconds_per_fact": seconds / n, "forward_gflops_per_fact": flops[0] / n / 1e9}
+
+        def judge(group: list[dict]) -> None:
+            """Whether the targets are written; what it costs is taken off."""
+            began, before = time.process_time(), flops[0]
+            written.extend(bool(s["exact"]) for s in score_prompts(adapter, [r["prompt"] for r in group], [r["target_new"] for r in group]))
+            judging[0] += time.process_time() - began
+            judging[1] += flops[0] - before
+
+        began = time.process_time()
+        run(requests, judge)
+        seconds = time.process_time() - began - judging[0]
+    gflops = (flops[0] - judging[1]) / n / 1e9
+    return {"what": name, "facts": n, "seconds_per_fact": seconds / n, "forward_gflops_per_fact": gflops, "success": sum(written) / n}
 
 
 def jobs(part: str, early_stop: bool, dataset: str) -> list[tuple[str, object, Callable]]:
@@ -164,7 +181,7 @@ def main() -> None:
     register()
     rows = []
     table = Table(title=f"{args.part}, {args.threads} threads")
-    for column in ("what", "facts", "s / fact", "forward GFLOP / fact", "x EasyEdit ROME (time)", "(FLOPs)"):
+    for column in ("what", "facts", "s / fact", "forward GFLOP / fact", "x EasyEdit ROME (time)", "(FLOPs)", "success"):
         table.add_column(column, justify="left" if column == "what" else "right")
     todo = jobs(args.part, args.early_stop, args.dataset)
     for n in args.facts:
@@ -174,12 +191,13 @@ def main() -> None:
             base = base or row
             row |= {f"{key}_ratio": base[key] / row[key] for key in ("seconds_per_fact", "forward_gflops_per_fact")}
             rows.append(row)
-            cells = (f"{row['seconds_per_fact']:.3f}", f"{row['forward_gflops_per_fact']:.2f}")
-            table.add_row(name, str(n), *cells, f"{row['seconds_per_fact_ratio']:.1f}", f"{row['forward_gflops_per_fact_ratio']:.1f}")
+            cells = [f"{row['seconds_per_fact']:.3f}", f"{row['forward_gflops_per_fact']:.2f}"]
+            cells += [f"{row[f'{key}_ratio']:.1f}" for key in ("seconds_per_fact", "forward_gflops_per_fact")]
+            table.add_row(name, str(n), *cells, f"{row['success']:.2f}")
             Console().print(f"{name}, {n} facts: {row['seconds_per_fact']:.3f} s a fact")
     Console(width=130).print(table)
     if args.out:
-        report = {"part": args.part, "threads": args.threads, "early_stop": args.early_stop, "settings": VALUE, "rows": rows}
+        report = {"part": args.part, "threads": args.threads, "early_stop": args.early_stop, "settings": {**VALUE, "mom2_update_weight": WEIGHT}, "rows": rows}
         Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

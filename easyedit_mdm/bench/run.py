@@ -263,10 +263,13 @@ def _case_ids(path: Path) -> list[Any]:
     return [record.get("case_id") for record in _records(path.read_bytes(), path)[1:]]
 
 
+# where launchers say how many processes there are: torchrun and `accelerate launch` on GPUs, then the MPIs that it uses on CPUs
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
 def _place() -> tuple[int, int]:
-    """This process's number, and how many there are (`accelerate launch` says so in the environment)."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    """This process's number, and how many there are."""
+    if all(int(os.environ.get(name) or 1) <= 1 for name in _SIZES):
         return 0, 1
     from accelerate import PartialState
 
