@@ -7,8 +7,8 @@
 The same test facts of the twins' world, targets of 1 to 4 tokens in turn, the same context prefixes (bare and five), 25 steps, layer 4 (MEMIT:
 layers 2-4); `--early-stop` ends a fact at a loss of 0.05, as EasyEdit always does, otherwise ours never stops early. Statistics are made
 beforehand. FLOPs are those of the forward passes of all linear maps (2 x inputs x outputs a token), counted by hooks; attention's own products are
-not counted. Seconds are those of the CPU (with one thread, what a quiet machine's clock says). `success` is the share of facts whose target the edited
-model writes, token by token; judging is not timed. Timings of one run can be compared with each other only.
+not counted. Seconds are those of the CPU (with one thread, what a quiet machine's clock says). `success` is the share of facts whose target the
+edited model writes, token by token; judging is not timed. Timings of one run can be compared with each other only.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def hparams_of(method: str, layers: list[int], schedule: str, early_stop: bool, 
     """Ours."""
     batch = {} if method == "ROME_MDM" else {"mom2_update_weight": WEIGHT, "mom2_dataset": dataset, "key_average": "easyedit", "max_rows": 512}
     return METHODS[method].hparams(
-        alg_name=method, model_name="benchmark", layers=layers, **VALUE, state_schedule=schedule, early_stop_loss=0.05 if early_stop else 0.0,
+        alg_name=method, model_name="benchmark", layers=layers, **VALUE, state_schedule=schedule,
+        early_stop_loss=0.05 if early_stop else 0.0,
         kl_position="subject_last", context_templates=["{}", *PREFIXES], **batch,
     )  # fmt: skip
 
@@ -197,7 +198,8 @@ def main() -> None:
             Console().print(f"{name}, {n} facts: {row['seconds_per_fact']:.3f} s a fact")
     Console(width=130).print(table)
     if args.out:
-        report = {"part": args.part, "threads": args.threads, "early_stop": args.early_stop, "settings": {**VALUE, "mom2_update_weight": WEIGHT}, "rows": rows}
+        settings = {**VALUE, "mom2_update_weight": WEIGHT}
+        report = {"part": args.part, "threads": args.threads, "early_stop": args.early_stop, "settings": settings, "rows": rows}
         Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
