@@ -63,7 +63,7 @@ def sweep(job: SweepJob, out: str | Path) -> dict[str, Any]:
 
     Returns:
         what `sweep.json` holds: `{"version", "alg_name", "model", "hparams", "cases", "settings": [best first: {"layers", "score", "measures",
-        "failed", "rank"}], "chosen", "trace", "prediction"}`.
+        "failed", "rank"}], "chosen", "trace", "prediction"}`; facts of a trace that was read from a file stay in that file.
 
     Raises:
         HyperParameterError, UnknownNameError: for a method that is not ours, layers that do not exist, windows that it cannot edit.
@@ -80,7 +80,7 @@ def sweep(job: SweepJob, out: str | Path) -> dict[str, Any]:
         raise DataError(f"{job.trace_file} has no trace with all slots masked: trace with --revealed 0 among the numbers")
     loaded = load_cases(config.dataset, config.data_dir, config.data_file, config.limit, config.seed, adapter.tokenizer)
     settings = ranked([_setting(config, adapter, hparams, layers, loaded, folder) for layers in choices])
-    traced, note = (given, None) if given is not None else _trace(adapter, loaded, job)
+    traced, note = _trace(adapter, loaded, job) if given is None else ({k: v for k, v in given.items() if k != "facts"}, None)
     report = {
         "version": __version__, "alg_name": config.alg_name, "model": adapter.name, "layers": adapter.layers,
         "hparams": json.loads(json.dumps(hparams.to_dict(), default=str)), "dataset": config.dataset, "seed": config.seed, "cases": len(loaded.cases),

@@ -82,8 +82,8 @@ def evaluate_twins(models: Sequence[str] | None = None, limit: int = 100, file: 
     - `recall`: facts written exactly after a trained phrasing (masked: N masks, N steps, low_confidence; else greedy).
     - `held_out`: the same after a phrasing that was held out of training.
     - `canvas16`: 16 masks (or greedy tokens), and nothing but the object before the end of the text.
-    - `editability`: validation facts, a target of that length, the optimised value added as an activation at the site of the
-      model's own ROME_MDM file, kept within 4 times the MLP output's norm; no weight is changed. A fifth as many facts.
+    - `editability`: validation facts, a target of that length, the value, optimised in the bare prompt, added as an activation at the
+      site of the model's own ROME_MDM file, kept within 4 times the MLP output's norm; no weight is changed. A sixth as many facts.
 
     Args:
         models: twins or folders; all twins by default.
@@ -103,11 +103,13 @@ def evaluate_twins(models: Sequence[str] | None = None, limit: int = 100, file: 
             facts = [f for f in world.all_facts() if f.length == length]
             facts = rng.sample(facts, min(limit, len(facts)))
             trained = [_trained(f, rng) for f in facts]
-            figures["recall"][str(length)] = _mean([s["exact"] for s in _score(model, trained, facts)])
-            figures["held_out"][str(length)] = _mean([s["exact"] for s in _score(model, [f.paraphrase(rng.randrange(2)) for f in facts], facts)])
+            told = _score(model, [*trained, *(f.paraphrase(rng.randrange(2)) for f in facts)], facts * 2)
+            figures["recall"][str(length)] = _mean([s["exact"] for s in told[: len(facts)]])
+            figures["held_out"][str(length)] = _mean([s["exact"] for s in told[len(facts) :]])
             longer = _score(model, trained, facts, DecodeConfig(canvas=LONG_CANVAS))
             figures["canvas16"][str(length)] = _mean([s["text_to_end"] == f.object for s, f in zip(longer, facts)])
-            figures["editability"][str(length)] = _mean(_editable(model, str(name), world, length, max(1, limit // 5)))
+        editable = _editable(model, str(name), world, max(1, limit // 6))
+        figures["editability"] = {str(length): _mean(values) for length, values in editable.items()}
         result[str(name)] = figures
     if file is not None:
         write_json(file, result)
@@ -119,12 +121,16 @@ def _score(model: Adapter, prompts: Sequence[str], facts: Sequence[Fact], config
     return score_prompts(model, prompts, [f.object for f in facts], config)
 
 
-def _editable(model: Adapter, name: str, world: World, length: int, n: int) -> list[bool]:
+def _editable(model: Adapter, name: str, world: World, n: int) -> dict[int, list[bool]]:
+    """By length, of `n` validation facts each; the values of all are optimised together."""
     twin = next((t for t in TWINS if t == name or t == model.name), None) or _twin_of(model)
-    hparams = replace(ROMEMDMHyperParams.from_hparams(f"ROME_MDM/{twin}"), clamp_norm_factor=4.0)
-    chosen = [case for case in cases(world, "validation") if case.length == length][:n]
-    requests = [EditRequest.of(case.request()) for case in chosen]
-    return success_as_activation(model, optimise_at(model, requests, hparams))
+    hparams = replace(ROMEMDMHyperParams.from_hparams(f"ROME_MDM/{twin}"), clamp_norm_factor=4.0, context_templates=["{}"])
+    chosen = cases(world, "validation")[: n * world.settings.max_length]
+    works = success_as_activation(model, optimise_at(model, [EditRequest.of(case.request()) for case in chosen], hparams))
+    found: dict[int, list[bool]] = {}
+    for case, value in zip(chosen, works):
+        found.setdefault(case.length, []).append(value)
+    return found
 
 
 def _twin_of(model: Adapter) -> str:
