@@ -67,6 +67,8 @@ def read_site(
 ) -> tuple[Float[Tensor, "rows inner"], Float[Tensor, "rows width"]]:
     """Input of the site and output of a module of the same layer (the site by default) at one position of each row, in float32."""
     module, watched = adapter.module(site.name), adapter.module(output_of or site.name)
+    if not adapter.masked:  # what comes later changes nothing at that position
+        rows = [row[: place + 1] for row, place in zip(rows, at)]
     keys: list[Tensor] = []
     outputs: list[Tensor] = []
     for start in range(0, len(rows), max_rows):
