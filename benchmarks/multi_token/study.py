@@ -4,6 +4,7 @@
     python benchmarks/multi_token/study.py run     --model twin-llada              (test split: the frozen settings, once)
     python benchmarks/multi_token/study.py closed  --model twin-llada              (facts whose objects are whole names of a closed list)
     python benchmarks/multi_token/study.py ablate  --model twin-llada              (validation split: one change at a time)
+    python benchmarks/multi_token/study.py best    --model twin-llada              (test split, once: the schedule the ablations chose, best.yaml)
     python benchmarks/multi_token/study.py batches --model twin-llada              (validation: 16 facts in one MEMIT_MDM edit, of one length or all)
 
 Every command writes JSON lines into `results/`, a header first, and goes on where it was stopped.
@@ -39,6 +40,7 @@ from easyedit_mdm.twins.world import Fact, World
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 FROZEN = HERE / "frozen.yaml"
+BEST = HERE / "best.yaml"
 METHOD_NAMES = ("ROME_MDM", "MEMIT_MDM")
 ARMS = {"plain": {"state_schedule": "full_mask"}, "aware": {"state_schedule": "enumerate"}}
 SHARED = {"v_num_grad_steps": 50, "early_stop_loss": 0.05, "max_states": 16}
@@ -47,9 +49,9 @@ GRID = {
     "ROME_MDM": [{"layers": [layer], "clamp_norm_factor": clamp} for layer, clamp in ((0, 4.0), (1, 4.0), (3, 4.0), (1, 2.0))],
     "MEMIT_MDM": [{"layers": layers, "clamp_norm_factor": clamp} for layers, clamp in (([3], 4.0), ([4], 4.0), ([3, 4], 4.0), ([4], 2.0))],
 }
-FACTS = {"search": 10, "run": 120, "closed": 40, "ablate": 12, "batches": 16}
-SPLITS = {"run": "test", "closed": "closed"}
-LENGTHS = {"run": range(1, 9)}
+FACTS = {"search": 10, "run": 120, "best": 60, "closed": 40, "ablate": 12, "batches": 16}
+SPLITS = {"run": "test", "best": "test", "closed": "closed"}
+LENGTHS = {"run": range(1, 9), "best": range(1, 9)}
 NEIGHBOURS = 3
 ABLATIONS: dict[str, dict[str, Any]] = {
     **{name: {"state_schedule": name} for name in ("full_mask", "cycle", "uniform", "stratified", "enumerate", "left_to_right", "spread")},
@@ -184,6 +186,8 @@ def plan(command: str, name: str, masked: bool, methods: Sequence[str]) -> list[
         return series + [
             ({"method": m, "arm": "null"}, {**frozen(name, m, "plain"), **ARMS["aware"]}) for m in methods if masked and command == "run"
         ]
+    if command == "best":
+        return [({"method": m, "arm": "best"}, {**frozen(name, m, arms[-1]), **yaml.safe_load(BEST.read_text())}) for m in methods]
     usual = arms[-1]
     changes = {n: c for n, c in ABLATIONS.items() if masked or n == "full_mask"}
     pairs = [(m, n, c) for m in methods for n, c in changes.items() if c.get("key_states", "full_mask") in METHODS[m].hparams.KEY_STATES]
