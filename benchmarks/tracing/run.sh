@@ -14,6 +14,12 @@ for twin in "${twins[@]}"; do
     fi
   done
 done
+# the methods that share their layer with one of these: a shorter look
+for twin in "${twins[@]}"; do
+  for alg in R-ROME_MDM EMMET_MDM AlphaEdit_MDM; do
+    easyedit-mdm sweep --alg "$alg" --hparams "$alg/$twin" --limit "${FEW:-12}" --layers 0,1,3,4 --windows 1 --trace "$out/twins/trace.json" --out "$out/sweep-$alg-$twin"
+  done
+done
 if [ -n "${SMOLLM2:-}" ]; then
   easyedit-mdm trace --model "$SMOLLM2" --known "$KNOWN" --limit 50 --out "$out/smollm2"
 fi
