@@ -105,9 +105,10 @@ def rendered(template: str, **values: Any) -> str:
         import jinja2
     except ImportError:
         raise MissingPackageError("the report's page needs the package jinja2: pip install jinja2") from None
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    return environment.from_string((Path(__file__).parent / template).read_text(encoding="utf-8")).render(**values)
+    return environment.get_template(template).render(**values)
 
 
 def save(figure: Any, path: Path) -> None:
