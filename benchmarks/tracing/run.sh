@@ -21,5 +21,5 @@ for twin in "${twins[@]}"; do
   done
 done
 if [ -n "${SMOLLM2:-}" ]; then
-  easyedit-mdm trace --model "$SMOLLM2" --known "$KNOWN" --limit 50 --out "$out/smollm2"
+  easyedit-mdm trace --model "$SMOLLM2" --known "$KNOWN" --limit 50 --dtype "${DTYPE:-bfloat16}" --samples 5 --out "$out/smollm2"
 fi
