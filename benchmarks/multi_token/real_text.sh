@@ -17,5 +17,4 @@ bench() { # name, hyperparameters, label
 bench llada-plain "$here/../side_by_side/twin-llada-open-plain.yaml" "twin-llada, plain"
 bench llada-aware ROME_MDM/twin-llada-open "twin-llada, denoising-aware"
 bench llama ROME_MDM/twin-llama "twin-llama"
-bench llada-layer1 ROME_MDM/twin-llada "twin-llada, denoising-aware, layer 1"
-easyedit-mdm compare "$runs/zsre-"{llama,llada-plain,llada-aware,llada-layer1}.jsonl --out "$here/zsre"
+easyedit-mdm compare "$runs/zsre-"{llama,llada-plain,llada-aware}.jsonl --out "$here/zsre"
