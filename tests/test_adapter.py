@@ -10,6 +10,7 @@ import torch
 from easyedit_mdm.errors import HyperParameterError, ModelError
 from easyedit_mdm.models import FAMILIES, adapt
 from easyedit_mdm.models.geometry import right_padded
+from easyedit_mdm.models.hooks import changing_output
 
 families = pytest.mark.parametrize("family", list(FAMILIES))
 
@@ -106,6 +107,23 @@ def test_sites(tiny, family):
         model.site(1, model.spec.paths.down.replace("mlp", "mpl"))
     with pytest.raises(ModelError, match="no matrix"):
         model.site(1, model.spec.paths.mlp)
+
+
+@families
+def test_what_ends_a_block(tiny, family):
+    """The down-projection's output reaches the stream as it is; the attention's, or one with a norm after it, does not."""
+    half = tiny(family, dtype="bfloat16")
+    state = torch.get_rng_state()
+    model = tiny(family)
+    assert all(m.ends_block(m.site(layer)) for m in (model, half) for layer in range(model.layers))
+    assert torch.equal(torch.get_rng_state(), state)
+    attention = model.spec.paths.attention + (".c_proj" if family == "gpt2" else ".o_proj")
+    assert not model.ends_block(model.site(0, attention)) and not half.ends_block(half.site(0, attention))
+    inside = model.spec.paths.mlp + (".c_fc" if family == "gpt2" else ".up_proj")
+    assert not model.ends_block(model.site(0, inside))
+    other = tiny(family)
+    with changing_output(other.module(other.spec.paths.mlp.format(0)), lambda out: out / out.norm(dim=-1, keepdim=True)):
+        assert not other.ends_block(other.site(0))
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])

@@ -306,6 +306,29 @@ def test_half_precision_gpt2(tiny):
     assert make_edit(model, REQUEST, hparams(v_num_grad_steps=2)).changes
 
 
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("layer", [0, -1])
+def test_the_edited_layer_is_run_once(tiny, family, layer, monkeypatch):
+    """delta goes into the stream above the layer: the same deltas as in the site's output, and the layer itself is not run at every step."""
+    model = tiny(family)
+    layer %= model.layers
+    settings = hparams(early_stop_loss=0.0, v_num_grad_steps=6, state_schedule="enumerate")
+    facts = [tokenise(model, EditRequest.of({**REQUEST, "target_new": t}), settings) for t in ("red river English", "the")]
+    passed: list[int] = []
+
+    def run():
+        passed.clear()
+        block = model.module(model.spec.paths.block.format(layer))
+        with changing_output(block, lambda out: passed.append(len(out)) or out):
+            return optimise(model, model.site(layer), facts, torch.ones(2, 32), settings)
+
+    above, few = run(), len(passed)
+    monkeypatch.setattr(type(model), "ends_block", lambda self, site: False)
+    inside, many = run(), len(passed)
+    assert few < many >= 6
+    assert all((a.delta - b.delta).norm() <= 1e-4 * b.delta.norm() for a, b in zip(above, inside))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_what_stands_before_the_subject_is_run_once(tiny, family, monkeypatch):
     """Causal models: the same deltas with earlier columns kept, for fewer columns a step; also in small passes, and with facts that leave early."""
@@ -319,7 +342,7 @@ def test_what_stands_before_the_subject_is_run_once(tiny, family, monkeypatch):
     def run(**changes):
         passed.clear()
         with changing_output(model.module("model.layers.1"), lambda out: passed.append(out.shape[0] * out.shape[1]) or out):
-            return optimise(model, model.site(1), facts, initial, dataclasses.replace(settings, **changes))
+            return optimise(model, model.site(0), facts, initial, dataclasses.replace(settings, **changes))
 
     kept, few = run(), sum(passed)
     threshold = sorted(d.losses[4] for d in kept)[1] + 1e-4  # at least one fact is below it before the others

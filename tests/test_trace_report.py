@@ -241,6 +241,7 @@ def test_sweep(quick, compared, tmp_path, capsys, monkeypatch):
     report = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert sorted(s["layers"] for s in report["settings"]) == [[0], [1], [2]] and all(s["failed"] == 0 for s in report["settings"])
     assert report["chosen"] == f"layers: {report['settings'][0]['layers']}" and report["trace"]["name"] == "twin-llama"
+    assert "facts" not in report["trace"]  # averages: the texts belong to the data they came from
     assert [r["windows"] for r in report["prediction"]] == [3, 3, 3]
     assert report["chosen"] in capsys.readouterr().out.splitlines()
     page = (tmp_path / "out" / "sweep.html").read_text()

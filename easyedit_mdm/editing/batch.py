@@ -20,7 +20,7 @@ from torch import Tensor
 
 from easyedit_mdm.editing.edit import Edit, LowRank, keeping
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
-from easyedit_mdm.editing.keys import key_columns, key_states, read_site
+from easyedit_mdm.editing.keys import Lower, key_columns, key_states, read_site
 from easyedit_mdm.editing.request import EditRequest
 from easyedit_mdm.editing.rome import card, check_modules, statistics, tokenise
 from easyedit_mdm.editing.rows import Fact
@@ -125,12 +125,13 @@ def edit_batch(
     outcomes = values or _optimised(adapter, last, facts, hparams)
     target = before + torch.stack([o.delta for o in outcomes]).to(before.device)
     changes, figures = [], {}
+    lower: Lower | None = {} if len(facts) <= hparams.facts_per_batch else None  # more are read anew in each layer: memory is bounded
 
     def spread() -> None:
         """Change layer after layer."""
         for i, site in enumerate(sites):
             now = before if i == 0 else outputs(adapter, last, facts, hparams)
-            system = _system(adapter, site, facts, (target - now).double() / (len(sites) - i), moments[i], hparams)
+            system = _system(adapter, site, facts, (target - now).double() / (len(sites) - i), moments[i], hparams, lower)
             left, right = closed_form(system)
             changes.append(LowRank(site.weight, left.float(), right.float(), site.transposed))
             figures[str(site.layer)] = {
@@ -145,9 +146,15 @@ def edit_batch(
 
 
 def _system(
-    adapter: Adapter, site: Site, facts: Sequence[Fact], residual: Float[Tensor, "facts width"], moments: SecondMoments, hparams: BatchHyperParams
+    adapter: Adapter,
+    site: Site,
+    facts: Sequence[Fact],
+    residual: Float[Tensor, "facts width"],
+    moments: SecondMoments,
+    hparams: BatchHyperParams,
+    lower: Lower | None,
 ) -> System:
-    columns = key_columns(adapter, site, facts, hparams)
+    columns = key_columns(adapter, site, facts, hparams, lower)
     share = residual.T
     scale = columns.weights.double().sqrt().to(share.device)
     return System(site, columns.keys * scale.to(columns.keys.device), share[:, columns.fact.to(share.device)] * scale, moments)

@@ -15,7 +15,7 @@ from easyedit_mdm.editing.rows import Fact
 from easyedit_mdm.editing.value import fact_generator
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
-from easyedit_mdm.models.geometry import right_padded
+from easyedit_mdm.models.geometry import right_padded, similar
 from easyedit_mdm.models.hooks import reading_input, reading_output
 
 
@@ -52,6 +52,11 @@ class KeyColumns:
     weights: Float[Tensor, " columns"]
 
 
+# The residual stream of some rows (by the number of their pass) on its way up, as (layer, its input): for an edit of several layers from
+# the lowest upwards, which changes nothing below the layer that it has come to.
+Lower = dict[int, tuple[int, Tensor]]
+
+
 def key_states(adapter: Adapter, fact: Fact, hparams: ROMEMDMHyperParams) -> tuple[list[Tensor], Float[Tensor, " states"]]:
     """The target's slots, as tokens, in every state under which the key is read, and each state's weight."""
     if not adapter.masked:
@@ -63,23 +68,38 @@ def key_states(adapter: Adapter, fact: Fact, hparams: ROMEMDMHyperParams) -> tup
 
 @torch.no_grad()
 def read_site(
-    adapter: Adapter, site: Site, rows: Sequence[Tensor], at: Sequence[int], max_rows: int, output_of: str | None = None
+    adapter: Adapter,
+    site: Site,
+    rows: Sequence[Tensor],
+    at: Sequence[int],
+    max_rows: int,
+    output_of: str | None = None,
+    lower: Lower | None = None,
 ) -> tuple[Float[Tensor, "rows inner"], Float[Tensor, "rows width"]]:
-    """Input of the site and output of a module of the same layer (the site by default) at one position of each row, in float32."""
+    """Input of the site and output of a module of the same layer (the site by default) at one position of each row, in float32.
+
+    Args:
+        lower: what earlier calls with the same rows have computed, and this one leaves to later ones.
+    """
     module, watched = adapter.module(site.name), adapter.module(output_of or site.name)
     if not adapter.masked:  # what comes later changes nothing at that position
         rows = [row[: place + 1] for row, place in zip(rows, at)]
+    passes = list(similar([len(row) for row in rows], max_rows))
     keys: list[Tensor] = []
     outputs: list[Tensor] = []
-    for start in range(0, len(rows), max_rows):
-        part = list(rows[start : start + max_rows])
-        ids, mask = right_padded(part, adapter.ids.pad, adapter.device)
+    for number, some in enumerate(passes):
+        ids, mask = right_padded([rows[i] for i in some], adapter.ids.pad, adapter.device)
+        start, hidden = (0, None) if lower is None else lower.get(number, (0, None))
+        if lower is not None and start < site.layer:
+            hidden = adapter.hidden_before(site.layer, ids, mask, start=start, hidden=hidden)
+            start, _ = lower[number] = site.layer, hidden
         with reading_input(module) as entering, reading_output(watched) as leaving:
-            adapter.hidden_before(site.layer + 1, ids, mask)
-        index, places = torch.arange(len(part)), torch.tensor(at[start : start + max_rows])
+            adapter.hidden_before(site.layer + 1, ids, mask, start=start, hidden=hidden)
+        index, places = torch.arange(len(some)), torch.tensor([at[i] for i in some])
         for values, into in ((entering[0], keys), (leaving[0], outputs)):
             into.append(values[index.to(values.device), places.to(values.device)].float())
-    return torch.cat(keys), torch.cat(outputs)
+    back = torch.tensor([i for some in passes for i in some]).argsort()
+    return torch.cat(keys)[back.to(keys[0].device)], torch.cat(outputs)[back.to(outputs[0].device)]
 
 
 def read_keys(adapter: Adapter, site: Site, fact: Fact, hparams: ROMEMDMHyperParams) -> Keys:
@@ -92,11 +112,11 @@ def read_keys(adapter: Adapter, site: Site, fact: Fact, hparams: ROMEMDMHyperPar
     return Keys(torch.einsum("s,sci->ci", weights.to(keys.device), by_state), values[:n])
 
 
-def key_columns(adapter: Adapter, site: Site, facts: Sequence[Fact], hparams: ROMEMDMHyperParams) -> KeyColumns:
+def key_columns(adapter: Adapter, site: Site, facts: Sequence[Fact], hparams: ROMEMDMHyperParams, lower: Lower | None = None) -> KeyColumns:
     """One key a fact, or one a state (`key_states: per_state`), each averaged over the context prefixes.
 
     `key_average: single` is the plain mean over prefixes; `easyedit` takes the mean of the bare prompt's key and of the
-    mean of the others, as EasyEdit's MEMIT, which averages by kind of context, comes to.
+    mean of the others, as EasyEdit's MEMIT, which averages by kind of context, comes to. `lower`: see `read_site`.
     """
     rows, at, weights = [], [], []
     for fact in facts:
@@ -104,7 +124,7 @@ def key_columns(adapter: Adapter, site: Site, facts: Sequence[Fact], hparams: RO
         weights.append(shares)
         rows += [torch.cat([p.ids, tail]) for tail in tails for p in fact.contexts]
         at += [p.site for _ in tails for p in fact.contexts]
-    keys, _ = read_site(adapter, site, rows, at, hparams.max_rows)
+    keys, _ = read_site(adapter, site, rows, at, hparams.max_rows, lower=lower)
     columns, owner, column_weights, start = [], [], [], 0
     for i, (fact, shares) in enumerate(zip(facts, weights)):
         n = len(shares) * len(fact.contexts)

@@ -12,9 +12,7 @@ from torch import Tensor
 from easyedit_mdm.denoising import States
 from easyedit_mdm.editing.request import Prompt
 from easyedit_mdm.models import Adapter
-from easyedit_mdm.models.geometry import right_padded
-
-_WORTH_A_PASS = 32
+from easyedit_mdm.models.geometry import right_padded, similar
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,11 @@ class Rows:
         return Rows(**{name: value[index] for name, value in vars(self).items()})
 
     def cut(self, length: int) -> Rows:
-        """Without the columns from `length` on, in which there is nothing but padding."""
-        return replace(self, ids=self.ids[:, :length], mask=self.mask[:, :length])
+        """Without the columns from `length` on, in which there is nothing but padding, and the slots from the last on that counts in any row."""
+        counts = (self.weights != 0).any(0).nonzero()[:, 0].tolist()
+        slots = slice(0, max([0, *counts]) + 1)
+        read = {name: getattr(self, name)[:, slots] for name in ("at", "tokens", "weights")}
+        return replace(self, ids=self.ids[:, :length], mask=self.mask[:, :length], **read)
 
     def aligned(self, pad: int) -> Rows:
         """Shifted so that the site stands in the same column in every row, with padding on the left; columns of mere padding are cut off."""
@@ -80,16 +81,15 @@ class Rows:
         ids = torch.where(mask.bool(), self.ids.gather(1, source), pad)
         return replace(self, ids=ids, mask=mask, site=self.site + shift, at=self.at + shift[:, None])
 
-    def chunks(self, most: int) -> Iterator[tuple[Int[Tensor, " some"], int]]:
-        """Rows of similar length, up to `most` at a time, as (numbers of the rows, columns they need): little of a pass is padding."""
-        sizes, order = self.mask.sum(1).sort(descending=True, stable=True)
-        lengths, start = sizes.tolist(), 0
-        for end in range(1, len(lengths) + 1):
-            # fewer rows than these are not worth a pass of their own
-            shorter = end < len(lengths) and end - start >= _WORTH_A_PASS and lengths[end] < 0.8 * lengths[start]
-            if end == len(lengths) or end - start == most or shorter:
-                yield order[start:end], lengths[start]
-                start = end
+    def chunks(self, most: int, by_rest: bool = False) -> Iterator[tuple[Int[Tensor, " some"], int]]:
+        """Rows of similar length, up to `most` at a time, as (numbers of the rows, columns they need): little of a pass is padding.
+
+        `by_rest`: what counts is the length from the site on.
+        """
+        whole = self.mask.sum(1)
+        columns = whole.tolist()
+        for some in similar((whole - self.site).tolist() if by_rest else columns, most):
+            yield torch.tensor(some, device=whole.device), max(columns[i] for i in some)
 
     def counting(self, step: int) -> Bool[Tensor, " rows"]:
         """Which rows count at a step."""
@@ -98,6 +98,8 @@ class Rows:
 
 def build_rows(adapter: Adapter, facts: dict[int, Fact], states: dict[int, States], kl_position: str, dealt: bool = False) -> Rows:
     """Rows for some facts (by number), each in its states: contexts x states, and one anchor row a fact.
+
+    In a causal model a row ends with the last token that a prediction is read from.
 
     `dealt`: state s stands in context c only at the steps t with (c + t) mod states = s, and weighs what the states of a
     step weigh together.
@@ -118,7 +120,7 @@ def build_rows(adapter: Adapter, facts: dict[int, Fact], states: dict[int, State
         for s, (revealed, scored, weight) in enumerate(zip(states[i].revealed, states[i].scored, states[i].weights)):
             own = states[i].shown
             shown = fact.target if own is None else own[s]
-            tail = torch.where(revealed, shown, adapter.ids.slot) if adapter.masked else fact.target
+            tail = torch.where(revealed, shown, adapter.ids.slot) if adapter.masked else fact.target[:-1]
             share = scored.float() * ((1.0 if dealt else weight) / scored.sum() / len(fact.contexts))
             for c, prompt in enumerate(fact.contexts):
                 start = len(prompt.ids)
@@ -126,7 +128,11 @@ def build_rows(adapter: Adapter, facts: dict[int, Fact], states: dict[int, State
                 add(i, prompt, tail, list(range(start, start + n)), fact.target, share, False, turn, period)
         filler = torch.tensor([adapter.ids.slot])
         read = len(fact.anchor.ids) if kl_position == "slot" else fact.anchor.site + 1
-        add(i, fact.anchor, filler, [read], filler, torch.zeros(1), True, -1, 1)
+        if adapter.masked:
+            add(i, fact.anchor, filler, [read], filler, torch.zeros(1), True, -1, 1)
+        else:
+            upto = replace(fact.anchor, ids=fact.anchor.ids[:read])
+            add(i, upto, filler[:0], [read], filler, torch.zeros(1), True, -1, 1)
     batch, mask = right_padded(columns.pop("ids"), adapter.ids.pad, adapter.device)
     tensors = {name: (torch.stack(v) if isinstance(v[0], Tensor) else torch.tensor(v)).to(adapter.device) for name, v in columns.items()}
     return Rows(ids=batch, mask=mask, **tensors)

@@ -5,8 +5,9 @@
 
 is ROME's equation (4) (arXiv 2202.05262), its first term taken over the states S of a schedule; with `full_mask`, or on an
 autoregressive model, it is ROME's own. delta is kept within clamp_norm_factor ||v_0||. The optimisation is batched over
-facts; a fact that has converged leaves the batch. What lies below the edited layer is computed once where the states stay
-the same from step to step.
+facts; a fact that has converged leaves the batch. What lies below delta is computed once where the states stay the same from
+step to step: all layers up to the edited one, whose own output delta is added to, wherever the site's output goes into the
+residual stream as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -28,7 +29,7 @@ from easyedit_mdm.editing.rows import Fact, Rows, build_rows
 from easyedit_mdm.errors import OptimisationError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
-from easyedit_mdm.models.hooks import adding_at, frozen
+from easyedit_mdm.models.hooks import added_at, adding_at, frozen
 from easyedit_mdm.models.prefix import Prefix, can_keep, logits_after, read_prefix
 
 
@@ -155,7 +156,7 @@ def fact_generator(fact: Fact, seed: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Below:
-    """What enters the edited layer in some rows; in a causal model only from the subject's token on, the rest being kept."""
+    """What enters a layer in some rows; in a causal model only from the subject's token on, the rest being kept."""
 
     hidden: Float[Tensor, "rows length width"]
     prefix: Prefix | None = None
@@ -177,10 +178,16 @@ class Below:
 
 
 class _Forward:
-    """Losses of the active facts, with the rows and what lies below the edit kept for as long as they stay the same."""
+    """Losses of the active facts, with the rows and what lies below the edit kept for as long as they stay the same.
+
+    `layer` is the first that is run anew at every step: the one above the site where delta can be added to the stream between
+    them, otherwise the site's own.
+    """
 
     def __init__(self, adapter: Adapter, site: Site, facts: Sequence[Fact], plans: list[Schedule], hparams: ROMEMDMHyperParams):
         self.adapter, self.site, self.facts, self.plans, self.hparams = adapter, site, facts, plans, hparams
+        self.above = adapter.ends_block(site)
+        self.layer = site.layer + self.above
         self.generators = [fact_generator(fact, hparams.seed) for fact in facts]
         self.fixed = all(plan.fixed for plan in plans)
         self.kept: tuple[list[int], Rows, Tensor] | None = None
@@ -208,13 +215,13 @@ class _Forward:
         return total + decay.detach().to(total.device)
 
     def _passes(self, step: int, active: list[int], deltas: list[Tensor]) -> Iterator[tuple[Rows, Below]]:
-        """The rows of one step, pass by pass, each with the input of the edited layer."""
+        """The rows of one step, pass by pass, each with the input of `layer`."""
         rows, below = self._rows(step, active, deltas)
         for chunk, length in rows.chunks(self.hparams.max_rows):
             yield rows.take(chunk).cut(length), Below(below[chunk, :length])
 
     def _rows(self, step: int, active: list[int], deltas: list[Tensor]) -> tuple[Rows, Tensor]:
-        """The rows of one step and the input of the edited layer in each."""
+        """The rows of one step and the input of `layer` in each."""
         if self.kept is None or not self.fixed:
             self.kept = self._build(step, active, deltas)
         known, rows, below = self.kept
@@ -235,15 +242,19 @@ class _Forward:
             below: Tensor | None = None
             for chunk, length in rows.chunks(self.hparams.max_rows):
                 part = rows.take(chunk).cut(length)
-                hidden = self.adapter.hidden_before(self.site.layer, part.ids, part.mask).to(rows.ids.device)
+                hidden = self.adapter.hidden_before(self.layer, part.ids, part.mask).to(rows.ids.device)
                 below = hidden.new_zeros(*rows.ids.shape, hidden.shape[-1]) if below is None else below
                 below[chunk, :length] = hidden
         return list(active), rows, cast(Tensor, below)  # there is at least the anchor's row
 
     def _chunk(self, rows: Rows, below: Below, deltas: Float[Tensor, "active width"], place: Tensor) -> Float[Tensor, " active"]:
         """NLL and KL of some rows, added up by fact."""
-        with adding_at(self.adapter.module(self.site.name), rows.site - below.start, deltas[place[rows.fact].to(deltas.device)]):
-            logits = below.logits(self.adapter, self.site.layer, rows)
+        at, added = rows.site - below.start, deltas[place[rows.fact].to(deltas.device)]
+        if self.above:
+            logits = replace(below, hidden=added_at(below.hidden, at, added)).logits(self.adapter, self.layer, rows)
+        else:
+            with adding_at(self.adapter.module(self.site.name), at, added):
+                logits = below.logits(self.adapter, self.layer, rows)
         log_probs = logits.float().log_softmax(-1)
         right = log_probs.gather(-1, rows.tokens.to(log_probs.device)[..., None])[..., 0]
         each = -(right * rows.weights.to(right.device)).sum(-1)
@@ -268,7 +279,8 @@ class _CausalForward(_Forward):
         """As in any model; rows of a pass are shifted so that the subject's tokens stand in one column."""
         if self.kept is None:
             _, rows, below = self._build(step, active, deltas)
-            self.parts = [self._aligned(rows.take(chunk).cut(length), below[chunk, :length]) for chunk, length in rows.chunks(self.hparams.max_rows)]
+            chunks = rows.chunks(self.hparams.max_rows, by_rest=True)
+            self.parts = [self._aligned(rows.take(chunk).cut(length), below[chunk, :length]) for chunk, length in chunks]
             self.kept = (list(active), rows, below[:0])
         if self.kept[0] != active:
             going = torch.tensor(active, device=self.count.device)
@@ -287,4 +299,4 @@ class _CausalForward(_Forward):
         hidden = below.new_zeros(len(rows), shifted.ids.shape[1], below.shape[-1])
         for row, (by, length) in enumerate(zip(shift, rows.mask.sum(1).tolist())):
             hidden[row, by : by + length] = below[row, :length]
-        return shifted, Below(hidden[:, start:], read_prefix(self.adapter, self.site.layer, hidden[:, :start], shifted.mask))
+        return shifted, Below(hidden[:, start:], read_prefix(self.adapter, self.layer, hidden[:, :start], shifted.mask))

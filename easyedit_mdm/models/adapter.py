@@ -20,6 +20,7 @@ from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.errors import ModelError
 from easyedit_mdm.models import geometry
 from easyedit_mdm.models.families import FAMILIES
+from easyedit_mdm.models.hooks import changing_output, reading_output
 from easyedit_mdm.models.spec import FamilySpec
 
 Mask = Int[Tensor, "rows length"] | Bool[Tensor, "rows length"]
@@ -93,6 +94,7 @@ class Adapter(nn.Module):
         self.config: Any = native.config
         self.decoder: Callable[..., Tensor] | None = None
         self.source: Path | None = None  # the folder that it was loaded from
+        self._ending: dict[str, bool] = {}
         self._check_paths()
         self.train(native.training)
 
@@ -201,10 +203,41 @@ class Adapter(nn.Module):
         return self.module(self.spec.paths.head)(geometry.gather_rows(states, where)).to(input_ids.device)
 
     def hidden_before(
-        self, layer: int, input_ids: Int[Tensor, "rows length"], attention_mask: Mask | None = None
+        self,
+        layer: int,
+        input_ids: Int[Tensor, "rows length"],
+        attention_mask: Mask | None = None,
+        *,
+        start: int = 0,
+        hidden: Float[Tensor, "rows length width"] | None = None,
     ) -> Float[Tensor, "rows length width"]:
-        """The input of layer `layer` (the residual stream), for use as `hidden` in `token_logits`."""
-        return self._run(input_ids, geometry.visible(input_ids, attention_mask), 0, layer, None)
+        """The input of layer `layer` (the residual stream), for use as `hidden` in `token_logits`.
+
+        Args:
+            start: go on from this layer, given its input `hidden`.
+        """
+        return self._run(input_ids, geometry.visible(input_ids, attention_mask), start, layer, hidden)
+
+    def ends_block(self, site: Site) -> bool:
+        """Whether a site's output goes into the residual stream as it is, as the down-projection's does in every family here.
+
+        Tried once a site: the gradient of the block's output is then the site's own, bit for bit; a norm after the MLP or a
+        site inside the block changes it.
+        """
+        if site.name not in self._ending:
+            outputs: list[Tensor] = []
+
+            def leaf(out: Tensor) -> Tensor:
+                outputs.append(out.detach().requires_grad_())
+                return outputs[-1]
+
+            block = self.module(self.spec.paths.block.format(site.layer))
+            with torch.enable_grad(), changing_output(self.module(site.name), leaf), reading_output(block) as leaving:
+                self.hidden_before(site.layer + 1, torch.zeros(1, 2, dtype=torch.long, device=self.device))
+            gradient = torch.randn(leaving[0].shape, generator=torch.Generator().manual_seed(0)).to(leaving[0])
+            (found,) = torch.autograd.grad(leaving[0], outputs[0], gradient, allow_unused=True)
+            self._ending[site.name] = found is not None and torch.equal(found.to(gradient.device), gradient)
+        return self._ending[site.name]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """As the native model's forward, with this family's attention; `.logits` are raw, not aligned.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -37,6 +39,20 @@ def sources(at: Int[Tensor, "rows slots"], mask: Int[Tensor, "rows length"]) -> 
 def gather_rows(values: Float[Tensor, "rows length width"], at: Int[Tensor, "rows slots"]) -> Float[Tensor, "rows slots width"]:
     """`values[r, at[r, s]]`."""
     return values.gather(1, at.to(values.device)[:, :, None].expand(-1, -1, values.shape[-1]))
+
+
+_WORTH_A_PASS = 32
+
+
+def similar(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Numbers of rows of similar length, the longest first, up to `most` at a time: little of a pass is padding."""
+    order, start = sorted(range(len(lengths)), key=lambda i: -lengths[i]), 0
+    for end in range(1, len(order) + 1):
+        # fewer rows than these are not worth a pass of their own
+        shorter = end < len(order) and end - start >= _WORTH_A_PASS and lengths[order[end]] < 0.8 * lengths[order[start]]
+        if end == len(order) or end - start == most or shorter:
+            yield order[start:end]
+            start = end
 
 
 def right_padded(

@@ -58,13 +58,15 @@ def changing_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
 def adding_at(module: nn.Module, at: Tensor, values: Tensor) -> Iterator[None]:
     """Add `values` (rows x width) to the output of `module`, one vector a row, at column `at` of each; gradients go into `values`."""
 
-    def add(out: Tensor) -> Tensor:
-        extra = torch.zeros_like(out)
-        extra[torch.arange(len(out), device=out.device), at.to(out.device)] = values.to(out.device, out.dtype)
-        return out + extra
-
-    with changing_output(module, add):
+    with changing_output(module, lambda out: added_at(out, at, values)):
         yield
+
+
+def added_at(hidden: Tensor, at: Tensor, values: Tensor) -> Tensor:
+    """`hidden` (rows x length x width) with `values` (rows x width) added at column `at` of each row."""
+    extra = torch.zeros_like(hidden)
+    extra[torch.arange(len(hidden), device=hidden.device), at.to(hidden.device)] = values.to(hidden.device, hidden.dtype)
+    return hidden + extra
 
 
 @contextmanager

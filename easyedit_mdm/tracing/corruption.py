@@ -1,10 +1,10 @@
 """Corrupted runs: the subject made unreadable, everything else left as it was.
 
-    noise    its embeddings plus Gaussian noise, `level` times the standard deviation of the model's embeddings (Meng et al.,
-             arXiv 2202.05262, section 2.1: nu = 3 sigma; there sigma is taken over subjects, here over all of the vocabulary, so that
-             a fact's trace does not depend on the facts beside it),
-    replace  the tokens of other subjects with as many tokens (symmetric token replacement, Zhang and Nanda, arXiv 2309.16042),
-    mask     mask tokens, which a masked model has seen at every place.
+noise    its embeddings plus Gaussian noise, `level` times the standard deviation of the model's embeddings (Meng et al.,
+         arXiv 2202.05262, section 2.1: nu = 3 sigma; there sigma is taken over subjects, here over all of the vocabulary, so that
+         a fact's trace does not depend on the facts beside it),
+replace  the tokens of other subjects with as many tokens (symmetric token replacement, Zhang and Nanda, arXiv 2309.16042),
+mask     mask tokens, which a masked model has seen at every place.
 """
 
 from __future__ import annotations
