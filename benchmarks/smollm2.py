@@ -4,8 +4,8 @@
     EASYEDIT_HOME=... python benchmarks/smollm2.py --data-dir DATA_DIR --limit 50 --out runs/smollm2
 
 Writes the model as an ordinary folder (`OUT/model`), hyperparameter files of both methods with the same layer and settings, a run file for each
-method and data set (each goes on where it was stopped) and a report of each data set. On two CPU cores an edit takes minutes: meant for a GPU, or a
-night.
+method and data set (each goes on where it was stopped) and a report of each data set. The layer was chosen among 3, 5, 8 and 12 on six records of each
+data set drawn with seed 1; the records here are drawn with seed 0. `--datasets` for one of the two: then they can run side by side.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from easyedit_mdm.bench.run import BenchConfig, bench
 from easyedit_mdm.host.methods import easyedits_method
 
 SETTINGS: dict[str, Any] = {
-    "layers": [5], "fact_token": "subject_last", "v_num_grad_steps": 20, "v_lr": 0.5, "v_weight_decay": 1e-3, "clamp_norm_factor": 4,
+    "layers": [8], "fact_token": "subject_last", "v_num_grad_steps": 20, "v_lr": 0.5, "v_weight_decay": 1e-3, "clamp_norm_factor": 4,
     "kl_factor": 0.0625,
-    "mom2_adjustment": False, "context_template_length_params": [[5, 10]],
+    "mom2_adjustment": False, "context_template_length_params": [[5, 3]],
 }  # fmt: skip
 HOSTS: dict[str, Any] = {
     "v_loss_layer": 29, "stats_dir": None, "rewrite_module_tmp": "model.layers.{}.mlp.down_proj", "layer_module_tmp": "model.layers.{}",
@@ -50,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--limit", type=int, default=50)
+    parser.add_argument("--datasets", nargs="+", choices=("counterfact", "zsre"), default=["counterfact", "zsre"])
     parser.add_argument("--out", default="runs/smollm2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -57,7 +58,7 @@ def main() -> None:
     if not (out / "model" / "config.json").exists():
         write_model(out / "model")
     files = write_hparams(out, args.device)
-    for dataset in ("counterfact", "zsre"):
+    for dataset in args.datasets:
         runs = []
         for method, file in files.items():
             runs.append(out / f"{dataset}-{method}.jsonl")
