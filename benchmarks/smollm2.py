@@ -25,7 +25,7 @@ from easyedit_mdm.host.methods import easyedits_method
 SETTINGS: dict[str, Any] = {
     "layers": [8], "fact_token": "subject_last", "v_num_grad_steps": 20, "v_lr": 0.5, "v_weight_decay": 1e-3, "clamp_norm_factor": 4,
     "kl_factor": 0.0625,
-    "mom2_adjustment": False, "context_template_length_params": [[5, 3]],
+    "mom2_adjustment": False, "context_template_length_params": [[5, 5]],
 }  # fmt: skip
 HOSTS: dict[str, Any] = {
     "v_loss_layer": 29, "stats_dir": None, "rewrite_module_tmp": "model.layers.{}.mlp.down_proj", "layer_module_tmp": "model.layers.{}",
