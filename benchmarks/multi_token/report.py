@@ -1,6 +1,7 @@
 """Tables and figure of PROTOCOL.md from `results/`.
 
 python benchmarks/multi_token/report.py freeze      (the search's choice -> frozen.yaml)
+python benchmarks/multi_token/report.py best        (the ablations' choice for ROME_MDM and that of `beat` for MEMIT_MDM -> best.yaml)
 python benchmarks/multi_token/report.py tables      (-> results.md, success.svg)
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from study import ABLATIONS, ARMS, BEST, FROZEN, GRID, HERE, RESULTS
+from study import ABLATIONS, ARMS, BEAT, BEST, FROZEN, GRID, HERE, RESULTS, plan
 
 from easyedit_mdm.bench.statistics_of_runs import bootstrap_mean
 
@@ -91,7 +92,10 @@ def freeze() -> None:
 
 
 def best() -> None:
-    """Choose the schedule by the ablations: the search's score over N = 2, 4, 8, averaged over the masked twins; ties go to fewer forwards."""
+    """Choose ROME_MDM's schedule by the ablations: the search's score over N = 2, 4, 8, averaged over the masked twins; ties go to fewer forwards.
+
+    MEMIT_MDM's settings, for each masked twin, are those of `beat` with the best score.
+    """
     names = [name for name, change in ABLATIONS.items() if list(change) == ["state_schedule"]]
     found = {}
     for name in names:
@@ -102,8 +106,15 @@ def best() -> None:
             found[name] = (sum(scores) / len(scores), -cost[len(cost) // 2])
             print(f"{name}: {found[name][0]:.4f}, median forwards {-found[name][1]}")
     chosen = max(found, key=lambda name: (round(found[name][0], 3), found[name][1]))
-    told = ", ".join(f"{name} {value:.3f}" for name, (value, _) in found.items())
-    BEST.write_text(f"# chosen by `python benchmarks/multi_token/report.py best`: {told}\nstate_schedule: {chosen}\n")
+    settings: Line = {model: {"ROME_MDM": {"state_schedule": chosen}} for _, model in FAMILIES}
+    for model in settings:
+        some = [r for r in lines("beat", model) if r["n_tokens"] > 1]
+        scores = [_score([r for r in some if r["try"] == i]) for i in range(len(BEAT))]
+        print(model, [None if s is None else round(s, 4) for s in scores])
+        if None not in scores:
+            tries = [changes for _, changes in plan("beat", model, True, ["MEMIT_MDM"])]
+            settings[model]["MEMIT_MDM"] = dict(tries[max(range(len(scores)), key=lambda i: (scores[i], -i))])
+    BEST.write_text("# chosen on the validation split by `python benchmarks/multi_token/report.py best`\n" + yaml.safe_dump(settings))
 
 
 def _score(rows: Sequence[Line]) -> float | None:
