@@ -4,8 +4,9 @@
     EASYEDIT_HOME=... python benchmarks/smollm2.py --data-dir DATA_DIR --limit 50 --out runs/smollm2
 
 Writes the model as an ordinary folder (`OUT/model`), hyperparameter files of both methods with the same layer and settings, a run file for each
-method and data set (each goes on where it was stopped) and a report of each data set. The layer was chosen among 3, 5, 8 and 12 on six records of each
-data set drawn with seed 1; the records here are drawn with seed 0. `--datasets` for one of the two: then they can run side by side.
+method and data set (each goes on where it was stopped) and a report of each data set. The layer was chosen among 3, 5, 8 and 12 on six
+records of each data set drawn with seed 1; the records here are drawn with seed 0. `--datasets` for one of the two: then they can run
+side by side.
 """
 
 from __future__ import annotations
