@@ -6,12 +6,14 @@
 Writes the model as an ordinary folder (`OUT/model`), hyperparameter files of both methods with the same layer and settings, a run file for each
 method and data set (each goes on where it was stopped) and a report of each data set. The layer was chosen among 3, 5, 8 and 12 on six
 records of each data set drawn with seed 1; the records here are drawn with seed 0. `--datasets` for one of the two: then they can run
-side by side.
+side by side. What is written of all edits together, generated and teacher-forced, goes to `OUT/averages.json` (the records themselves are the
+data sets').
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from smollm2_model import write_model
 
 from easyedit_mdm.bench.compare import compare
 from easyedit_mdm.bench.run import BenchConfig, bench
+from easyedit_mdm.bench.statistics_of_runs import Run, bootstrap_mean, paired, read_run, scores, subject_of, summary
 from easyedit_mdm.host.methods import easyedits_method
 
+DATASETS = ("counterfact", "zsre")
 SETTINGS: dict[str, Any] = {
     "layers": [8], "fact_token": "subject_last", "v_num_grad_steps": 20, "v_lr": 0.5, "v_weight_decay": 1e-3, "clamp_norm_factor": 4,
     "kl_factor": 0.0625,
@@ -46,12 +50,37 @@ def write_hparams(out: Path, device: str) -> dict[str, Path]:
     return files
 
 
+def teacher_forced(run: Run) -> dict[str, Any]:
+    """Share of the target's tokens, and of whole targets, that are right after the right tokens before them."""
+    subjects, rows = (
+        [subject_of(case) for case in run.cases],
+        [scores(case.get("post", {}).get("multi_step", {}).get("rewrite")) for case in run.cases],
+    )
+    tokens = [row[0]["one_step"] if row else 0.0 for row in rows]
+    return {"tokens": bootstrap_mean(tokens, subjects), "whole": bootstrap_mean([float(t == 1) for t in tokens], subjects)}
+
+
+def averages(out: Path) -> dict[str, Any]:
+    """Of the data sets that both methods have finished."""
+    found: dict[str, Any] = {"settings": SETTINGS}
+    for dataset in DATASETS:
+        files = [out / f"{dataset}-{method}.jsonl" for method in ("ROME", "ROME_MDM")]
+        if all(file.exists() for file in files):
+            theirs, ours = (read_run(file) for file in files)
+            found[dataset] = {
+                "n": len(ours.cases), "seed": ours.header["dataset"]["seed"], "EasyEdit minus ours": paired(theirs, ours)["measures"],
+                **{name: {**summary(run)["measures"], "teacher_forced": teacher_forced(run), "edit_seconds": summary(run)["cost"]["edit_seconds"]}
+                   for name, run in (("EasyEdit's ROME", theirs), ("ROME_MDM", ours))},
+            }  # fmt: skip
+    return found
+
+
 def main() -> None:
     """Run, or go on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--limit", type=int, default=50)
-    parser.add_argument("--datasets", nargs="+", choices=("counterfact", "zsre"), default=["counterfact", "zsre"])
+    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
     parser.add_argument("--out", default="runs/smollm2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -67,6 +96,7 @@ def main() -> None:
             config = BenchConfig(method, str(file), dataset, data_dir=args.data_dir, limit=args.limit, label=label, light=True)
             bench(config, runs[-1], resume=runs[-1].exists(), others=easyedits_method)
         compare(runs, out / dataset)
+    (out / "averages.json").write_text(json.dumps(averages(out), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
