@@ -48,11 +48,11 @@ def test_from_any_layer_on(tiny, family):
     whole = model.token_logits(ids, mask)
     at = torch.tensor([[1, 4], [0, 8], [11, 3]])
     for layer in range(model.layers + 1):
-        hidden = model.hidden_before(layer, ids, mask) if layer < model.layers else None
-        if hidden is not None:
-            assert (model.token_logits(ids, mask, layer=layer, hidden=hidden) - whole).abs().max() < 1e-5
-            some = model.token_logits(ids, mask, at=at, layer=layer, hidden=hidden)
-            assert (some - whole.gather(1, at[:, :, None].expand(-1, -1, whole.shape[-1]))).abs().max() < 1e-5
+        hidden = model.hidden_before(layer, ids, mask)
+        assert (model.hidden_before(layer, ids, mask, start=1, hidden=model.hidden_before(1, ids, mask)) - hidden).abs().max() < 1e-5 or layer == 0
+        assert (model.token_logits(ids, mask, layer=layer, hidden=hidden) - whole).abs().max() < 1e-5
+        some = model.token_logits(ids, mask, at=at, layer=layer, hidden=hidden)
+        assert (some - whole.gather(1, at[:, :, None].expand(-1, -1, whole.shape[-1]))).abs().max() < 1e-5
 
 
 @families
@@ -112,11 +112,11 @@ def test_sites(tiny, family):
 @families
 def test_what_ends_a_block(tiny, family):
     """The down-projection's output reaches the stream as it is; the attention's, or one with a norm after it, does not."""
-    half = tiny(family, dtype="bfloat16")
+    half = tiny(family, dtype="bfloat16").train()
     state = torch.get_rng_state()
     model = tiny(family)
     assert all(m.ends_block(m.site(layer)) for m in (model, half) for layer in range(model.layers))
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state) and half.training and next(half.parameters()).requires_grad
     attention = model.spec.paths.attention + (".c_proj" if family == "gpt2" else ".o_proj")
     assert not model.ends_block(model.site(0, attention)) and not half.ends_block(half.site(0, attention))
     inside = model.spec.paths.mlp + (".c_fc" if family == "gpt2" else ".up_proj")

@@ -182,6 +182,19 @@ def test_single_token_targets_need_no_states(tiny, method):
             assert torch.allclose(a.dense(), b.dense(), atol=1e-6)
 
 
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_keys_go_on_from_layer_to_layer(tiny, family):
+    """With the streams of the layer before kept: the same keys, also where that layer's weights have changed since."""
+    model, settings = tiny(family), hparams("MEMIT_MDM", max_rows=4)
+    facts, lower = [tokenise(model, EditRequest.of(r), settings) for r in REQUESTS], {}
+    for layer in range(model.layers):
+        site = model.site(layer)
+        assert (key_columns(model, site, facts, settings, lower).keys - key_columns(model, site, facts, settings).keys).abs().max() < 1e-5
+        assert layer == 0 or {at for at, _ in lower.values()} == {layer}
+        with torch.no_grad():
+            model.weight_of(site.name).mul_(-2)  # what a stale stream would not know
+
+
 def test_key_states(tiny):
     """per_state gives a key for each state, whose weighted mean is average's; full_mask's is the one with nothing revealed."""
     model = tiny("llada")

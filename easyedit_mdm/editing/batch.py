@@ -125,7 +125,8 @@ def edit_batch(
     outcomes = values or _optimised(adapter, last, facts, hparams)
     target = before + torch.stack([o.delta for o in outcomes]).to(before.device)
     changes, figures = [], {}
-    lower: Lower | None = {} if len(facts) <= hparams.facts_per_batch else None  # more are read anew in each layer: memory is bounded
+    # kept between layers where it is no more than the value optimisation has kept; otherwise read anew in each, so that memory is bounded
+    lower: Lower | None = {} if len(sites) > 1 and len(facts) <= hparams.facts_per_batch and hparams.key_states == "full_mask" else None
 
     def spread() -> None:
         """Change layer after layer."""
@@ -138,6 +139,8 @@ def edit_batch(
                 "residual": float((target - now).norm(dim=1).mean()), **moments[i].cheap_figures(hparams.mom2_eps), **system.figures
             }  # fmt: skip
             Edit([changes[-1]]).apply(adapter)
+        if lower is not None:
+            lower.clear()
         if finish is not None:
             finish(sites, facts)
 

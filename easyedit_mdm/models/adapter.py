@@ -20,7 +20,7 @@ from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.errors import ModelError
 from easyedit_mdm.models import geometry
 from easyedit_mdm.models.families import FAMILIES
-from easyedit_mdm.models.hooks import changing_output, reading_output
+from easyedit_mdm.models.hooks import changing_output, frozen, reading_output
 from easyedit_mdm.models.spec import FamilySpec
 
 Mask = Int[Tensor, "rows length"] | Bool[Tensor, "rows length"]
@@ -216,7 +216,7 @@ class Adapter(nn.Module):
         Args:
             start: go on from this layer, given its input `hidden`.
         """
-        return self._run(input_ids, geometry.visible(input_ids, attention_mask), start, layer, hidden)
+        return self._run(input_ids, geometry.visible(input_ids, attention_mask), start, layer, hidden, normed=False)
 
     def ends_block(self, site: Site) -> bool:
         """Whether a site's output goes into the residual stream as it is, as the down-projection's does in every family here.
@@ -232,7 +232,7 @@ class Adapter(nn.Module):
                 return outputs[-1]
 
             block = self.module(self.spec.paths.block.format(site.layer))
-            with torch.enable_grad(), changing_output(self.module(site.name), leaf), reading_output(block) as leaving:
+            with frozen(self), changing_output(self.module(site.name), leaf), reading_output(block) as leaving:
                 self.hidden_before(site.layer + 1, torch.zeros(1, 2, dtype=torch.long, device=self.device))
             gradient = torch.randn(leaving[0].shape, generator=torch.Generator().manual_seed(0)).to(leaving[0])
             (found,) = torch.autograd.grad(leaving[0], outputs[0], gradient, allow_unused=True)
@@ -274,14 +274,14 @@ class Adapter(nn.Module):
     def _blocks(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self.module(self.spec.paths.block.rsplit(".", 1)[0]))
 
-    def _run(self, ids: Tensor, mask: Tensor, low: int, high: int, hidden: Tensor | None) -> Tensor:
-        """Layers low..high-1; with the final norm if `high` is the top."""
-        stack = self._stack(low, high, entered=hidden is not None)
+    def _run(self, ids: Tensor, mask: Tensor, low: int, high: int, hidden: Tensor | None, normed: bool = True) -> Tensor:
+        """Layers low..high-1, and the final norm if `normed`."""
+        stack = self._stack(low, high, entered=hidden is not None, normed=normed)
         inputs = {"input_ids": ids} if hidden is None else {"inputs_embeds": hidden}
         attention = geometry.see_all(mask, self.dtype) if self.masked else mask
         return stack(**inputs, attention_mask=attention, position_ids=geometry.positions(mask), use_cache=False, return_dict=True)[0]
 
-    def _stack(self, low: int, high: int, entered: bool) -> nn.Module:
+    def _stack(self, low: int, high: int, entered: bool, normed: bool = True) -> nn.Module:
         """The backbone with only some of its layers: a view that shares every module, made anew for each call.
 
         `entered`: the input is a residual stream, to which positions have been added already.
@@ -292,7 +292,7 @@ class Adapter(nn.Module):
         view.__dict__.pop("forward", None)  # accelerate's hook, bound to the original
         blocks = self.spec.paths.block.split(".")[-2]
         view._modules[blocks] = nn.ModuleList(list(self._blocks())[low:high])
-        if high < self.layers:
+        if not normed:
             view._modules[self.spec.paths.norm.rsplit(".", 1)[1]] = nn.Identity()
         if entered and self.spec.absolute_positions:
             view._modules["wpe"] = _NoPositions(self.config.n_embd, self.dtype)
