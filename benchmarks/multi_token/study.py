@@ -274,8 +274,11 @@ def batches(model: Adapter, name: str, chosen: list[Case], world: World, done: s
     """All facts in one MEMIT_MDM edit: every one to a target of the same length, or lengths in turn; the facts and methods are the same."""
     before, facts = Before(model, world), list(dict.fromkeys(case.fact.subject for case in chosen))
     by_place = {(case.fact.subject, case.length): case for case in chosen}
-    for arm, changes in ARMS.items() if model.masked else [("plain", ARMS["plain"])]:
-        hparams = settings("MEMIT_MDM", name, **frozen(name, "MEMIT_MDM", arm), **changes)
+    arms = {arm: {**frozen(name, "MEMIT_MDM", arm), **ARMS[arm]} for arm in (ARMS if model.masked else ("plain",))}
+    if "MEMIT_MDM" in (chosen := yaml.safe_load(BEST.read_text()).get(name, {})):
+        arms["best"] = chosen["MEMIT_MDM"]
+    for arm, changes in arms.items():
+        hparams = settings("MEMIT_MDM", name, **changes)
         mixed = [[by_place[s, (1, 2, 4, 8)[(i + shift) % 4]] for i, s in enumerate(facts)] for shift in range(4)]
         equal = [[by_place[s, n] for s in facts] for n in (1, 2, 4, 8)]
         for kind, sets in (("mixed lengths", mixed), ("equal lengths", equal)):
