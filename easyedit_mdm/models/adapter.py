@@ -228,6 +228,7 @@ class Adapter(nn.Module):
             outputs: list[Tensor] = []
 
             def leaf(out: Tensor) -> Tensor:
+                """The output, as what the gradient is asked for."""
                 outputs.append(out.detach().requires_grad_())
                 return outputs[-1]
 
