@@ -36,6 +36,7 @@ MEASURES = (
     "half_steps",
 )
 COLOURS = {"autoregressive": "#7a7a7a", "masked, plain": "#d1495b", "masked, aware": "#1f7a8c", "masked, best": "#e9a23b"}
+APART = "plain, aware's settings"
 Line = dict[str, Any]
 
 
@@ -144,7 +145,7 @@ def methods_run() -> list[str]:
 
 def arms_of(model: str) -> list[str]:
     """The arms that a model was run with."""
-    return [arm for arm in (*ARMS, "best") if any(series(model, m, arm) for m in METHODS)]
+    return [arm for arm in (*ARMS, APART, "best") if any(series(model, m, arm) for m in METHODS)]
 
 
 def paired(first: Sequence[Line], second: Sequence[Line], measure: str = "exact", keep: Callable[[int], bool] = lambda n: n > 1) -> Line:
@@ -209,10 +210,11 @@ def by_length() -> str:
     """Paired differences at each length: where a gain comes from (looked at afterwards: exploratory)."""
     rows = []
     for (causal, masked), method in ((pair, m) for pair in FAMILIES for m in methods_run()):
-        plain, aware, chosen, reference = (series(m, method, arm) for m, arm in zip((masked,) * 3 + (causal,), ("plain", "aware", "best", "plain")))
+        plain, aware, chosen, apart = (series(masked, method, arm) for arm in ("plain", "aware", "best", APART))
+        reference = series(causal, method, "plain")
         for what, first, second in (
             ("aware - plain", aware, plain), ("autoregressive - aware", reference, aware),
-            ("best - plain", chosen, plain), ("autoregressive - best", reference, chosen),
+            ("best - plain", chosen, plain), ("autoregressive - best", reference, chosen), ("aware - plain with aware's settings", aware, apart),
         ):  # fmt: skip
             if first and second:
                 cells = [told(paired(first, second, keep=lambda n, k=k: n == k), True) for k in range(1, 9)]

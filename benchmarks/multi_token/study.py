@@ -194,10 +194,13 @@ def plan(command: str, name: str, masked: bool, methods: Sequence[str]) -> list[
         return [({"method": m, "arm": a, "try": i}, {**g, **ARMS[a]}) for m in methods for a in arms for i, g in enumerate(GRID[m])]
     if command in ("run", "closed"):
         series = [({"method": m, "arm": a}, {**frozen(name, m, a), **ARMS[a]}) for m in methods for a in arms]
+        if not masked or command != "run":
+            return series
         # the null control: both arms with the same layer and clamp, N = 1
-        return series + [
-            ({"method": m, "arm": "null"}, {**frozen(name, m, "plain"), **ARMS["aware"]}) for m in methods if masked and command == "run"
-        ]
+        series += [({"method": m, "arm": "null"}, {**frozen(name, m, "plain"), **ARMS["aware"]}) for m in methods]
+        # not in the protocol: where the search gave the arms different settings, plain with those of the other
+        apart = [m for m in methods if frozen(name, m, "plain") != frozen(name, m, "aware")]
+        return series + [({"method": m, "arm": "plain, aware's settings"}, {**frozen(name, m, "aware"), **ARMS["plain"]}) for m in apart]
     if command == "beat":
         shared = {"state_schedule": "stratified", "key_states": "average"}
         return [({"method": "MEMIT_MDM", "arm": "beat", "try": i}, {**shared, **change}) for i, change in enumerate(BEAT)]
