@@ -52,11 +52,9 @@ def write_hparams(out: Path, device: str) -> dict[str, Path]:
 
 def teacher_forced(run: Run) -> dict[str, Any]:
     """Share of the target's tokens, and of whole targets, that are right after the right tokens before them."""
-    subjects, rows = (
-        [subject_of(case) for case in run.cases],
-        [scores(case.get("post", {}).get("multi_step", {}).get("rewrite")) for case in run.cases],
-    )
-    tokens = [row[0]["one_step"] if row else 0.0 for row in rows]
+    subjects = [subject_of(case) for case in run.cases]
+    written = [scores(case.get("post", {}).get("multi_step", {}).get("rewrite")) for case in run.cases]
+    tokens = [found[0]["one_step"] if found else 0.0 for found in written]  # a case that failed wrote nothing
     return {"tokens": bootstrap_mean(tokens, subjects), "whole": bootstrap_mean([float(t == 1) for t in tokens], subjects)}
 
 

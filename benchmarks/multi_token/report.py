@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from study import ABLATIONS, ARMS, BEAT, BEST, FROZEN, GRID, HERE, RESULTS, plan
+from study import ABLATIONS, APART, ARMS, BEAT, BEST, FROZEN, GRID, HERE, RESULTS, plan
 
 from easyedit_mdm.bench.statistics_of_runs import bootstrap_mean
 
@@ -36,7 +36,6 @@ MEASURES = (
     "half_steps",
 )
 COLOURS = {"autoregressive": "#7a7a7a", "masked, plain": "#d1495b", "masked, aware": "#1f7a8c", "masked, best": "#e9a23b"}
-APART = "plain, aware's settings"
 Line = dict[str, Any]
 
 

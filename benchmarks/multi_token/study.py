@@ -50,6 +50,7 @@ GRID = {
     "ROME_MDM": [{"layers": [layer], "clamp_norm_factor": clamp} for layer, clamp in ((0, 4.0), (1, 4.0), (3, 4.0), (1, 2.0))],
     "MEMIT_MDM": [{"layers": layers, "clamp_norm_factor": clamp} for layers, clamp in (([3], 4.0), ([4], 4.0), ([3, 4], 4.0), ([4], 2.0))],
 }
+APART = "plain, aware's settings"
 # after the ablations: averaged keys and stratified states everywhere, the rest tried (PROTOCOL.md, "Then beat it")
 BEAT: list[dict[str, Any]] = [
     {"layers": [4], "clamp_norm_factor": 4.0},
@@ -200,7 +201,7 @@ def plan(command: str, name: str, masked: bool, methods: Sequence[str]) -> list[
         series += [({"method": m, "arm": "null"}, {**frozen(name, m, "plain"), **ARMS["aware"]}) for m in methods]
         # not in the protocol: where the search gave the arms different settings, plain with those of the other
         apart = [m for m in methods if frozen(name, m, "plain") != frozen(name, m, "aware")]
-        return series + [({"method": m, "arm": "plain, aware's settings"}, {**frozen(name, m, "aware"), **ARMS["plain"]}) for m in apart]
+        return series + [({"method": m, "arm": APART}, {**frozen(name, m, "aware"), **ARMS["plain"]}) for m in apart]
     if command == "beat":
         shared = {"state_schedule": "stratified", "key_states": "average"}
         return [({"method": "MEMIT_MDM", "arm": "beat", "try": i}, {**shared, **change}) for i, change in enumerate(BEAT)]

@@ -63,11 +63,9 @@ class Rows:
         """Some of the rows."""
         return Rows(**{name: value[index] for name, value in vars(self).items()})
 
-    def cut(self, length: int) -> Rows:
-        """Without the columns from `length` on, in which there is nothing but padding, and the slots from the last on that counts in any row."""
-        counts = (self.weights != 0).any(0).nonzero()[:, 0].tolist()
-        slots = slice(0, max([0, *counts]) + 1)
-        read = {name: getattr(self, name)[:, slots] for name in ("at", "tokens", "weights")}
+    def cut(self, length: int, slots: int) -> Rows:
+        """The first `length` columns, the rest being padding, and the first `slots` slots, the rest weighing nothing."""
+        read = {name: getattr(self, name)[:, :slots] for name in ("at", "tokens", "weights")}
         return replace(self, ids=self.ids[:, :length], mask=self.mask[:, :length], **read)
 
     def aligned(self, pad: int) -> Rows:
@@ -81,15 +79,16 @@ class Rows:
         ids = torch.where(mask.bool(), self.ids.gather(1, source), pad)
         return replace(self, ids=ids, mask=mask, site=self.site + shift, at=self.at + shift[:, None])
 
-    def chunks(self, most: int, by_rest: bool = False) -> Iterator[tuple[Int[Tensor, " some"], int]]:
-        """Rows of similar length, up to `most` at a time, as (numbers of the rows, columns they need): little of a pass is padding.
+    def chunks(self, most: int, by_rest: bool = False) -> Iterator[tuple[Int[Tensor, " some"], int, int]]:
+        """Rows of similar length, up to `most` at a time, as (numbers of the rows, columns they need, slots they need): little of a pass is padding.
 
         `by_rest`: what counts is the length from the site on.
         """
-        whole = self.mask.sum(1)
-        columns = whole.tolist()
-        for some in similar((whole - self.site).tolist() if by_rest else columns, most):
-            yield torch.tensor(some, device=whole.device), max(columns[i] for i in some)
+        whole, numbers = self.mask.sum(1), torch.arange(1, self.weights.shape[1] + 1, device=self.weights.device)
+        read = ((self.weights != 0) * numbers).amax(1).clamp(min=1)  # an anchor's one slot weighs nothing
+        columns, rest, slots = torch.stack([whole, whole - self.site, read]).tolist()  # one transfer a step
+        for some in similar(rest if by_rest else columns, most):
+            yield torch.tensor(some, device=whole.device), max(columns[i] for i in some), max(slots[i] for i in some)
 
     def counting(self, step: int) -> Bool[Tensor, " rows"]:
         """Which rows count at a step."""
@@ -128,11 +127,8 @@ def build_rows(adapter: Adapter, facts: dict[int, Fact], states: dict[int, State
                 add(i, prompt, tail, list(range(start, start + n)), fact.target, share, False, turn, period)
         filler = torch.tensor([adapter.ids.slot])
         read = len(fact.anchor.ids) if kl_position == "slot" else fact.anchor.site + 1
-        if adapter.masked:
-            add(i, fact.anchor, filler, [read], filler, torch.zeros(1), True, -1, 1)
-        else:
-            upto = replace(fact.anchor, ids=fact.anchor.ids[:read])
-            add(i, upto, filler[:0], [read], filler, torch.zeros(1), True, -1, 1)
+        anchor, tail = (fact.anchor, filler) if adapter.masked else (replace(fact.anchor, ids=fact.anchor.ids[:read]), filler[:0])
+        add(i, anchor, tail, [read], filler, torch.zeros(1), True, -1, 1)
     batch, mask = right_padded(columns.pop("ids"), adapter.ids.pad, adapter.device)
     tensors = {name: (torch.stack(v) if isinstance(v[0], Tensor) else torch.tensor(v)).to(adapter.device) for name, v in columns.items()}
     return Rows(ids=batch, mask=mask, **tensors)

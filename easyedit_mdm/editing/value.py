@@ -217,8 +217,8 @@ class _Forward:
     def _passes(self, step: int, active: list[int], deltas: list[Tensor]) -> Iterator[tuple[Rows, Below]]:
         """The rows of one step, pass by pass, each with the input of `layer`."""
         rows, below = self._rows(step, active, deltas)
-        for chunk, length in rows.chunks(self.hparams.max_rows):
-            yield rows.take(chunk).cut(length), Below(below[chunk, :length])
+        for chunk, length, slots in rows.chunks(self.hparams.max_rows):
+            yield rows.take(chunk).cut(length, slots), Below(below[chunk, :length])
 
     def _rows(self, step: int, active: list[int], deltas: list[Tensor]) -> tuple[Rows, Tensor]:
         """The rows of one step and the input of `layer` in each."""
@@ -240,8 +240,8 @@ class _Forward:
         rows = build_rows(self.adapter, {i: self.facts[i] for i in active}, states, self.hparams.kl_position, self.plans[active[0]].dealt)
         with torch.no_grad():
             below: Tensor | None = None
-            for chunk, length in rows.chunks(self.hparams.max_rows):
-                part = rows.take(chunk).cut(length)
+            for chunk, length, slots in rows.chunks(self.hparams.max_rows):
+                part = rows.take(chunk).cut(length, slots)
                 hidden = self.adapter.hidden_before(self.layer, part.ids, part.mask).to(rows.ids.device)
                 below = hidden.new_zeros(*rows.ids.shape, hidden.shape[-1]) if below is None else below
                 below[chunk, :length] = hidden
@@ -280,7 +280,7 @@ class _CausalForward(_Forward):
         if self.kept is None:
             _, rows, below = self._build(step, active, deltas)
             chunks = rows.chunks(self.hparams.max_rows, by_rest=True)
-            self.parts = [self._aligned(rows.take(chunk).cut(length), below[chunk, :length]) for chunk, length in chunks]
+            self.parts = [self._aligned(rows.take(chunk).cut(length, slots), below[chunk, :length]) for chunk, length, slots in chunks]
             self.kept = (list(active), rows, below[:0])
         if self.kept[0] != active:
             going = torch.tensor(active, device=self.count.device)
