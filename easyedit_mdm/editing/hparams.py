@@ -38,6 +38,9 @@ class ROMEMDMHyperParams:
             after the subject, as EasyEdit's ROME has it.
         early_stop_loss: the optimisation ends when the total loss, averaged over a cycle of states, falls below this.
         early_stop_on: `cycle`, or `drawn`: the loss of the states of one step alone, which may be easy ones; for comparison.
+        optimise_through: `activation`: delta is put in at the subject's token alone while it is optimised, as ROME does; `weights`: as
+            the finished rank-one update will put it in, at every token (ROME_MDM only; `easyedit_mdm.editing.rome`).
+        v_lr_schedule: `constant`, or `cosine`: v_lr falls to 0 over v_num_grad_steps, which calms long optimisations.
         context_templates: context prefixes to use, each with one `{}`; None lets the model write them.
         mom2_dataset: the text of the second moments, if `mom2_adjustment` is on: a file, JSON lines, `datasets:NAME:CONFIG:SPLIT`,
             or `twins` (`easyedit_mdm.statistics.text_source`).
@@ -93,6 +96,8 @@ class ROMEMDMHyperParams:
     kl_position: str = "slot"
     early_stop_loss: float = 0.05
     early_stop_on: str = "cycle"
+    optimise_through: str = "activation"
+    v_lr_schedule: str = "constant"
     context_templates: list[str] | None = None
     key_states: str = "full_mask"
     max_rows: int = 256
@@ -105,6 +110,7 @@ class ROMEMDMHyperParams:
     ALG_NAME: ClassVar[str] = "ROME_MDM"
     KEY_AVERAGES: ClassVar[tuple[str, ...]] = ("single", "easyedit")
     KEY_STATES: ClassVar[tuple[str, ...]] = ("full_mask", "average")
+    THROUGH: ClassVar[tuple[str, ...]] = ("activation", "weights")
     ONE_LAYER: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -121,7 +127,7 @@ class ROMEMDMHyperParams:
         self._check_layers()
         SCHEDULES[self.state_schedule]
         choices = {"fact_token": FACT_TOKENS, "kl_position": KL_POSITIONS, "key_average": self.KEY_AVERAGES, "key_states": self.KEY_STATES}
-        choices["early_stop_on"] = ("cycle", "drawn")
+        choices |= {"early_stop_on": ("cycle", "drawn"), "optimise_through": self.THROUGH, "v_lr_schedule": ("constant", "cosine")}
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:

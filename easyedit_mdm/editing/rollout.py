@@ -13,15 +13,23 @@ from easyedit_mdm.editing.rows import Fact
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
 from easyedit_mdm.models.geometry import right_padded
-from easyedit_mdm.models.hooks import adding_at
+from easyedit_mdm.models.hooks import adding_at, writing_through
 
 
 @torch.no_grad()
-def rolled_out(adapter: Adapter, site: Site, facts: dict[int, Fact], deltas: Sequence[Tensor], plans: Sequence[Schedule]) -> dict[int, States]:
+def rolled_out(
+    adapter: Adapter,
+    site: Site,
+    facts: dict[int, Fact],
+    deltas: Sequence[Tensor],
+    plans: Sequence[Schedule],
+    rights: Float[Tensor, "facts inner"] | None = None,
+) -> dict[int, States]:
     """For each fact (by number) its N states, from nothing revealed to one slot left; at most `plans[i].most` of them, spread evenly.
 
     A step commits the slot whose best token has the highest probability (LLaDA's `low_confidence`): its right token, or the
-    model's own. All facts go through the model together: as many passes as the longest target has tokens.
+    model's own. All facts go through the model together: as many passes as the longest target has tokens. `rights`: see
+    `easyedit_mdm.editing.value.optimise`.
     """
     revealed = {i: torch.zeros(len(f.target), dtype=torch.bool) for i, f in facts.items()}
     shown = {i: f.target.clone() for i, f in facts.items()}
@@ -29,7 +37,8 @@ def rolled_out(adapter: Adapter, site: Site, facts: dict[int, Fact], deltas: Seq
     for step in range(max((len(f.target) for f in facts.values()), default=0)):
         going = [i for i in facts if step < len(facts[i].target)]
         given = [facts[i] for i in going], [revealed[i] for i in going], [shown[i] for i in going], [deltas[i] for i in going]
-        for i, probabilities in zip(going, _slots(adapter, site, *given)):
+        through = None if rights is None else rights[going]
+        for i, probabilities in zip(going, _slots(adapter, site, *given, through)):
             met[i].append((revealed[i].clone(), shown[i].clone()))
             best, token = probabilities.max(-1)
             slot = int(best.masked_fill(revealed[i], -1).argmax())
@@ -53,14 +62,16 @@ def _slots(
     revealed: Sequence[Bool[Tensor, " _"]],
     shown: Sequence[Int[Tensor, " _"]],
     deltas: Sequence[Float[Tensor, " width"]],
+    rights: Float[Tensor, "going inner"] | None,
 ) -> list[Float[Tensor, "_ vocab"]]:
-    """Probabilities at each fact's slots, with its delta at the subject's token."""
+    """Probabilities at each fact's slots, with its delta at the subject's token, or in the weights."""
     tails = [torch.where(r, s, adapter.ids.slot) for r, s in zip(revealed, shown)]
     ids, mask = right_padded([torch.cat([f.contexts[0].ids, tail]) for f, tail in zip(facts, tails)], adapter.ids.pad, adapter.device)
     most = max(map(len, tails))
     start = torch.tensor([len(f.contexts[0].ids) for f in facts])
     at = (start[:, None] + torch.arange(most)).clamp(max=ids.shape[1] - 1).to(ids.device)
     where = torch.tensor([f.contexts[0].site for f in facts])
-    with adding_at(adapter.module(site.name), where, torch.stack(list(deltas))):
+    module, added = adapter.module(site.name), torch.stack(list(deltas))
+    with adding_at(module, where, added) if rights is None else writing_through(module, rights, added):
         probabilities = adapter.token_logits(ids, mask, at=at).float().softmax(-1).cpu()
     return [row[: len(tail)] for row, tail in zip(probabilities, tails)]

@@ -6,11 +6,16 @@ One fact, one layer, rank one: with key k*, target value v* = v_0 + delta and se
 
 where k is k* (`key_average: single`) or the bare prompt's key (`easyedit`). With statistics off, C is the identity, as in
 EasyEdit's ROME.
+
+u and k do not depend on delta, so the update's effect at every token of every row is known before delta is:
+(u . k_t) / (k . u) delta at token t. `optimise_through: weights` optimises delta with all of it, instead of with delta at the
+subject's token alone: what the update does to the other tokens, much for text unlike what C was made of, is then part of the loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -85,8 +90,15 @@ def site_values(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROME
     """The optimised values of requests at the site, clamped by the norm of its own output there."""
     site = check_modules(adapter, hparams)
     facts = [tokenise(adapter, request, hparams) for request in requests]
-    initial = torch.stack([read_keys(adapter, site, fact, hparams).values[0] for fact in facts])
-    return optimise(adapter, site, facts, initial, hparams)
+    keys = [read_keys(adapter, site, fact, hparams) for fact in facts]
+    return _optimised(adapter, site, facts, keys, [closed_form(adapter, site, k, hparams) for k in keys], hparams)
+
+
+def _optimised(
+    adapter: Adapter, site: Site, facts: Sequence[Fact], keys: Sequence[Keys], directions: Sequence[Direction], hparams: ROMEMDMHyperParams
+) -> list[Optimised]:
+    rights = torch.stack([d.u / d.denominator for d in directions]) if hparams.optimise_through == "weights" else None
+    return optimise(adapter, site, facts, torch.stack([k.values[0] for k in keys]), hparams, rights)
 
 
 def rank_one(
@@ -107,15 +119,28 @@ def rank_one(
     site = check_modules(adapter, hparams)
     fact = tokenise(adapter, requests[0], hparams)
     keys = read_keys(adapter, site, fact, hparams)
-    outcome = (values or optimise(adapter, site, [fact], keys.values[:1], hparams))[0]
-    left, right, figures = closed_form(adapter, site, keys, residual(keys, outcome.delta), hparams)
-    return Edit([LowRank(site.weight, left[:, None], right[None], site.transposed)], card(requests, [fact], hparams, [outcome], figures))
+    direction = closed_form(adapter, site, keys, hparams)
+    outcome = (values or _optimised(adapter, site, [fact], [keys], [direction], hparams))[0]
+    added = residual(keys, outcome.delta)
+    change = LowRank(site.weight, (added.to(direction.u.device) / direction.denominator)[:, None], direction.u[None], site.transposed)
+    return Edit([change], card(requests, [fact], hparams, [outcome], {**direction.figures, "delta_norm": float(added.norm())}))
 
 
-def closed_form(
-    adapter: Adapter, site: Site, keys: Keys, delta: Float[Tensor, " width"], hparams: ROMEMDMHyperParams
-) -> tuple[Float[Tensor, " width"], Float[Tensor, " inner"], dict[str, int | float]]:
-    """The factors of dW = left right^T, and the figures that tell whether it is sound.
+@dataclass(frozen=True)
+class Direction:
+    """All of dW = delta u^T / denominator that does not depend on delta.
+
+    Attributes:
+        figures: what tells whether the update is sound.
+    """
+
+    u: Float[Tensor, " inner"]
+    denominator: Float[Tensor, ""]
+    figures: dict[str, int | float]
+
+
+def closed_form(adapter: Adapter, site: Site, keys: Keys, hparams: ROMEMDMHyperParams) -> Direction:
+    """Where the update reads, from the keys and the statistics.
 
     Raises:
         OptimisationError: if the denominator vanishes.
@@ -132,8 +157,7 @@ def closed_form(
     denominator = torch.dot(key, u)
     if not denominator.isfinite() or denominator.abs() < 1e-8 * key.norm():
         raise OptimisationError(f"the denominator k . u of the update is {float(denominator):.3g}: the key vanishes at layer {site.layer}")
-    figures |= {"denominator": float(denominator), "delta_norm": float(delta.norm()), "key_norm": float(key.norm())}
-    return delta.to(u.device) / denominator, u, figures
+    return Direction(u, denominator, {**figures, "denominator": float(denominator), "key_norm": float(key.norm())})
 
 
 def statistics(adapter: Adapter, sites: Sequence[Site], hparams: ROMEMDMHyperParams) -> list[SecondMoments]:

@@ -43,6 +43,7 @@ class Rows:
         fact: which fact a row belongs to.
         anchor: whether the row is its fact's KL anchor (read at its first slot).
         turn, period: a row counts at step t only if t mod period is turn; turn is -1 for rows that always count.
+        reach: how much of delta arrives at each position, where it is optimised through the weights; otherwise it is put in at `site`.
     """
 
     ids: Int[Tensor, "rows length"]
@@ -55,18 +56,20 @@ class Rows:
     anchor: Bool[Tensor, " rows"]
     turn: Int[Tensor, " rows"]
     period: Int[Tensor, " rows"]
+    reach: Float[Tensor, "rows length"] | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
 
     def take(self, index: Int[Tensor, " some"] | Bool[Tensor, " rows"]) -> Rows:
         """Some of the rows."""
-        return Rows(**{name: value[index] for name, value in vars(self).items()})
+        return Rows(**{name: value if value is None else value[index] for name, value in vars(self).items()})
 
     def cut(self, length: int, slots: int) -> Rows:
         """The first `length` columns, the rest being padding, and the first `slots` slots, the rest weighing nothing."""
         read = {name: getattr(self, name)[:, :slots] for name in ("at", "tokens", "weights")}
-        return replace(self, ids=self.ids[:, :length], mask=self.mask[:, :length], **read)
+        reach = None if self.reach is None else self.reach[:, :length]
+        return replace(self, ids=self.ids[:, :length], mask=self.mask[:, :length], reach=reach, **read)
 
     def aligned(self, pad: int) -> Rows:
         """Shifted so that the site stands in the same column in every row, with padding on the left; columns of mere padding are cut off."""
@@ -103,7 +106,7 @@ def build_rows(adapter: Adapter, facts: dict[int, Fact], states: dict[int, State
     `dealt`: state s stands in context c only at the steps t with (c + t) mod states = s, and weighs what the states of a
     step weigh together.
     """
-    columns: dict[str, list] = {name: [] for name in Rows.__dataclass_fields__ if name != "mask"}
+    columns: dict[str, list] = {name: [] for name in Rows.__dataclass_fields__ if name not in ("mask", "reach")}
     slots = max(len(f.target) for f in facts.values())
 
     def add(fact: int, prompt: Prompt, tail: Tensor, read: list[int], right: Tensor, weight: Tensor, anchor: bool, turn: int, period: int) -> None:

@@ -4,7 +4,9 @@
                   + kl_factor KL(p_delta(. | anchor) || p(. | anchor)) + v_weight_decay ||delta|| / ||v_0||^2
 
 is ROME's equation (4) (arXiv 2202.05262), its first term taken over the states S of a schedule; with `full_mask`, or on an
-autoregressive model, it is ROME's own. delta is kept within clamp_norm_factor ||v_0||. The optimisation is batched over
+autoregressive model, it is ROME's own. delta is kept within clamp_norm_factor ||v_0||. ROME puts delta in at the subject's token
+alone, but its rank-one update dW = delta r^T also adds (r . k) delta at every other position, k being what enters the map there;
+with `optimise_through: weights` the loss is that of the model so changed. The optimisation is batched over
 facts; a fact that has converged leaves the batch. What lies below delta is computed once where the states stay the same from
 step to step: all layers up to the edited one, whose own output delta is added to, wherever the site's output goes into the
 residual stream as it is.
@@ -29,7 +31,7 @@ from easyedit_mdm.editing.rows import Fact, Rows, build_rows
 from easyedit_mdm.errors import OptimisationError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
-from easyedit_mdm.models.hooks import added_at, adding_at, frozen
+from easyedit_mdm.models.hooks import added_at, adding_at, frozen, reach_of, reading_input, spread_over, writing_through
 from easyedit_mdm.models.prefix import Prefix, can_keep, logits_after, read_prefix
 
 
@@ -53,7 +55,12 @@ class Optimised:
 
 
 def optimise(
-    adapter: Adapter, site: Site, facts: Sequence[Fact], initial: Float[Tensor, "facts width"], hparams: ROMEMDMHyperParams
+    adapter: Adapter,
+    site: Site,
+    facts: Sequence[Fact],
+    initial: Float[Tensor, "facts width"],
+    hparams: ROMEMDMHyperParams,
+    rights: Float[Tensor, "facts inner"] | None = None,
 ) -> list[Optimised]:
     """Optimise one delta a fact, `facts_per_batch` at a time; a batch that does not fit into memory is halved.
 
@@ -62,6 +69,7 @@ def optimise(
 
     Args:
         initial: v_0 of each fact, against whose norm delta is clamped: the site's output, or its block's, for the bare prompt.
+        rights: the r of each fact's update delta r^T, through which delta is then optimised; None: as an activation at the site.
 
     Raises:
         OptimisationError: if a loss is not a number; no weight has been touched.
@@ -71,7 +79,7 @@ def optimise(
     while len(done) < len(facts):
         part = slice(len(done), len(done) + size)
         try:
-            done += _optimise(adapter, site, facts[part], initial[part], hparams)
+            done += _optimise(adapter, site, facts[part], initial[part], hparams, None if rights is None else rights[part])
         except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError
             if size == 1 or not _out_of_memory(error):
                 raise
@@ -86,14 +94,21 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _optimise(
-    adapter: Adapter, site: Site, facts: Sequence[Fact], initial: Float[Tensor, "facts width"], hparams: ROMEMDMHyperParams
+    adapter: Adapter,
+    site: Site,
+    facts: Sequence[Fact],
+    initial: Float[Tensor, "facts width"],
+    hparams: ROMEMDMHyperParams,
+    rights: Float[Tensor, "facts inner"] | None = None,
 ) -> list[Optimised]:
     plans = [_schedule_for(adapter, fact, hparams) for fact in facts]
     deltas = [torch.zeros_like(v, requires_grad=True) for v in initial]
     done = [Optimised(d, schedule=_name(p)) for d, p in zip(deltas, plans)]
     recent: list[deque[float]] = [deque(maxlen=1 if hparams.early_stop_on == "drawn" else p.cycle) for p in plans]
     optimizer = torch.optim.Adam(deltas, lr=hparams.v_lr)
-    forward = (_CausalForward if can_keep(adapter) else _Forward)(adapter, site, facts, plans, hparams)
+    rates = _rates(optimizer, hparams)
+    kind = _CausalForward if rights is None and can_keep(adapter) else _Forward  # the weights change what stands before the subject, too
+    forward = kind(adapter, site, facts, plans, hparams, rights)
     active = list(range(len(facts)))
     with frozen(adapter):
         for step in range(hparams.v_num_grad_steps):
@@ -106,6 +121,7 @@ def _optimise(
             for i in set(range(len(facts))) - set(active):
                 deltas[i].grad = None  # converged: Adam leaves it alone
             optimizer.step()
+            rates.step()
             _clamp([deltas[i] for i in active], initial[active], hparams.clamp_norm_factor)
             for i in active:
                 done[i].steps += 1
@@ -113,6 +129,12 @@ def _optimise(
         outcome.delta = deltas[i].detach()
         outcome.forwards = count
     return done
+
+
+def _rates(optimizer: torch.optim.Optimizer, hparams: ROMEMDMHyperParams) -> torch.optim.lr_scheduler.LRScheduler:
+    if hparams.v_lr_schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, hparams.v_num_grad_steps - 1))
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
 def _schedule_for(adapter: Adapter, fact: Fact, hparams: ROMEMDMHyperParams) -> Schedule:
@@ -184,8 +206,16 @@ class _Forward:
     them, otherwise the site's own.
     """
 
-    def __init__(self, adapter: Adapter, site: Site, facts: Sequence[Fact], plans: list[Schedule], hparams: ROMEMDMHyperParams):
-        self.adapter, self.site, self.facts, self.plans, self.hparams = adapter, site, facts, plans, hparams
+    def __init__(
+        self,
+        adapter: Adapter,
+        site: Site,
+        facts: Sequence[Fact],
+        plans: list[Schedule],
+        hparams: ROMEMDMHyperParams,
+        rights: Float[Tensor, "facts inner"] | None = None,
+    ):
+        self.adapter, self.site, self.facts, self.plans, self.hparams, self.rights = adapter, site, facts, plans, hparams, rights
         self.above = adapter.ends_block(site)
         self.layer = site.layer + self.above
         self.generators = [fact_generator(fact, hparams.seed) for fact in facts]
@@ -236,24 +266,31 @@ class _Forward:
         """All rows of some facts. Kept where the rows are, whatever device the lower layers are on."""
         rolled = {i: self.facts[i] for i in active if self.plans[i].rolled}
         states = {i: self.plans[i].draw(step, self.generators[i]) for i in active if i not in rolled}
-        states |= rolled_out(self.adapter, self.site, rolled, deltas, self.plans)
+        states |= rolled_out(self.adapter, self.site, rolled, deltas, self.plans, self.rights)
         rows = build_rows(self.adapter, {i: self.facts[i] for i in active}, states, self.hparams.kl_position, self.plans[active[0]].dealt)
         with torch.no_grad():
             below: Tensor | None = None
             for chunk, length, slots in rows.chunks(self.hparams.max_rows):
                 part = rows.take(chunk).cut(length, slots)
-                hidden = self.adapter.hidden_before(self.layer, part.ids, part.mask).to(rows.ids.device)
+                with reading_input(self.adapter.module(self.site.name)) as entering:
+                    hidden = self.adapter.hidden_before(self.layer, part.ids, part.mask).to(rows.ids.device)
                 below = hidden.new_zeros(*rows.ids.shape, hidden.shape[-1]) if below is None else below
                 below[chunk, :length] = hidden
+                if self.rights is not None and self.above:  # below the edit nothing changes, and so do the keys not
+                    rows.reach = torch.zeros(rows.ids.shape, device=rows.ids.device) if rows.reach is None else rows.reach
+                    rows.reach[chunk, :length] = reach_of(entering[0], self.rights[part.fact.to(self.rights.device)]).to(rows.ids.device)
         return list(active), rows, cast(Tensor, below)  # there is at least the anchor's row
 
     def _chunk(self, rows: Rows, below: Below, deltas: Float[Tensor, "active width"], place: Tensor) -> Float[Tensor, " active"]:
         """NLL and KL of some rows, added up by fact."""
         at, added = rows.site - below.start, deltas[place[rows.fact].to(deltas.device)]
         if self.above:
-            logits = replace(below, hidden=added_at(below.hidden, at, added)).logits(self.adapter, self.layer, rows)
+            hidden = added_at(below.hidden, at, added) if rows.reach is None else spread_over(below.hidden, rows.reach, added)
+            logits = replace(below, hidden=hidden).logits(self.adapter, self.layer, rows)
         else:
-            with adding_at(self.adapter.module(self.site.name), at, added):
+            module = self.adapter.module(self.site.name)
+            rights = None if self.rights is None else self.rights[rows.fact.to(self.rights.device)]
+            with adding_at(module, at, added) if rights is None else writing_through(module, rights, added):
                 logits = below.logits(self.adapter, self.layer, rows)
         log_probs = logits.float().log_softmax(-1)
         right = log_probs.gather(-1, rows.tokens.to(log_probs.device)[..., None])[..., 0]

@@ -70,6 +70,38 @@ def added_at(hidden: Tensor, at: Tensor, values: Tensor) -> Tensor:
 
 
 @contextmanager
+def writing_through(module: nn.Module, rights: Tensor, lefts: Tensor) -> Iterator[None]:
+    """Let every row see `module` with a rank-one change of its own weight: left (right . x) is added to its output at every position.
+
+    Args:
+        rights: (rows x inner); lefts: (rows x width). Gradients go into `lefts`.
+    """
+
+    def hook(_: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        """Torch's forward hook."""
+        return spread_over(out, reach_of(args[0], rights), lefts) if on else out
+
+    on, handle = True, None
+    try:
+        handle = module.register_forward_hook(hook)
+        yield
+    finally:
+        on = False
+        if handle is not None:
+            handle.remove()
+
+
+def reach_of(entering: Tensor, rights: Tensor) -> Tensor:
+    """How much of a rank-one change arrives at each position (rows x length), in float32, given what enters the changed map there."""
+    return torch.einsum("rli,ri->rl", entering.float(), rights.to(entering.device, torch.float32))
+
+
+def spread_over(hidden: Tensor, reach: Tensor, values: Tensor) -> Tensor:
+    """`hidden` (rows x length x width) with `values` (rows x width) added at every position, as much as `reach` (rows x length) says."""
+    return hidden + (reach.to(hidden.device)[..., None] * values.to(hidden.device)[:, None]).to(hidden.dtype)
+
+
+@contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for gradients inside the block; each one's flag is put back after it."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
