@@ -75,12 +75,15 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "key average": {"key_states": "average"},
     "key per state": {"key_states": "per_state"},
     "masked statistics": {"mom2_mask_ratio": "uniform"},
+    "through the weights": {"optimise_through": "weights"},
+    "full_mask, through the weights": {"state_schedule": "full_mask", "optimise_through": "weights"},
 }
 
 
 def settings(method: str, model: str, **changes: Any) -> ROMEMDMHyperParams:
-    """A twin's own hyperparameter file, changed."""
-    base = METHODS[method].hparams.from_hparams(f"{method}/{model}")
+    """A twin's own hyperparameter file, changed; for ROME_MDM on `twin-llada`, which is optimised through the weights now, as it was then."""
+    then = HERE.parent / f"{model}-activation.yaml"
+    base = METHODS[method].hparams.from_hparams(then if method == "ROME_MDM" and then.exists() else f"{method}/{model}")
     return replace(base, **{**SHARED, **changes})
 
 
@@ -209,9 +212,13 @@ def plan(command: str, name: str, masked: bool, methods: Sequence[str]) -> list[
         chosen = yaml.safe_load(BEST.read_text())[name]
         return [({"method": m, "arm": "best"}, {**frozen(name, m, arms[-1]), **chosen[m]}) for m in methods if m in chosen]
     usual = arms[-1]
-    changes = {n: c for n, c in ABLATIONS.items() if masked or n == "full_mask"}
-    pairs = [(m, n, c) for m in methods for n, c in changes.items() if c.get("key_states", "full_mask") in METHODS[m].hparams.KEY_STATES]
+    changes = {n: c for n, c in ABLATIONS.items() if masked or n in ("full_mask", "through the weights")}
+    pairs = [(m, n, c) for m in methods for n, c in changes.items() if _able(METHODS[m].hparams, c)]
     return [({"method": m, "ablation": n}, {**frozen(name, m, usual), **ARMS[usual], **c}) for m, n, c in pairs]
+
+
+def _able(kind: type[ROMEMDMHyperParams], changes: dict[str, Any]) -> bool:
+    return changes.get("key_states", "full_mask") in kind.KEY_STATES and changes.get("optimise_through", "activation") in kind.THROUGH
 
 
 def finished(path: Path, header: dict[str, Any]) -> set[str]:

@@ -13,17 +13,17 @@ bench() { # name, method, hyperparameters, data set and its options
   easyedit-mdm bench --alg "$2" --hparams "$3" --label "$4" --seed 0 --no-fluency --out "$runs/$1.jsonl" --resume "${@:5}"
 }
 
-sets() { # label of the data, hyperparameters of twin-llada (-open: for text outside its world), options of the data
-  bench "$1-easyedit-rome" ROME ROME/twin-llama "twin-llama, EasyEdit's ROME" "${@:3}"
-  bench "$1-ours-llama" ROME_MDM ROME_MDM/twin-llama "twin-llama, ROME_MDM" "${@:3}"
-  bench "$1-llada-plain" ROME_MDM "$here/$2-plain.yaml" "twin-llada, plain" "${@:3}"
-  bench "$1-llada-aware" ROME_MDM "ROME_MDM/$2" "twin-llada, denoising-aware" "${@:3}"
+sets() { # label of the data, its options
+  bench "$1-easyedit-rome" ROME ROME/twin-llama "twin-llama, EasyEdit's ROME" "${@:2}"
+  bench "$1-ours-llama" ROME_MDM ROME_MDM/twin-llama "twin-llama, ROME_MDM" "${@:2}"
+  bench "$1-llada-plain" ROME_MDM "$here/twin-llada-plain.yaml" "twin-llada, plain" "${@:2}"
+  bench "$1-llada-aware" ROME_MDM ROME_MDM/twin-llada "twin-llada, denoising-aware" "${@:2}"
   easyedit-mdm compare "$runs/$1-"{easyedit-rome,ours-llama,llada-plain,llada-aware}.jsonl --out "$here/$1"
 }
 
-sets twins twin-llada --dataset twins --limit 100
+sets twins --dataset twins --limit 100
 if [ -n "${EASYEDIT_MDM_DATA:-}" ]; then
-  sets zsre twin-llada-open --dataset zsre --data-dir "$EASYEDIT_MDM_DATA" --limit 50
+  sets zsre --dataset zsre --data-dir "$EASYEDIT_MDM_DATA" --limit 50
 else
   echo "EASYEDIT_MDM_DATA is not set: no zsRE" >&2
 fi

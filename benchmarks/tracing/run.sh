@@ -10,7 +10,9 @@ easyedit-mdm trace --compare "${twins[@]}" --limit "${LIMIT:-30}" --out "$out/tw
 for twin in "${twins[@]}"; do
   for alg in ROME_MDM MEMIT_MDM; do
     if [ -e "hparams/$alg/$twin.yaml" ]; then
-      easyedit-mdm sweep --alg "$alg" --hparams "$alg/$twin" --limit "${CASES:-24}" --trace "$out/twins/trace.json" --out "$out/sweep-$alg-$twin"
+      file="$alg/$twin"
+      if [ "$file" = ROME_MDM/twin-llada ]; then file=benchmarks/twin-llada-activation.yaml; fi # as the others: not through the weights
+      easyedit-mdm sweep --alg "$alg" --hparams "$file" --limit "${CASES:-24}" --trace "$out/twins/trace.json" --out "$out/sweep-$alg-$twin"
     fi
   done
 done

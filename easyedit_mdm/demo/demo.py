@@ -75,8 +75,8 @@ def run_demo(out: str | Path, easyedit_home: str | None = None) -> bool:
     console = Console()
     console.rule(f"[bold]easyedit_mdm {__version__}[/bold]")
     joined = register(easyedit_home)
-    plain = replace(ROMEMDMHyperParams.from_hparams(f"ROME_MDM/{MODEL}"), state_schedule="full_mask")
-    aware = replace(plain, state_schedule="enumerate")
+    aware = ROMEMDMHyperParams.from_hparams(f"ROME_MDM/{MODEL}")
+    plain = replace(aware, state_schedule="full_mask")
     with _quietly():
         editor = joined.editor_class.from_hparams(aware)
     model: Adapter = editor.model

@@ -6,7 +6,7 @@ What this reaches is the ceiling of every method that writes at the site: where 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -40,7 +40,8 @@ class Activations:
 
 
 def optimise_at(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams) -> Activations:
-    """Optimise a value for each request, all together, at the layer and with the settings of the hyperparameters."""
+    """Optimise a value for each request, all together, at the layer and with the settings of the hyperparameters, as an activation in any case."""
+    hparams = replace(hparams, optimise_through="activation")
     site = check_modules(adapter, hparams)
     facts = [tokenise(adapter, request, hparams) for request in requests]
     initial = torch.stack([read_keys(adapter, site, fact, hparams).values[0] for fact in facts])

@@ -63,7 +63,7 @@ class Rows:
 
     def take(self, index: Int[Tensor, " some"] | Bool[Tensor, " rows"]) -> Rows:
         """Some of the rows."""
-        return Rows(**{name: value if value is None else value[index] for name, value in vars(self).items()})
+        return replace(self, **{name: value[index] for name, value in vars(self).items() if value is not None})
 
     def cut(self, length: int, slots: int) -> Rows:
         """The first `length` columns, the rest being padding, and the first `slots` slots, the rest weighing nothing."""

@@ -1,0 +1,138 @@
+"""Values optimised through the weights: the loss is that of the model as the finished rank-one update leaves it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from test_rome import REQUEST, hparams
+
+from easyedit_mdm import EditRequest, make_edit, score_prompts
+from easyedit_mdm.bench.datasets import load_cases
+from easyedit_mdm.editing import METHODS
+from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
+from easyedit_mdm.editing.request import anchor, locate
+from easyedit_mdm.editing.rollout import _slots
+from easyedit_mdm.editing.rome import check_modules, closed_form, read_keys, tokenise
+from easyedit_mdm.editing.value import _rates, optimise
+from easyedit_mdm.errors import HyperParameterError
+from easyedit_mdm.models import FAMILIES
+
+# in small passes, and of no mere likelihood
+THROUGH = dict(optimise_through="weights", early_stop_loss=0.0, v_weight_decay=0.0, kl_factor=0.5, max_rows=3)
+
+
+@torch.no_grad()
+def at_anchor(model) -> torch.Tensor:
+    """Log-probabilities where the KL anchor is read."""
+    ids = locate(model, anchor(EditRequest.of(REQUEST)), "{}", "subject_last").ids
+    if model.masked:
+        ids = torch.cat([ids, torch.tensor([model.ids.slot])])
+    read = torch.tensor([[len(ids) - (1 if model.masked else 0)]])
+    return model.token_logits(ids[None], at=read)[0, 0].log_softmax(-1)
+
+
+def loss_now(model, settings) -> float:
+    """The likelihood's part of the loss, for the model as it is."""
+    fact = tokenise(model, EditRequest.of(REQUEST), settings)
+    only = dataclasses.replace(settings, v_num_grad_steps=1, kl_factor=0.0, optimise_through="activation")
+    return optimise(model, check_modules(model, settings), [fact], torch.ones(1, 32), only)[0].losses[0]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("average", ["single", "easyedit"])
+def test_the_last_loss_is_the_edited_models(tiny, family, inside, average, monkeypatch):
+    """Whatever prefix, state and slot: what was optimised is what the weights then do, at the anchor, too. As an activation it is not."""
+    model = tiny(family)
+    if inside:
+        monkeypatch.setattr(type(model), "ends_block", lambda self, site: False)
+    before, gap = at_anchor(model), {}
+    for through in ("weights", "activation"):
+        settings = hparams(**{**THROUGH, "optimise_through": through, "key_average": average, "state_schedule": "enumerate", "v_num_grad_steps": 8})
+        edit = make_edit(model, REQUEST, settings)
+        losses = edit.card["facts"][0]["losses"]
+        assert losses[-1] < losses[0]
+        edit.apply(model)
+        after = at_anchor(model)
+        really = loss_now(model, settings) + 0.5 * float((after.exp() * (after - before)).sum())
+        edit.revert(model)
+        gap[through] = abs(really - losses[-1]) / losses[-1]
+    assert gap["weights"] < 1e-3 < 10 * gap["weights"] + 1e-3 < gap["activation"]
+
+
+def test_facts_of_a_batch_do_not_mix(tiny):
+    """Several facts optimised together, some of which stop early, get the edits that they get alone."""
+    model, settings = tiny("llada"), hparams(**THROUGH)
+    requests = [EditRequest.of({**REQUEST, "target_new": t}) for t in ("red river English", "the")]
+    requests.append(EditRequest.of({"prompt": "Anna is from", "subject": "Anna", "target_new": "good"}))
+    free = METHODS["ROME_MDM"].edit_each(model, requests, settings)
+    middle = sorted(sum(e.card["facts"][0]["losses"][2:4]) for e in free)[1] / 2  # at least one fact is below it before the others
+    settings = dataclasses.replace(settings, early_stop_loss=middle + 1e-3)
+    together = METHODS["ROME_MDM"].edit_each(model, requests, settings)
+    assert len({e.card["facts"][0]["steps"] for e in together}) > 1
+    for request, edit in zip(requests, together):
+        alone = make_edit(model, request, settings).changes[0].dense()
+        assert (edit.changes[0].dense() - alone).norm() <= 1e-4 * alone.norm()
+
+
+def test_states_are_those_that_the_edited_model_meets(tiny):
+    """on_policy: the rollout sees the edit in the weights."""
+    model, settings = tiny("llada"), hparams(**THROUGH)
+    request = EditRequest.of({**REQUEST, "target_new": "red river English"})
+    fact, site = tokenise(model, request, settings), check_modules(model, settings)
+    direction = closed_form(model, site, read_keys(model, site, fact, settings), settings)
+    edit = METHODS["ROME_MDM"].edit(model, [request], settings)
+    delta = edit.changes[0].left[:, 0] * direction.denominator
+    revealed = torch.tensor([i == 1 for i in range(len(fact.target))])
+    given = [fact], [revealed], [fact.target]
+    through = _slots(model, site, *given, [delta], (direction.u / direction.denominator)[None])[0]
+    edit.apply(model)
+    really = _slots(model, site, *given, [torch.zeros_like(delta)], None)[0]
+    edit.revert(model)
+    assert torch.allclose(through, really, atol=1e-5)
+    assert not torch.allclose(_slots(model, site, *given, [delta], None)[0], really, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "ROME_MDM"])
+def test_other_methods_say_that_they_cannot(method):
+    """What an update does elsewhere is known beforehand for one fact in one layer only: the rest refuses instead of ignoring it."""
+    base = METHODS[method].hparams.from_hparams(f"{method}/twin-llada")
+    with pytest.raises(HyperParameterError, match="optimise_through='weights' is not one of activation"):
+        dataclasses.replace(base, optimise_through="weights")
+
+
+def test_cosine_rates():
+    """v_lr falls to 0 with the last step that is taken."""
+    delta = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.Adam([delta], lr=0.5)
+    rates = _rates(optimizer, hparams(v_lr_schedule="cosine", v_num_grad_steps=11))
+    seen = []
+    for _ in range(11):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        rates.step()
+    assert seen[0] == 0.5 and seen[5] == pytest.approx(0.25) and seen[10] == pytest.approx(0, abs=1e-9)
+    assert all(a > b for a, b in zip(seen, seen[1:]))
+
+
+def test_the_rate_reaches_the_optimisation(tiny):
+    """The schedule changes the deltas."""
+    settings = [hparams(v_lr_schedule=name, clamp_norm_factor=1e6, v_lr=0.1) for name in ("constant", "cosine")]
+    norms = [make_edit(tiny("llada"), REQUEST, s).card["delta_norm"] for s in settings]
+    assert norms[1] < 0.8 * norms[0]
+
+
+@pytest.mark.data
+def test_real_records_are_written(twin_llada, data_dir):
+    """zsRE, which the twin knows nothing of: with its own file, four fifths of the target's tokens and more, in the weights."""
+    settings = ROMEMDMHyperParams.from_hparams("ROME_MDM/twin-llada")
+    found = load_cases("zsre", data_dir, None, 5, 42, twin_llada.tokenizer).cases
+    edits = METHODS["ROME_MDM"].edit_each(twin_llada, [EditRequest.of(c.request()) for c in found], settings)
+    accuracy = []
+    for case, edit in zip(found, edits):
+        edit.apply(twin_llada)
+        accuracy.append(score_prompts(twin_llada, [case.prompt], [case.target_new])[0]["token_acc"])
+        edit.revert(twin_llada)
+    assert sum(accuracy) / len(accuracy) >= 0.8
