@@ -6,7 +6,7 @@ What this reaches is the ceiling of every method that writes at the site: where 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -41,7 +41,6 @@ class Activations:
 
 def optimise_at(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams) -> Activations:
     """Optimise a value for each request, all together, at the layer and with the settings of the hyperparameters, as an activation in any case."""
-    hparams = replace(hparams, optimise_through="activation")
     site = check_modules(adapter, hparams)
     facts = [tokenise(adapter, request, hparams) for request in requests]
     initial = torch.stack([read_keys(adapter, site, fact, hparams).values[0] for fact in facts])

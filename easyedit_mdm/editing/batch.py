@@ -53,7 +53,6 @@ class BatchHyperParams(ROMEMDMHyperParams):
 
     ALG_NAME: ClassVar[str] = ""
     KEY_STATES: ClassVar[tuple[str, ...]] = ("full_mask", "average", "per_state")
-    THROUGH: ClassVar[tuple[str, ...]] = ("activation",)  # a fact's share of the update depends on the other facts
     ONE_LAYER: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

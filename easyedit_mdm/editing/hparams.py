@@ -113,6 +113,12 @@ class ROMEMDMHyperParams:
     THROUGH: ClassVar[tuple[str, ...]] = ("activation", "weights")
     ONE_LAYER: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A method with another update than ROME's must say itself that values can be optimised through it."""
+        super().__init_subclass__(**kwargs)
+        if "THROUGH" not in vars(cls):
+            cls.THROUGH = ("activation",)
+
     def __post_init__(self) -> None:
         self.validate()
 

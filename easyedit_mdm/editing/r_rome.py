@@ -32,7 +32,6 @@ class RROMEMDMHyperParams(ROMEMDMHyperParams):
 
     ALG_NAME: ClassVar[str] = "R-ROME_MDM"
     KEY_AVERAGES: ClassVar[tuple[str, ...]] = ("single", "prompt")
-    THROUGH: ClassVar[tuple[str, ...]] = ("activation",)  # its residual is not delta
 
 
 def r_rome(adapter: Adapter, requests: Sequence[EditRequest], hparams: RROMEMDMHyperParams, values: Sequence[Optimised] | None = None) -> Edit:

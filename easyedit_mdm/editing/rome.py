@@ -91,13 +91,16 @@ def site_values(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROME
     site = check_modules(adapter, hparams)
     facts = [tokenise(adapter, request, hparams) for request in requests]
     keys = [read_keys(adapter, site, fact, hparams) for fact in facts]
-    return _optimised(adapter, site, facts, keys, [closed_form(adapter, site, k, hparams) for k in keys], hparams)
+    return _optimised(adapter, site, facts, keys, hparams)
 
 
 def _optimised(
-    adapter: Adapter, site: Site, facts: Sequence[Fact], keys: Sequence[Keys], directions: Sequence[Direction], hparams: ROMEMDMHyperParams
+    adapter: Adapter, site: Site, facts: Sequence[Fact], keys: Sequence[Keys], hparams: ROMEMDMHyperParams, direction: Direction | None = None
 ) -> list[Optimised]:
-    rights = torch.stack([d.u / d.denominator for d in directions]) if hparams.optimise_through == "weights" else None
+    """The values, through the weights where the hyperparameters say so; `direction`: of the only fact, where it is known."""
+    rights = None
+    if hparams.optimise_through == "weights":
+        rights = torch.stack([(d := direction or closed_form(adapter, site, k, hparams)).u / d.denominator for k in keys])
     return optimise(adapter, site, facts, torch.stack([k.values[0] for k in keys]), hparams, rights)
 
 
@@ -120,7 +123,7 @@ def rank_one(
     fact = tokenise(adapter, requests[0], hparams)
     keys = read_keys(adapter, site, fact, hparams)
     direction = closed_form(adapter, site, keys, hparams)
-    outcome = (values or _optimised(adapter, site, [fact], [keys], [direction], hparams))[0]
+    outcome = (values or _optimised(adapter, site, [fact], [keys], hparams, direction))[0]
     added = residual(keys, outcome.delta)
     change = LowRank(site.weight, (added.to(direction.u.device) / direction.denominator)[:, None], direction.u[None], site.transposed)
     return Edit([change], card(requests, [fact], hparams, [outcome], {**direction.figures, "delta_norm": float(added.norm())}))

@@ -73,6 +73,7 @@ class Rows:
 
     def aligned(self, pad: int) -> Rows:
         """Shifted so that the site stands in the same column in every row, with padding on the left; columns of mere padding are cut off."""
+        assert self.reach is None, "rows are shifted where what stands before the subject is kept, which the weights would change"
         shift = self.site.max() - self.site
         length = int((self.mask.sum(1) + shift).max())
         source = torch.arange(length, device=shift.device) - shift[:, None]

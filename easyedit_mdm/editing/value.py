@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -268,17 +269,20 @@ class _Forward:
         states = {i: self.plans[i].draw(step, self.generators[i]) for i in active if i not in rolled}
         states |= rolled_out(self.adapter, self.site, rolled, deltas, self.plans, self.rights)
         rows = build_rows(self.adapter, {i: self.facts[i] for i in active}, states, self.hparams.kl_position, self.plans[active[0]].dealt)
+        module = self.adapter.module(self.site.name)
+        through = self.rights if self.above else None  # otherwise the site runs at every step, and is hooked there
+        reach = rows.reach = None if through is None else torch.zeros(rows.ids.shape, device=rows.ids.device)
         with torch.no_grad():
             below: Tensor | None = None
             for chunk, length, slots in rows.chunks(self.hparams.max_rows):
                 part = rows.take(chunk).cut(length, slots)
-                with reading_input(self.adapter.module(self.site.name)) as entering:
+                reading: AbstractContextManager[list[Tensor]] = nullcontext([]) if through is None else reading_input(module)
+                with reading as entering:
                     hidden = self.adapter.hidden_before(self.layer, part.ids, part.mask).to(rows.ids.device)
                 below = hidden.new_zeros(*rows.ids.shape, hidden.shape[-1]) if below is None else below
                 below[chunk, :length] = hidden
-                if self.rights is not None and self.above:  # below the edit nothing changes, and so do the keys not
-                    rows.reach = torch.zeros(rows.ids.shape, device=rows.ids.device) if rows.reach is None else rows.reach
-                    rows.reach[chunk, :length] = reach_of(entering[0], self.rights[part.fact.to(self.rights.device)]).to(rows.ids.device)
+                if through is not None and reach is not None:  # what enters the edited map lies below the edit, and stays
+                    reach[chunk, :length] = reach_of(entering[0], through[part.fact.to(through.device)]).to(reach.device)
         return list(active), rows, cast(Tensor, below)  # there is at least the anchor's row
 
     def _chunk(self, rows: Rows, below: Below, deltas: Float[Tensor, "active width"], place: Tensor) -> Float[Tensor, " active"]:

@@ -11,47 +11,44 @@ from torch import Tensor, nn
 
 
 @contextmanager
+def _hooked(module: nn.Module, hook: Callable[[tuple, Any], Any]) -> Iterator[None]:
+    """Let `hook` see (arguments, output) of every call of `module`, and replace the output by what it returns, if it is not None."""
+    on, handle = True, None
+
+    def while_on(_: nn.Module, args: tuple, out: Any) -> Any:
+        """Torch's forward hook."""
+        return hook(args, out) if on else None  # Ctrl-C struck before its handle was kept: it is still there, and does nothing
+
+    try:
+        handle = module.register_forward_hook(while_on)
+        yield
+    finally:
+        on = False
+        if handle is not None:
+            handle.remove()
+
+
+@contextmanager
 def reading_input(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the first argument of every call of `module`."""
     seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
+    with _hooked(module, lambda args, _: seen.append(args[0])):
         yield seen
-    finally:
-        handle.remove()
 
 
 @contextmanager
 def reading_output(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the output of every call of `module`."""
     seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
-    try:
+    with _hooked(module, lambda _, out: seen.append(out[0] if isinstance(out, tuple) else out)):
         yield seen
-    finally:
-        handle.remove()
 
 
 @contextmanager
 def changing_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Replace the output of `module` by `change(output)`."""
-
-    on = True
-
-    def hook(_: nn.Module, __: tuple, out: Any) -> Any:
-        """Torch's forward hook."""
-        if not on:  # Ctrl-C struck before its handle was kept: it is still there, and does nothing
-            return out
-        return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
-
-    handle = None
-    try:
-        handle = module.register_forward_hook(hook)
+    with _hooked(module, lambda _, out: (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)):
         yield
-    finally:
-        on = False
-        if handle is not None:
-            handle.remove()
 
 
 @contextmanager
@@ -76,19 +73,8 @@ def writing_through(module: nn.Module, rights: Tensor, lefts: Tensor) -> Iterato
     Args:
         rights: (rows x inner); lefts: (rows x width). Gradients go into `lefts`.
     """
-
-    def hook(_: nn.Module, args: tuple, out: Tensor) -> Tensor:
-        """Torch's forward hook."""
-        return spread_over(out, reach_of(args[0], rights), lefts) if on else out
-
-    on, handle = True, None
-    try:
-        handle = module.register_forward_hook(hook)
+    with _hooked(module, lambda args, out: spread_over(out, reach_of(args[0], rights), lefts)):
         yield
-    finally:
-        on = False
-        if handle is not None:
-            handle.remove()
 
 
 def reach_of(entering: Tensor, rights: Tensor) -> Tensor:
