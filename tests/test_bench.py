@@ -97,6 +97,21 @@ def test_resuming_gives_the_same_file(tmp_path, quick, cut):
         bench(config(hparams=quick, limit=2), part, resume=True)
 
 
+def test_resuming_the_run_of_an_earlier_version(tmp_path, quick):
+    """A hyperparameter that has come since counts as its default; one that the run is not to have at its default is another run."""
+    bench(config(hparams=quick, limit=1), tmp_path / "run.jsonl")
+    header, case = (tmp_path / "run.jsonl").read_text().splitlines()
+    for left_out, same in (("optimise_through", True), ("v_num_grad_steps", False)):  # `quick` sets the second
+        older = json.loads(header)
+        del older["hparams"][left_out]
+        (tmp_path / "older.jsonl").write_text(json.dumps(older) + "\n" + case + "\n")
+        if same:
+            bench(config(hparams=quick, limit=1), tmp_path / "older.jsonl", resume=True)
+            continue
+        with pytest.raises(DataError, match="something else.*hparams"):
+            bench(config(hparams=quick, limit=1), tmp_path / "older.jsonl", resume=True)
+
+
 def test_a_case_that_fails(tmp_path, quick):
     """Its error is recorded, the other cases are as if it were not there."""
     records = [{"prompt": "Where was Zano born?", "subject": "Zano", "target_new": t} for t in ("Pute", "long " * 600, "Zoter")]

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from easyedit_mdm.bench.methods import BenchMethod, Others, bench_method
 from easyedit_mdm.common.files import append_line, explained, write_text
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.denoising import DecodeConfig
+from easyedit_mdm.editing import METHODS
 from easyedit_mdm.errors import DataError, EasyEditMDMError, EditError
 from easyedit_mdm.statistics import cache_folder, text_source
 from easyedit_mdm.twins import TWINS
@@ -217,6 +218,15 @@ def header_of(config: BenchConfig, method: BenchMethod, loaded: Loaded, judge: J
     }  # fmt: skip
 
 
+def _as_now(found: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
+    """The header of an earlier version's run, with the hyperparameters that have come since at their defaults: what it was run with."""
+    name, settings = str(found.get("alg_name")), found.get("hparams")
+    if name not in METHODS or not isinstance(settings, dict):
+        return found
+    since = {f.name: f.default for f in fields(METHODS[name].hparams) if f.default is not MISSING and f.name in header["hparams"]}
+    return {**found, "hparams": {**json.loads(json.dumps(since, default=str)), **settings}}
+
+
 def _prepare(path: Path, header: dict[str, Any], resume: bool) -> int:
     """Make the file, or cut a half-written last line off it; returns the number of finished cases.
 
@@ -229,7 +239,7 @@ def _prepare(path: Path, header: dict[str, Any], resume: bool) -> int:
     data = path.read_bytes()
     whole = data[: data.rindex(b"\n") + 1]
     lines = _records(whole, path)
-    found = lines[0]
+    found = _as_now(lines[0], header)
     if found != header:
         changed = [key for key in header if found.get(key) != header[key]]
         raise DataError(f"{path} is a run of something else ({', '.join(changed)} differ): give another --out, or the settings it was begun with")
