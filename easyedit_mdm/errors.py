@@ -27,6 +27,10 @@ class MissingPackageError(EasyEditMDMError, ImportError):
     """An optional third-party package that EasyEdit wants was used and is not installed."""
 
 
+class IncompatibleVersionError(EasyEditMDMError, ImportError):
+    """An installed package (transformers, ...) lacks something that this one is built on."""
+
+
 class CheckpointError(EasyEditMDMError, ValueError):
     """A model folder that cannot be loaded: no such folder, missing keys, wrong shapes, unknown family."""
 

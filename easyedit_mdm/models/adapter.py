@@ -6,7 +6,6 @@ children under their own names, so `model.layers.3.mlp.down_proj.weight` means t
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from easyedit_mdm.errors import ModelError
 from easyedit_mdm.models import geometry
 from easyedit_mdm.models.families import FAMILIES
 from easyedit_mdm.models.hooks import changing_output, frozen, reading_output
+from easyedit_mdm.models.native import Stack, check_attention, class_names
 from easyedit_mdm.models.spec import FamilySpec
 
 Mask = Int[Tensor, "rows length"] | Bool[Tensor, "rows length"]
@@ -61,18 +61,6 @@ class Site:
         return f"{self.name}.weight"
 
 
-class _NoPositions(nn.Module):
-    """Stands in for learned positions where a stack starts above the embedding."""
-
-    def __init__(self, width: int, dtype: torch.dtype):
-        super().__init__()
-        self.width, self.dtype = width, dtype
-
-    def forward(self, position_ids: Tensor) -> Tensor:
-        """Zeros."""
-        return torch.zeros(*position_ids.shape, self.width, device=position_ids.device, dtype=self.dtype)
-
-
 class Adapter(nn.Module):
     """A language model as an editor sees it.
 
@@ -95,6 +83,7 @@ class Adapter(nn.Module):
         self.decoder: Callable[..., Tensor] | None = None
         self.source: Path | None = None  # the folder that it was loaded from
         self._ending: dict[str, bool] = {}
+        check_attention(native)
         self._check_paths()
         self.train(native.training)
 
@@ -108,6 +97,11 @@ class Adapter(nn.Module):
     def masked(self) -> bool:
         """Whether this is a masked diffusion model."""
         return self.spec.masked
+
+    @property
+    def stack(self) -> Stack:
+        """Its layers, to be run in parts."""
+        return Stack(self.module, self.spec)
 
     @property
     def device(self) -> torch.device:
@@ -200,7 +194,8 @@ class Adapter(nn.Module):
         if at is None:
             at = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape[0], -1)
         where = geometry.sources(at, mask) if self.spec.shift else at
-        return self.module(self.spec.paths.head)(geometry.gather_rows(states, where)).to(input_ids.device)
+        normed = self.stack.normed(geometry.gather_rows(states, where))
+        return self.module(self.spec.paths.head)(normed).to(input_ids.device)
 
     def hidden_before(
         self,
@@ -216,7 +211,7 @@ class Adapter(nn.Module):
         Args:
             start: go on from this layer, given its input `hidden`.
         """
-        return self._run(input_ids, geometry.visible(input_ids, attention_mask), start, layer, hidden, normed=False)
+        return self._run(input_ids, geometry.visible(input_ids, attention_mask), start, layer, hidden)
 
     def ends_block(self, site: Site) -> bool:
         """Whether a site's output goes into the residual stream as it is, as the down-projection's does in every family here.
@@ -275,29 +270,16 @@ class Adapter(nn.Module):
     def _blocks(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self.module(self.spec.paths.block.rsplit(".", 1)[0]))
 
-    def _run(self, ids: Tensor, mask: Tensor, low: int, high: int, hidden: Tensor | None, normed: bool = True) -> Tensor:
-        """Layers low..high-1, and the final norm if `normed`."""
-        stack = self._stack(low, high, entered=hidden is not None, normed=normed)
-        inputs = {"input_ids": ids} if hidden is None else {"inputs_embeds": hidden}
-        attention = geometry.see_all(mask, self.dtype) if self.masked else mask
-        return stack(**inputs, attention_mask=attention, position_ids=geometry.positions(mask), use_cache=False, return_dict=True)[0]
+    def _run(self, ids: Tensor, mask: Tensor, low: int, high: int, hidden: Tensor | None) -> Tensor:
+        """The residual stream after layers low..high-1."""
+        positions = geometry.positions(mask)
+        if hidden is None:
+            hidden = self.stack.embedded(ids, positions)
+        return self.stack.run(hidden, range(low, high), self.attention(mask), positions)
 
-    def _stack(self, low: int, high: int, entered: bool, normed: bool = True) -> nn.Module:
-        """The backbone with only some of its layers: a view that shares every module, made anew for each call.
-
-        `entered`: the input is a residual stream, to which positions have been added already.
-        """
-        backbone = self.module(self.spec.paths.backbone)
-        view = copy.copy(backbone)
-        view.__dict__["_modules"] = dict(backbone._modules)
-        view.__dict__.pop("forward", None)  # accelerate's hook, bound to the original
-        blocks = self.spec.paths.block.split(".")[-2]
-        view._modules[blocks] = nn.ModuleList(list(self._blocks())[low:high])
-        if not normed:
-            view._modules[self.spec.paths.norm.rsplit(".", 1)[1]] = nn.Identity()
-        if entered and self.spec.absolute_positions:
-            view._modules["wpe"] = _NoPositions(self.config.n_embd, self.dtype)
-        return view
+    def attention(self, mask: Int[Tensor, "rows length"]) -> Float[Tensor, "rows 1 length length"]:
+        """The additive mask of who sees whom in rows with this attention mask."""
+        return geometry.see_all(mask, self.dtype) if self.masked else geometry.see_left(mask, self.dtype)
 
     def _check_paths(self) -> None:
         for path in (self.spec.paths.backbone, self.spec.paths.embedding, self.spec.paths.norm, self.spec.paths.head):
@@ -331,7 +313,7 @@ def adapt(native: Any, tokenizer: Any = None, family: str | None = None, name: s
 
 def is_known(native: nn.Module) -> bool:
     """Whether `adapt` can wrap this model: an adapter, or a transformers class that a family computes with."""
-    kinds = {f"{FAMILIES[name].native}{head}" for name in FAMILIES for head in ("ForCausalLM", "LMHeadModel")}
+    kinds = set().union(*(class_names(FAMILIES[name].native) for name in FAMILIES))
     return isinstance(native, Adapter) or type(native).__name__ in kinds
 
 

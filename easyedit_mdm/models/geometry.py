@@ -30,6 +30,13 @@ def see_all(mask: Int[Tensor, "rows length"], dtype: torch.dtype) -> Float[Tenso
     return blocked.expand(-1, 1, mask.shape[1], -1)
 
 
+def see_left(mask: Int[Tensor, "rows length"], dtype: torch.dtype) -> Float[Tensor, "rows 1 length length"]:
+    """Additive mask under which every token sees the visible tokens up to and with itself."""
+    length = mask.shape[1]
+    hidden = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1) | (mask == 0)[:, None, None, :]
+    return hidden.to(dtype) * torch.finfo(dtype).min
+
+
 def sources(at: Int[Tensor, "rows slots"], mask: Int[Tensor, "rows length"]) -> Int[Tensor, "rows slots"]:
     """Where a shifted model predicts the tokens at `at`: one to the left, but never left of the row's first token."""
     first = mask.argmax(-1, keepdim=True)

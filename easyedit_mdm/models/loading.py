@@ -18,6 +18,7 @@ from easyedit_mdm.common.files import opened_tensors, read_json
 from easyedit_mdm.errors import CheckpointError, EasyEditMDMError
 from easyedit_mdm.models.adapter import Adapter, special_ids
 from easyedit_mdm.models.families import FAMILIES
+from easyedit_mdm.models.native import build, tokenizer_classes
 from easyedit_mdm.models.spec import FamilySpec
 
 _MOST = {"n_positions": 1 << 14, "num_attention_heads": 1 << 12, "n_head": 1 << 12}  # the largest that are believed; GPT-2 squares its positions
@@ -61,7 +62,7 @@ def load_adapter(
     spec = FAMILIES[family] if family else detect(config, files)
     model = _empty_model(spec, config, len(files))
     target = _dtype(dtype, config)
-    places = _places(model, device, device_map, max_memory, target)
+    places = _places(model, spec, device, device_map, max_memory, target)
     _fill(model, spec, files, target, places)
     if device_map is not None:
         from accelerate import dispatch_model
@@ -169,17 +170,12 @@ def _dtype(dtype: str | torch.dtype | None, config: Mapping[str, Any]) -> torch.
 
 def _empty_model(spec: FamilySpec, config: Mapping[str, Any], tensors: int | None = None) -> Any:
     """The native model with parameters on the meta device and real buffers (rotary frequencies are not in the files)."""
-    import transformers
     from accelerate import init_empty_weights
 
     _check_claims(spec, config, tensors)
-    config_class = getattr(transformers, f"{spec.native}Config")
-    model_class = getattr(transformers, f"{spec.native}LMHeadModel" if spec.native == "GPT2" else f"{spec.native}ForCausalLM")
     try:
-        native = config_class(**spec.native_config(config))
-        native._attn_implementation = "sdpa"
         with init_empty_weights(include_buffers=False):
-            return model_class(native)
+            return build(spec.native, spec.native_config(config))
     except EasyEditMDMError:
         raise
     except KeyError as error:
@@ -207,7 +203,7 @@ def _check_claims(spec: FamilySpec, config: Mapping[str, Any], tensors: int | No
                 raise CheckpointError(f"config.json says {name}={value!r}, which must be above 0 and at most {most} for these weights: get it again")
 
 
-def _places(model, device, device_map, max_memory, dtype) -> dict[str, Any]:
+def _places(model, spec: FamilySpec, device, device_map, max_memory, dtype) -> dict[str, Any]:
     if device_map is None:
         return {"": torch.device(device or "cpu")}
     if device is not None:
@@ -217,7 +213,7 @@ def _places(model, device, device_map, max_memory, dtype) -> dict[str, Any]:
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
-    kept = list(getattr(model, "_no_split_modules", None) or [])
+    kept = [type(model.get_submodule(spec.paths.block.format(0))).__name__]  # accelerate never cuts a block in two
     if device_map != "sequential":
         max_memory = get_balanced_memory(
             model, max_memory=max_memory, no_split_module_classes=kept, dtype=dtype, low_zero=device_map == "balanced_low_0"
@@ -291,17 +287,14 @@ def load_tokenizer(folder: Path, spec: FamilySpec) -> Any:
     Raises:
         CheckpointError: if there are tokenizer files that no native class can read.
     """
-    import transformers
-
     if not any((folder / f).exists() for f in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         return None
-    classes = [getattr(transformers, spec.tokenizer, None), transformers.PreTrainedTokenizerFast]
-    if not (folder / "tokenizer.json").exists():
-        classes = classes[:1]
+    if (folder / "tokenizer.json").exists():
+        classes = tokenizer_classes([_named_class(folder), spec.tokenizer])
     else:
-        classes = [_named_class(folder), *classes]
+        classes = tokenizer_classes([spec.tokenizer])[:1]
     problems = []
-    for cls in filter(None, classes):
+    for cls in classes:
         try:
             tokenizer = cls.from_pretrained(str(folder))
         except Exception as error:  # the next class may read it; all reasons are told if none does
@@ -312,13 +305,11 @@ def load_tokenizer(folder: Path, spec: FamilySpec) -> Any:
     raise CheckpointError(f"no native tokenizer class reads {folder}: " + " | ".join(problems))
 
 
-def _named_class(folder: Path) -> Any:
-    """The transformers class that `tokenizer_config.json` names, if it names one and no remote code."""
-    import transformers
-
+def _named_class(folder: Path) -> str | None:
+    """The tokenizer class that `tokenizer_config.json` names, unless it comes with remote code."""
     path = folder / "tokenizer_config.json"
     if not path.exists():
         return None
     config = read_json(path, CheckpointError, "a tokenizer's configuration")
-    found = None if "auto_map" in config else getattr(transformers, str(config.get("tokenizer_class")), None)
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase) else None
+    name = config.get("tokenizer_class")
+    return name if isinstance(name, str) and "auto_map" not in config else None

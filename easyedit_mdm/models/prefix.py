@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -28,7 +27,12 @@ class Prefix:
 
     def take(self, index: Tensor) -> Prefix:
         """That of some of the rows."""
-        return Prefix(self.layer, self.columns, [k[index.to(k.device)] for k in self.keys], [v[index.to(v.device)] for v in self.values])
+        return Prefix(
+            self.layer,
+            self.columns,
+            [k[index.to(k.device)] for k in self.keys],
+            [v[index.to(v.device)] for v in self.values],
+        )
 
 
 def can_keep(adapter: Adapter) -> bool:
@@ -37,46 +41,38 @@ def can_keep(adapter: Adapter) -> bool:
 
 
 @torch.no_grad()
-def read_prefix(adapter: Adapter, layer: int, hidden: Float[Tensor, "rows columns width"], mask: Int[Tensor, "rows length"]) -> Prefix:
+def read_prefix(
+    adapter: Adapter,
+    layer: int,
+    hidden: Float[Tensor, "rows columns width"],
+    mask: Int[Tensor, "rows length"],
+) -> Prefix:
     """Run the layers from `layer` up on the first columns, given their residual stream there.
 
     Args:
         mask: of the whole rows, padded on the left as far as these columns go.
     """
-    from transformers import DynamicCache
-
-    cache, columns = DynamicCache(), hidden.shape[1]
-    stack = adapter._stack(layer, adapter.layers, entered=True)
-    stack(
-        inputs_embeds=hidden, attention_mask=mask[:, :columns], position_ids=geometry.positions(mask)[:, :columns], past_key_values=cache,
-        use_cache=True, return_dict=True,
-    )  # fmt: skip
-    pairs = [_pair(cache, i) for i in range(layer, adapter.layers)]
-    return Prefix(layer, columns, [k for k, _ in pairs], [v for _, v in pairs])
+    columns = hidden.shape[1]
+    attention = adapter.attention(mask)[:, :, :columns, :columns]
+    layers = range(layer, adapter.layers)
+    pairs = adapter.stack.keys_and_values(hidden, layers, attention, geometry.positions(mask)[:, :columns])
+    return Prefix(layer, columns, [pairs[i][0] for i in layers], [pairs[i][1] for i in layers])
 
 
 def logits_after(
-    adapter: Adapter, prefix: Prefix, hidden: Float[Tensor, "rows rest width"], mask: Int[Tensor, "rows length"], at: Int[Tensor, "rows slots"]
+    adapter: Adapter,
+    prefix: Prefix,
+    hidden: Float[Tensor, "rows rest width"],
+    mask: Int[Tensor, "rows length"],
+    at: Int[Tensor, "rows slots"],
 ) -> Float[Tensor, "rows slots vocab"]:
     """`token_logits` at columns `at` of rows whose first columns are kept in `prefix`; `hidden` enters layer `prefix.layer` in the others."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for i in range(prefix.layer):  # the length of what came before is read off layer 0, which does not run
-        nothing = hidden.new_zeros(1, 1, prefix.columns, 1)
-        cache.update(nothing, nothing, i)
-    for i, (keys, values) in enumerate(zip(prefix.keys, prefix.values), start=prefix.layer):
-        cache.update(keys, values, i)
-    stack = adapter._stack(prefix.layer, adapter.layers, entered=True)
-    states = stack(
-        inputs_embeds=hidden, attention_mask=mask, position_ids=geometry.positions(mask)[:, prefix.columns :], past_key_values=cache, use_cache=True,
-        return_dict=True,
-    )[0]  # fmt: skip
+    layers = range(prefix.layer, adapter.layers)
+    earlier = {i: pair for i, pair in zip(layers, zip(prefix.keys, prefix.values))}
+    attention = adapter.attention(mask)[:, :, prefix.columns :]
+    states = adapter.stack.run_after(
+        earlier, hidden, layers, attention, geometry.positions(mask)[:, prefix.columns :]
+    )
     where = geometry.sources(at, mask) - prefix.columns
-    return adapter.module(adapter.spec.paths.head)(geometry.gather_rows(states, where)).to(mask.device)
-
-
-def _pair(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
-    if hasattr(cache, "layers"):
-        return cache.layers[layer].keys, cache.layers[layer].values
-    return cache.key_cache[layer], cache.value_cache[layer]  # transformers before 4.56
+    normed = adapter.stack.normed(geometry.gather_rows(states, where))
+    return adapter.module(adapter.spec.paths.head)(normed).to(mask.device)

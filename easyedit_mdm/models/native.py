@@ -1,0 +1,236 @@
+"""The one file that touches what moves between versions of transformers.
+
+Layers are run one by one, through their public `forward`, with an explicit 4-D additive mask; the model's own `forward` is never
+given fewer layers than it expects. What this file asks of transformers:
+
+- classes by name (`LlamaConfig`, `LlamaForCausalLM`, ...), and `attn_implementation=` as an argument of a configuration;
+- a backbone's `rotary_emb(hidden, position_ids)`, or GPT-2's `wpe` and `drop`;
+- a layer's `forward`, whose arguments are looked up by name, since the cache's has had four;
+- of a cache, that a layer calls its `update(keys, values, layer_idx, ...)` and goes on with what it returns.
+
+`tests/test_native.py` holds each against the model's own forward. Where one of them is gone, `IncompatibleVersionError` says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from easyedit_mdm.common.versions import advice
+from easyedit_mdm.errors import IncompatibleVersionError, ModelError
+from easyedit_mdm.models.spec import FamilySpec, ModulePaths
+
+_CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # from transformers 5.24, 4.56, 4.46 on
+_HEADS = ("ForCausalLM", "LMHeadModel")
+_MASKS_4D = ("sdpa", "eager")
+
+KeysAndValues = tuple[Float[Tensor, "rows heads columns size"], Float[Tensor, "rows heads columns size"]]
+
+
+# ---- classes ---------------------------------------------------------------------------------------------------
+def native_classes(name: str) -> tuple[type, type]:
+    """The configuration class and the language-model class that transformers names after `name` ("Llama").
+
+    Raises:
+        IncompatibleVersionError: if the installed version has no such model.
+    """
+    import transformers
+
+    config = getattr(transformers, f"{name}Config", None)
+    models = [getattr(transformers, f"{name}{head}", None) for head in _HEADS]
+    model = next((m for m in models if m is not None), None)
+    if config is None or model is None:
+        raise _incompatible(f"there is no {name} language model")
+    return config, model
+
+
+def class_names(name: str) -> set[str]:
+    """The names that the language-model class of `name` may have."""
+    return {f"{name}{head}" for head in _HEADS}
+
+
+def build(name: str, settings: Mapping[str, Any]) -> Any:
+    """A model of class `name` from the keyword arguments of its configuration, with attention that takes additive masks."""
+    config_class, model_class = native_classes(name)
+    return model_class(config_class(**settings, attn_implementation="sdpa"))
+
+
+def tokenizer_classes(names: Iterable[str | None]) -> list[Any]:
+    """Those of these tokenizer classes that transformers has, and its generic fast one, in this order, each once."""
+    import transformers
+
+    found = [getattr(transformers, name, None) for name in names if name]
+    kinds = [c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedTokenizerBase)]
+    return list(dict.fromkeys([*kinds, transformers.PreTrainedTokenizerFast]))
+
+
+def check_attention(native: nn.Module) -> None:
+    """Refuse a model whose attention takes no 4-D additive mask (flash attention).
+
+    Raises:
+        ModelError: naming the attention that it was loaded with.
+    """
+    kind = getattr(native.config, "_attn_implementation", None)
+    if kind is not None and kind not in _MASKS_4D:
+        raise ModelError(
+            f"this model was loaded with attn_implementation={kind!r}, which takes no mask of who sees whom: "
+            "load it with 'sdpa' or 'eager'"
+        )
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------
+class _Kept:
+    """What a layer takes for a cache: it notes the keys and values of the columns that run, and puts earlier ones before them."""
+
+    def __init__(self, earlier: Mapping[int, KeysAndValues] | None = None):
+        self.earlier = dict(earlier or {})
+        self.noted: dict[int, KeysAndValues] = {}
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values that the layer's attention goes on with."""
+        self.noted[layer_idx] = (keys, values)
+        if layer_idx not in self.earlier:
+            return keys, values
+        before = self.earlier[layer_idx]
+        return torch.cat([before[0].to(keys.device), keys], dim=2), torch.cat(
+            [before[1].to(values.device), values], dim=2
+        )
+
+    def get_seq_length(self, layer_idx: int = 0, *_: Any) -> int:
+        """How many columns are kept from earlier, which older layers ask for."""
+        return self.earlier[layer_idx][0].shape[2] if layer_idx in self.earlier else 0
+
+
+class Stack:
+    """The layers of a model, to be run in parts.
+
+    Args:
+        module: gives the submodule at a dotted path.
+        spec: the family.
+    """
+
+    def __init__(self, module: Callable[[str], nn.Module], spec: FamilySpec):
+        self._module, self._spec = module, spec
+
+    @property
+    def _paths(self) -> ModulePaths:
+        return self._spec.paths
+
+    @property
+    def _backbone(self) -> nn.Module:
+        return self._module(self._paths.backbone)
+
+    def embedded(
+        self, ids: Int[Tensor, "rows length"], positions: Int[Tensor, "rows length"]
+    ) -> Float[Tensor, "rows length width"]:
+        """The input of layer 0."""
+        hidden = self._module(self._paths.embedding)(ids)
+        if not self._spec.absolute_positions:
+            return hidden
+        where = _part(self._backbone, "wpe")(positions)
+        return _part(self._backbone, "drop")(hidden + where.to(hidden.device))
+
+    def run(
+        self,
+        hidden: Float[Tensor, "rows length width"],
+        layers: range,
+        attention: Float[Tensor, "rows 1 length columns"],
+        positions: Int[Tensor, "rows length"],
+        cache: _Kept | None = None,
+    ) -> Float[Tensor, "rows length width"]:
+        """The residual stream after these layers, given what enters the first of them.
+
+        Args:
+            attention: additive mask; its columns are those of `cache`, if there is one, and then these.
+            positions: of the columns that run.
+        """
+        extra: dict[str, Any] = {"attention_mask": attention, "use_cache": cache is not None}
+        if not self._spec.absolute_positions:
+            extra["position_ids"] = positions
+            extra["position_embeddings"] = _part(self._backbone, "rotary_emb")(hidden, positions)
+        for number in layers:
+            layer = self._module(self._paths.block.format(number))
+            out = layer(hidden, **_understood(type(layer), extra, cache))
+            hidden = out[0] if isinstance(out, tuple) else out
+        return hidden
+
+    def normed(self, hidden: Float[Tensor, "rows length width"]) -> Float[Tensor, "rows length width"]:
+        """After the final norm."""
+        return self._module(self._paths.norm)(hidden)
+
+    def keys_and_values(
+        self,
+        hidden: Float[Tensor, "rows length width"],
+        layers: range,
+        attention: Float[Tensor, "rows 1 length length"],
+        positions: Int[Tensor, "rows length"],
+    ) -> dict[int, KeysAndValues]:
+        """What each of these layers' attention makes of the columns, by layer."""
+        cache = _Kept()
+        self.run(hidden, layers, attention, positions, cache)
+        _check_noted(cache.noted, layers)
+        return cache.noted
+
+    def run_after(
+        self,
+        earlier: Mapping[int, KeysAndValues],
+        hidden: Float[Tensor, "rows rest width"],
+        layers: range,
+        attention: Float[Tensor, "rows 1 rest length"],
+        positions: Int[Tensor, "rows rest"],
+    ) -> Float[Tensor, "rows rest width"]:
+        """`run` on the columns that follow those whose keys and values are given."""
+        cache = _Kept(earlier)
+        out = self.run(hidden, layers, attention, positions, cache)
+        _check_noted(cache.noted, layers)
+        return out
+
+
+def _incompatible(what: str) -> IncompatibleVersionError:
+    import transformers
+
+    return IncompatibleVersionError(
+        f"in transformers {transformers.__version__} {what}. {advice('transformers')}"
+    )
+
+
+def _part(backbone: nn.Module, name: str) -> nn.Module:
+    part = getattr(backbone, name, None)
+    if part is None:
+        raise _incompatible(f"{type(backbone).__name__} has no {name!r}, which its positions are read from")
+    return part
+
+
+def _check_noted(noted: Mapping[int, Any], layers: range) -> None:
+    if sorted(noted) != list(layers):
+        raise _incompatible("the attention does not call a cache's update() in every layer")
+
+
+def _understood(layer: type, extra: Mapping[str, Any], cache: _Kept | None) -> dict[str, Any]:
+    """The arguments by the names that this layer's forward has."""
+    names, open_ended = _parameters(layer)
+    needed = {"attention_mask", "position_embeddings"} & set(extra)
+    if not needed <= names and not open_ended:
+        raise _incompatible(f"{layer.__name__}.forward lacks {', '.join(sorted(needed - names))}")
+    known = {name: value for name, value in extra.items() if name in names or name in needed}
+    if cache is None:
+        return known
+    name = next((n for n in _CACHE_NAMES if n in names), None)
+    if name is None:
+        raise _incompatible(f"{layer.__name__}.forward takes no cache by a known name")
+    return {**known, name: cache}
+
+
+@functools.cache
+def _parameters(layer: type) -> tuple[frozenset[str], bool]:
+    """The names of a layer's arguments, and whether it takes any other."""
+    parameters = inspect.signature(layer.forward).parameters.values()  # type: ignore[attr-defined]  # an nn.Module's
+    return frozenset(p.name for p in parameters), any(p.kind is p.VAR_KEYWORD for p in parameters)

@@ -1,0 +1,194 @@
+"""Everything that depends on a version of transformers, against the model's own forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from easyedit_mdm.errors import IncompatibleVersionError, ModelError
+from easyedit_mdm.models import FAMILIES, adapt, geometry
+from easyedit_mdm.models.native import Stack, build, native_classes, tokenizer_classes
+from easyedit_mdm.models.prefix import can_keep, logits_after, read_prefix
+
+families = pytest.mark.parametrize("family", list(FAMILIES))
+causal = pytest.mark.parametrize("family", [name for name in FAMILIES if not FAMILIES[name].masked])
+
+
+def batch(pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three rows of unequal length, padded on the left."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(2, 150, (3, 11), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, missing in enumerate((0, 2, 5)):
+        ids[row, :missing], mask[row, :missing] = pad, 0
+    return ids, mask
+
+
+@families
+@torch.no_grad()
+def test_layers_one_by_one_are_the_whole_model(tiny, family):
+    """Embedding, each layer, norm and head, run here, give the logits of the model's own forward."""
+    model = tiny(family)
+    ids, mask = batch(model.ids.pad)
+    positions = geometry.positions(mask)
+    own = model.native(
+        input_ids=ids,
+        attention_mask=model.attention(mask) if model.masked else mask,
+        position_ids=positions,
+        use_cache=False,
+    ).logits
+    hidden = model.stack.embedded(ids, positions)
+    for layer in range(model.layers):
+        hidden = model.stack.run(hidden, range(layer, layer + 1), model.attention(mask), positions)
+    ours = model.module(model.spec.paths.head)(model.stack.normed(hidden))
+    assert (ours - own)[mask.bool()].abs().max() < 1e-5
+    assert own[mask.bool()].std() > 0.1
+
+
+@families
+def test_gradients_are_the_whole_model_s(tiny, family):
+    """The gradient of a weight in the middle, through the layers run here and through the model's own forward."""
+    model = tiny(family)
+    ids, mask = batch(model.ids.pad)
+    weight = model.weight_of(model.site(1).name)
+    attention = model.attention(mask) if model.masked else mask
+    own = model.native(
+        input_ids=ids, attention_mask=attention, position_ids=geometry.positions(mask), use_cache=False
+    ).logits
+    states = model.stack.run(
+        model.stack.embedded(ids, geometry.positions(mask)),
+        range(model.layers),
+        model.attention(mask),
+        geometry.positions(mask),
+    )
+    ours = model.module(model.spec.paths.head)(model.stack.normed(states))
+    (one,) = torch.autograd.grad(own[mask.bool()].square().mean(), weight)
+    (other,) = torch.autograd.grad(ours[mask.bool()].square().mean(), weight)
+    assert (one - other).abs().max() < 1e-5 * one.abs().max().clamp(min=1)
+    assert one.abs().max() > 0
+
+
+@causal
+@torch.no_grad()
+def test_kept_columns_change_nothing(tiny, family):
+    """Keys and values of the first columns, kept, and the rest run after them: the logits of the whole row."""
+    model = tiny(family)
+    if not can_keep(model):
+        pytest.skip("learned positions: nothing is kept")
+    ids, mask = batch(model.ids.pad)
+    at = torch.tensor([[8, 10], [7, 9], [9, 10]])
+    for layer in (0, 1, 2):
+        hidden = model.hidden_before(layer, ids, mask)
+        prefix = read_prefix(model, layer, hidden[:, :6], mask)
+        whole = model.token_logits(ids, mask, at=at)
+        assert (logits_after(model, prefix, hidden[:, 6:], mask, at) - whole).abs().max() < 1e-5
+        order = torch.tensor([2, 0])
+        some = logits_after(model, prefix.take(order), hidden[order, 6:], mask[order], at[order])
+        assert (some - whole[order]).abs().max() < 1e-5
+
+
+@families
+def test_classes_by_name(family):
+    """Each family's classes exist in this transformers; the model is built with attention that takes additive masks."""
+    config, model = native_classes(FAMILIES[family].native)
+    assert issubclass(model, nn.Module)
+    assert config.__name__.startswith(FAMILIES[family].native)
+
+
+def test_a_class_that_is_gone(monkeypatch):
+    """A version without a family's class: one sentence, with the version and what was tested."""
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "99.0")
+    with pytest.raises(
+        IncompatibleVersionError, match=r"in transformers 99.0 there is no Lambda language model. .*tested"
+    ):
+        build("Lambda", {})
+
+
+def test_tokenizer_classes():
+    """Those that are there, in order, each once, the generic one last; what is no tokenizer is left out."""
+    import transformers
+
+    generic = transformers.PreTrainedTokenizerFast
+    assert tokenizer_classes([None, "NoSuchTokenizer", "LlamaForCausalLM"]) == [generic]
+    assert tokenizer_classes(["PreTrainedTokenizerFast", "PreTrainedTokenizerFast"]) == [generic]
+    assert tokenizer_classes(["GPT2TokenizerFast"])[0] is transformers.GPT2TokenizerFast
+
+
+class _Strange(nn.Module):
+    """A layer of some later transformers: no argument by any name that we know."""
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        """As it came."""
+        return stream
+
+
+class _Uncached(nn.Module):
+    """A layer that takes a cache and never asks it anything."""
+
+    def forward(self, stream, attention_mask=None, position_embeddings=None, cache=None, use_cache=False):
+        """As it came."""
+        return stream
+
+
+@torch.no_grad()
+def test_layers_of_another_version(tiny, monkeypatch):
+    """Renamed arguments, a vanished rotary embedding, a cache that is not used: one sentence each, and no wrong numbers."""
+    model = tiny("llama")
+    ids, mask = batch(model.ids.pad)
+    hidden = model.hidden_before(1, ids, mask)
+    model.model.layers[1] = _Strange()
+    with pytest.raises(
+        IncompatibleVersionError, match=r"_Strange.forward lacks attention_mask, position_embeddings"
+    ):
+        model.hidden_before(2, ids, mask)
+    model.model.layers[1] = _Uncached()
+    assert torch.equal(model.hidden_before(2, ids, mask), hidden)
+    with pytest.raises(IncompatibleVersionError, match=r"does not call a cache's update\(\)"):
+        read_prefix(model, 1, hidden[:, :6], mask)
+    del model.model.rotary_emb
+    with pytest.raises(IncompatibleVersionError, match="has no 'rotary_emb'"):
+        model.token_logits(ids, mask)
+
+
+def test_attention_that_takes_no_mask(tiny):
+    """Flash attention would silently see to the left only: refused."""
+    native = tiny("llama").native
+    native.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ModelError, match="attn_implementation='flash_attention_2'"):
+        adapt(native)
+
+
+def test_only_one_file_touches_what_moves():
+    """No other file of the package reaches for a private name of transformers, a cache, or a class by name."""
+    import re
+    from pathlib import Path
+
+    import easyedit_mdm
+
+    pattern = re.compile(
+        r"DynamicCache|past_key_value|_attn_implementation|_no_split_modules|layer_types|getattr\(transformers|\b_modules\b"
+    )
+    root = Path(easyedit_mdm.__file__).parent
+    found = [
+        f"{path.relative_to(root)}: {line.strip()}"
+        for path in root.rglob("*.py")
+        if path.name != "native.py" and "host" not in path.parts
+        for line in path.read_text().splitlines()
+        if pattern.search(line)
+        and not line.strip().startswith("def _modules")
+        and "_modules(recipe" not in line
+    ]
+    assert found == []
+
+
+def test_a_stack_of_part_of_the_layers_leaves_the_model_alone(tiny):
+    """Running part of the layers registers no module and changes no attribute."""
+    model = tiny("qwen2")
+    before = [name for name, _ in model.named_modules()]
+    ids, mask = batch(model.ids.pad)
+    model.hidden_before(2, ids, mask)
+    assert [name for name, _ in model.named_modules()] == before
+    assert isinstance(model.stack, Stack)
