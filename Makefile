@@ -1,35 +1,51 @@
-# `make demo`, `make test` and `make lint` install all they need into .venv and run. TORCH chooses the build of torch.
-VENV   ?= .venv
-PYTHON ?= python3
-TORCH  ?= torch==2.13.0
-BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+# `make demo`, `make test` and `make lint` install all they need into .venv and run.
+#
+# TRANSFORMERS  locked (the default: every version from constraints.txt), newest, oldest (the lower end of every range
+#               in pyproject.toml), or a version such as 4.57.6; any but `locked` gets an environment of its own
+# TORCH         which build of torch;  PYTHON  which Python (>= 3.10)
+# TESTS         what `make test` hands to pytest, such as TESTS="tests/test_rome.py -x"
+PYTHON       ?= python3
+TORCH        ?= torch==2.13.0
+TRANSFORMERS ?= locked
+VENV         ?= $(if $(filter locked,$(TRANSFORMERS)),.venv,build/env-$(TRANSFORMERS))
+JOBS         ?= 2
+BIN          := $(VENV)/bin
+PIP          := $(BIN)/python -m pip --disable-pip-version-check -q
+# torch is left out of the constraints: TORCH chooses its build
+PINS         := $(if $(filter locked,$(TRANSFORMERS)),-c constraints.txt,$(if $(filter oldest,$(TRANSFORMERS)),-c build/oldest.txt))
+WANTED       := $(if $(filter locked oldest newest,$(TRANSFORMERS)),,"transformers==$(TRANSFORMERS)")
 
-.PHONY: demo test lint matrix clean
+.PHONY: demo test lint lock matrix clean
 
 demo: $(VENV)/.installed
 	$(BIN)/easyedit-mdm demo --out demo
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest
+	$(if $(filter locked,$(TRANSFORMERS)),,EASYEDIT_MDM_OTHER_VERSIONS=1) $(BIN)/python -m pytest -n $(JOBS) $(TESTS)
 
 lint: $(VENV)/.tested # style of everything, types of the package; both are configured in pyproject.toml
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-matrix: # the oldest and the middle versions of transformers, each in an environment of its own
-	tests/matrix.sh
+lock: # write constraints.txt anew: the newest versions that the ranges in pyproject.toml allow
+	$(PYTHON) tests/versions.py lock > constraints.new
+	mv constraints.new constraints.txt
+
+matrix: # the whole suite on six versions of transformers; writes docs/compatibility.md
+	$(PYTHON) tests/versions.py matrix
 
 # torch first and by itself: whatever else asks for torch then finds it there
-$(VENV)/.installed: pyproject.toml Makefile
+$(VENV)/.installed: pyproject.toml Makefile constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(if $(filter oldest,$(TRANSFORMERS)),mkdir -p build && $(PYTHON) tests/versions.py oldest > build/oldest.txt)
 	$(PIP) install "$(TORCH)"
-	$(PIP) install -e .
+	$(PIP) install $(PINS) -e . $(WANTED)
 	$(PIP) install --no-deps easyeditor==0.0.1.dev0
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	$(PIP) install -e ".[test]"
+	$(PIP) install $(PINS) -e ".[test]" $(WANTED)
+	$(if $(filter newest,$(TRANSFORMERS)),$(PIP) install -U transformers)
 	touch $@
 
 clean:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from easyedit_mdm.common.reproducible import same_bytes_on_any_number_of_threads
+from easyedit_mdm.common.versions import advice, needed
 from easyedit_mdm.errors import EasyEditMDMError
 from easyedit_mdm.version import __version__
 
@@ -24,6 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.command(args, rest)
     except EasyEditMDMError as error:
         print(f"easyedit-mdm: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in needed():
+            raise
+        print(f"easyedit-mdm: {error}. {advice(package)}", file=sys.stderr)
         return 2
 
 

@@ -9,34 +9,30 @@ import importlib
 import importlib.metadata
 import json
 import platform
-import re
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from packaging.version import Version
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from easyedit_mdm.common.findings import Finding
+from easyedit_mdm.common.versions import needed, tested_range
 from easyedit_mdm.errors import EasyEditMDMError
 from easyedit_mdm.version import __version__
 
 if TYPE_CHECKING:
     from easyedit_mdm.models.sizes import ModelSize
 
-# what pyproject.toml asks for; a test holds the two together
-NEEDED = {
-    "torch": "2.4", "transformers": "4.46", "accelerate": "0.34", "safetensors": "0.4.3", "numpy": "", "pyyaml": "", "rich": "13", "jinja2": "3.1",
-    "matplotlib": "3.6", "jaxtyping": "0.2.34", "tqdm": "",
-}  # fmt: skip
 OPTIONAL = {
-    "peft": ("0.11", "loading what `export --peft` writes"),
-    "datasets": ("", "second moments of `datasets:NAME:CONFIG:SPLIT`"),
-    "sentencepiece": ("", "tokenizers that come as tokenizer.model alone"),
+    "peft": "loading what `export --peft` writes",
+    "datasets": "second moments of `datasets:NAME:CONFIG:SPLIT`",
+    "sentencepiece": "tokenizers that come as tokenizer.model alone",
 }
-_MODULES = {"pyyaml": "yaml"}
+_MODULES = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
 LAYERS = 4  # that the shipped MEMIT_MDM files edit
 GIB = 2**30
 _MARKS = {"ok": "[green]✓[/]", "limited": "[yellow]![/]", "fails": "[red]✗[/]"}
@@ -60,9 +56,9 @@ def doctor(model: str | None = None, easyedit_home: str | None = None, file: str
 
 def examine(model: str | None = None, easyedit_home: str | None = None) -> dict[str, Any]:
     """Everything that `doctor` tells, as plain data: versions, `findings`, `devices` (bytes), `model`, `can_edit_a_twin`."""
-    findings = [_package(name, least) for name, least in NEEDED.items()]
-    whole = all(finding.state == "ok" for finding in findings)
-    findings += [_optional(name, *about) for name, about in OPTIONAL.items()]
+    findings = [_package(name) for name in needed()]
+    whole = all(finding.state != "fails" for finding in findings)
+    findings += [_optional(name, use) for name, use in OPTIONAL.items()]
     found: list[dict[str, Any]] = []
     measured: dict[str, Any] | None = None
     if whole:  # the rest cannot be looked at without the packages
@@ -95,33 +91,32 @@ def _beyond_packages(model: str | None, easyedit_home: str | None) -> tuple[list
 # ---- what is looked at ---------------------------------------------------------------------------------------------------------------
 
 
-def _package(name: str, least: str) -> Finding:
-    """Whether a package is installed, new enough, and can be imported."""
-    wanted = f'pip install "{name}{">=" + least if least else ""}"'
+def _package(name: str) -> Finding:
+    """Whether a package is installed, can be imported, and has a version that was tested."""
+    tested = tested_range(name)
+    wanted = f'pip install "{name}{tested}"'
     try:
         version = importlib.metadata.version(name)
         importlib.import_module(_MODULES.get(name, name))
     except importlib.metadata.PackageNotFoundError:
         return Finding(name, "not installed", "fails", wanted)
     except Exception as error:  # a broken installation may raise anything
-        return Finding(name, f"installed, but importing it fails: {type(error).__name__}: {error}", "fails", f"install it again: {wanted}")
-    if _older(version, least):
+        found = f"installed, but importing it fails: {type(error).__name__}: {error}"
+        return Finding(name, found, "fails", f"install it again: {wanted}")
+    least = next((s.version for s in tested if s.operator == ">="), None)
+    if least is not None and Version(version) < Version(least):
         return Finding(name, f"{version}, older than {least}", "fails", wanted)
+    if not tested.contains(Version(version).public, prereleases=True):
+        cure = f"this version is newer than what was tested; if something fails: {wanted}"
+        return Finding(name, f"{version}, outside the tested range {tested}", "limited", cure)
     return Finding(name, version)
 
 
-def _older(version: str, least: str) -> bool:
-    """Compared by the numbers at the beginning: `2.13.0+cpu` and `2.4.0rc1` are no older than 2.4."""
-    return _numbers(version) < _numbers(least)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", (re.match(r"[\d.]*", version) or [""])[0]))
-
-
-def _optional(name: str, least: str, needed_for: str) -> Finding:
-    finding = _package(name, least)
-    return finding if finding.state == "ok" else replace(finding, state="limited", cure=f"{needed_for} will not work: {finding.cure}")
+def _optional(name: str, needed_for: str) -> Finding:
+    finding = _package(name)
+    if finding.state != "fails":
+        return finding
+    return replace(finding, state="limited", cure=f"{needed_for} will not work: {finding.cure}")
 
 
 def _twin(name: str) -> Finding:

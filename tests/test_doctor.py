@@ -16,6 +16,7 @@ from conftest import write_checkpoint
 
 from easyedit_mdm import doctor, load_model
 from easyedit_mdm.cli import main
+from easyedit_mdm.common import versions
 from easyedit_mdm.errors import CheckpointError
 from easyedit_mdm.host import importing
 from easyedit_mdm.models import FAMILIES, sizes
@@ -86,7 +87,7 @@ def _raise(error: Exception):
 
 @pytest.mark.parametrize(
     ("name", "version", "said"),
-    [("transformers", "4.30.1", "older than 4.46"), ("torch", None, "not installed"), ("safetensors", "import", "importing it fails")],
+    [("transformers", "4.30.1", "older than 4.46.3"), ("torch", None, "not installed"), ("safetensors", "import", "importing it fails")],
 )
 def test_a_broken_package(monkeypatch, tmp_path, capsys, name, version, said):
     """Exit status 1, the package and its cure are named, and nothing that needs it is tried."""
@@ -128,19 +129,45 @@ def test_a_twin_without_files(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "least", "older"), [("2.13.0+cpu", "2.4", False), ("2.4.0rc1", "2.4", False), ("2.3.9", "2.4", True), ("1", "", False)]
+    ("version", "state"),
+    [("2.13.0+cpu", "ok"), ("2.4.0", "ok"), ("2.3.9", "fails"), ("2.14.0", "limited"), ("3.0", "limited")],
 )
-def test_versions(version, least, older):
-    """Numbers are compared as numbers."""
-    assert doctor._older(version, least) is older
+def test_versions(monkeypatch, version, state):
+    """Within the range: ok, whatever build. Older: it fails. Newer than tested: said, with the cure, and tried."""
+    real = importlib.metadata.version
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: version if name == "torch" else real(name))
+    finding = doctor._package("torch")
+    assert finding.state == state
+    assert state == "ok" or ('pip install "torch' in finding.cure and version in finding.found)
 
 
 def test_what_is_needed_is_what_pyproject_asks_for():
-    """The doctor's table is pyproject's list of dependencies."""
+    """The ranges that doctor compares with are pyproject's; each has a lower and an upper end."""
+    from packaging.requirements import Requirement
+
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = dict(re.fullmatch(r"([\w-]+)(?:>=([\d.]+))?", line).groups(default="") for line in project["dependencies"])
-    assert asked == doctor.NEEDED
-    assert f"peft>={doctor.OPTIONAL['peft'][0]}" in project["optional-dependencies"]["peft"]
+    asked = [Requirement(line) for line in project["dependencies"]]
+    assert [r.name for r in asked] == versions.needed()
+    assert all(versions.tested_range(r.name) == r.specifier for r in asked)
+    assert all({"<", "<="} & {s.operator for s in r.specifier} for r in asked if r.name != "packaging")
+
+
+def test_every_pin_is_within_its_range():
+    """constraints.txt: plain `name==version` lines, no address, each within the range of pyproject.toml."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert len(pins) > 50
+    assert not [line for line in lines if "://" in line or "@" in line]
+    for line in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
+        wanted = Requirement(line)
+        pinned = [p for p in pins if p.name == wanted.name]
+        assert pinned or wanted.name in ("torch", "tomli"), f"{wanted.name} is not pinned: make lock"
+        for pin in pinned:
+            (exact,) = pin.specifier
+            assert wanted.specifier.contains(exact.version), f"{pin} is outside {wanted}: make lock"
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -192,3 +194,60 @@ def test_a_stack_of_part_of_the_layers_leaves_the_model_alone(tiny):
     model.hidden_before(2, ids, mask)
     assert [name for name, _ in model.named_modules()] == before
     assert isinstance(model.stack, Stack)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [
+            "edit",
+            "--hparams",
+            "ROME_MDM/twin-llama",
+            "--prompt",
+            "Ann Lee lives in",
+            "--subject",
+            "Ann Lee",
+            "--target",
+            "Rome",
+            "--save",
+        ],
+        [
+            "bench",
+            "--alg",
+            "ROME_MDM",
+            "--hparams",
+            "ROME_MDM/twin-llama",
+            "--dataset",
+            "twins",
+            "--limit",
+            "1",
+            "--out",
+        ],
+        ["stats", "--model", "twin-llama", "--dataset", "twins", "--layers", "0", "--out"],
+        ["trace", "--model", "twin-llama", "--limit", "1", "--out"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_later_transformers_without_what_we_use(monkeypatch, tmp_path, capsys, twin_llama, command):
+    """A class is gone in version 99: every command says so in one line, with the version and the cure; so does `doctor`."""
+    import importlib.metadata
+
+    from easyedit_mdm.cli import main
+
+    transformers = sys.modules["transformers"]  # what an import finds now
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "99.0" if name == "transformers" else real(name)
+    )
+    monkeypatch.setattr(transformers, "__version__", "99.0")
+    monkeypatch.setattr(transformers, "LlamaForCausalLM", None)
+    assert main([*command, str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "in transformers 99.0 there is no Llama language model" in line
+    assert "outside the tested range" in line
+    assert "pip install 'transformers" in line
+    if command[0] == "edit":
+        assert main(["doctor", "--json", str(tmp_path / "doctor.json")]) == 1
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "99.0, outside the tested range" in shown
+        assert "there is no Llama language model" in shown

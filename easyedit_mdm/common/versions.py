@@ -1,4 +1,4 @@
-"""Which versions of the packages under us were tested: read from our own metadata, which pyproject.toml states."""
+"""Which versions of other packages were tested: read from our own metadata, which pyproject.toml states."""
 
 from __future__ import annotations
 
@@ -6,41 +6,35 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 _OURS = "easyedit-mdm"
-WATCHED = ("torch", "transformers", "accelerate", "peft", "safetensors")
+
+
+def needed() -> list[str]:
+    """The packages that this one cannot do without, as pyproject.toml names them."""
+    return [r.name for r in _requirements() if r.marker is None]
 
 
 def tested_range(package: str) -> SpecifierSet:
     """The versions of `package` that were tested; empty (anything goes) where our metadata names none."""
-    try:
-        lines = metadata.requires(_OURS) or []
-    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return SpecifierSet()
-    for line in lines:
-        requirement = Requirement(line)
-        if requirement.name == package:
-            return requirement.specifier
-    return SpecifierSet()
-
-
-def installed(package: str) -> str | None:
-    """The version that is installed, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def outside(package: str) -> bool:
-    """Whether the installed version lies outside the tested range."""
-    version = installed(package)
-    return version is not None and not tested_range(package).contains(version, prereleases=True)
+    return next((r.specifier for r in _requirements() if r.name == package), SpecifierSet())
 
 
 def advice(package: str) -> str:
     """One sentence: what is installed, what was tested, what to do."""
-    wanted = ",".join(sorted((str(s) for s in tested_range(package)), reverse=True)) or "any"
-    if outside(package):
-        return f"{package} {installed(package)} is outside the tested range ({wanted}): pip install '{package}{wanted}'."
-    return f"{package} {installed(package)} is installed; tested: {wanted}. Please report this."
+    tested = tested_range(package)
+    try:
+        version = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return f"{package} is not installed: pip install '{package}{tested}'."
+    if tested.contains(Version(version).public, prereleases=True):
+        return f"{package} {version} is within the tested range ({tested}): please report this."
+    return f"{package} {version} is outside the tested range ({tested}): pip install '{package}{tested}'."
+
+
+def _requirements() -> list[Requirement]:
+    try:
+        return [Requirement(line) for line in metadata.requires(_OURS) or []]
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return []
