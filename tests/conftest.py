@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-# tiny matrices gain nothing from threads, which wait for each other wherever something else runs; also in processes that tests start
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(name, "1")
-
 import third_party
 import torch
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# tiny matrices gain nothing from threads, which wait for each other where something else runs; neither here nor in processes that tests start
+torch.set_num_threads(1)
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
