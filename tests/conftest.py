@@ -1,17 +1,28 @@
-"""Shared pieces: tiny models of every family, a tokenizer, and where the benchmark data and EasyEdit are."""
+"""Shared pieces: tiny models of every family, a tokenizer, and where the benchmark data and EasyEdit are.
+
+What takes time to make is made once a process and kept; what a test may change is handed out as a copy.
+"""
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import third_party
 import torch
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# tiny matrices gain nothing from threads, which wait for each other where something else runs; neither here nor in processes that tests start
+torch.set_num_threads(1)
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(third_party)
     # warnings of third parties at import or by deprecation inside them are not ours to mend; ours stay errors
     for line in (
         "ignore::DeprecationWarning:easyeditor.*",
@@ -109,8 +120,6 @@ def tiny_config(family: str, vocabulary: int) -> dict:
 
 def write_checkpoint(folder: Path, family: str, vocabulary: int = 192, seed: int = 0, shards: int = 1) -> dict[str, torch.Tensor]:
     """A tiny random checkpoint in the hub's key names; returns its tensors."""
-    import json
-
     from safetensors.torch import save_file
 
     from easyedit_mdm.models.families import FAMILIES
@@ -138,13 +147,35 @@ def write_checkpoint(folder: Path, family: str, vocabulary: int = 192, seed: int
     return tensors
 
 
-@pytest.fixture
-def tiny(tmp_path, tokenizer):
-    """Factory of tiny random models with the twins' tokenizer: `tiny("llada")`."""
-    from easyedit_mdm import load_model
+class TinyModels:
+    """Tiny random models with the twins' tokenizer: `tiny("llada", dtype="bfloat16")`.
 
-    def make(family: str, **options):
-        write_checkpoint(tmp_path / family, family, len(tokenizer))
-        return load_model(tmp_path / family, tokenizer=tokenizer, **options)
+    Each is written, loaded and kept once a process; every call gives a copy, which the caller may change. Their folders are shared and
+    only read.
+    """
 
-    return make
+    def __init__(self, root: Path, tokenizer: Any):
+        self.root, self.tokenizer = root, tokenizer
+        self.kept: dict[tuple, Any] = {}
+
+    def folder(self, family: str) -> Path:
+        """The checkpoint's folder."""
+        folder = self.root / family
+        if not folder.exists():
+            write_checkpoint(folder, family, len(self.tokenizer))
+        return folder
+
+    def __call__(self, family: str, **options: Any) -> Any:
+        """A model of the family, loaded with these options of `load_model`."""
+        from easyedit_mdm import load_model
+
+        which = (family, *sorted(options.items()))
+        if which not in self.kept:
+            self.kept[which] = load_model(self.folder(family), tokenizer=self.tokenizer, **options)
+        return copy.deepcopy(self.kept[which], {id(self.tokenizer): self.tokenizer})
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> TinyModels:
+    """Factory of tiny models: a copy each time."""
+    return TinyModels(tmp_path_factory.mktemp("tiny"), tokenizer)
