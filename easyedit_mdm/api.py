@@ -16,7 +16,7 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Adapter:
     """Load a language model by twin name (`twin-llada`), folder, or hub id.
 
     Args:
-        options: `device`, `dtype`, `device_map`, `max_memory`, `family`, `mask_id`, `revision`, `tokenizer`; see
+        options: `device`, `dtype`, `device_map`, `max_memory`, `family`, `mask_id`, `block`, `revision`, `tokenizer`; see
             `easyedit_mdm.models.load_adapter`.
 
     Returns:

@@ -102,7 +102,26 @@ def tiny_config(family: str, vocabulary: int) -> dict:
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
         "hidden_act": "silu", "max_position_embeddings": 128, "tie_word_embeddings": False,
     }  # fmt: skip
+    masked = {"mask_token_id": 1}
+    adapted = {"attention": "block", "block_size": 4, "edges": "canvas", "context": "causal", "logit_shift": True}
+    qwen3 = {**common, **sizes, "head_dim": 16, "tie_word_embeddings": True}
     return {
+        "qwen3": {**qwen3, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+        "sdar": {
+            **qwen3, **masked, "architectures": ["SDARForCausalLM"], "model_type": "sdar", "block_size": 4, "tie_word_embeddings": False,
+        },
+        "a2d-qwen3": {**qwen3, **masked, "architectures": ["A2DQwen3LMHeadModel"], "model_type": "a2d-qwen3"},
+        "masked-qwen3": {
+            **qwen3, **masked, "architectures": ["Qwen3ForMaskedDiffusion"], "model_type": "qwen3", "masked_diffusion": adapted,
+        },
+        "masked-qwen2": {
+            **common, **sizes, **masked, "architectures": ["Qwen2ForMaskedDiffusion"], "model_type": "qwen2",
+            "masked_diffusion": {**adapted, "context": "blocks", "logit_shift": False},
+        },
+        "masked-llama": {
+            **common, **sizes, **masked, "architectures": ["LlamaForMaskedDiffusion"], "model_type": "llama",
+            "masked_diffusion": {**adapted, "attention": "full", "block_size": None, "context": "blocks"},
+        },
         "llada": {
             **common, "architectures": ["LLaDAModelLM"], "model_type": "llada", "block_type": "llama", "layer_norm_type": "rms", "rope": True,
             "activation_type": "silu", "embedding_size": vocabulary, "d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 4,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from easyedit_mdm.errors import HyperParameterError, ModelError
-from easyedit_mdm.models import FAMILIES, adapt
+from easyedit_mdm.models import FAMILIES, adapt, geometry
 from easyedit_mdm.models.geometry import right_padded
 from easyedit_mdm.models.hooks import changing_output
 
@@ -35,7 +35,7 @@ def test_padding_changes_nothing(tiny, family):
         alone = model.token_logits(row[None])[0]
         assert (on_right[i, : len(row)] - alone).abs().max() < 1e-5
         assert (on_left[i, length - len(row) :] - alone).abs().max() < 1e-5
-        if not FAMILIES[family].shift:
+        if not model.shift:
             assert (model(right, mask).logits[i, : len(row)] - alone).abs().max() < 1e-5
 
 
@@ -58,16 +58,17 @@ def test_from_any_layer_on(tiny, family):
 @families
 @torch.no_grad()
 def test_who_sees_whom(tiny, family):
-    """Masked families see both sides; causal ones only their left."""
+    """A token's logits move with the row's last token exactly where what they are read from sees it; a causal model's never do."""
     model = tiny(family)
-    ids = rows()[2][None]
+    ids, canvas = rows()[2][None], torch.tensor([6])
     changed = ids.clone()
     changed[0, -1] = (changed[0, -1] + 1) % 150
-    moved = (model.token_logits(ids) - model.token_logits(changed)).abs().amax(-1)[0]
-    if model.masked:
-        assert (moved > 1e-6).all()
-    else:
-        assert moved.max() == 0  # aligned with tokens: no logit may depend on the last token
+    moved = (model.token_logits(ids, canvas=canvas) - model.token_logits(changed, canvas=canvas)).abs().amax(-1)[0]
+    ranks = geometry.ranks(torch.ones_like(ids), model.attention, canvas)[0]
+    at = torch.arange(len(ranks))[None]
+    where = geometry.sources(at, torch.ones_like(ids)) if model.shift else at
+    assert torch.equal(moved > 1e-6, ranks[where[0]] >= ranks[-1])
+    assert model.masked or moved.max() == 0
 
 
 @families
@@ -77,7 +78,7 @@ def test_alignment(tiny, family):
     model = tiny(family)
     ids = rows()[2][None]
     aligned, raw = model.token_logits(ids), model(ids).logits
-    if FAMILIES[family].shift:
+    if model.shift:
         assert (aligned[:, 1:] - raw[:, :-1]).abs().max() < 1e-5
         assert (aligned[:, 0] - raw[:, 0]).abs().max() < 1e-5
     else:

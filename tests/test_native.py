@@ -36,13 +36,13 @@ def test_layers_one_by_one_are_the_whole_model(tiny, family):
     positions = geometry.positions(mask)
     own = model.native(
         input_ids=ids,
-        attention_mask=model.attention(mask) if model.masked else mask,
+        attention_mask=model.sight(mask, ids=ids) if model.masked else mask,
         position_ids=positions,
         use_cache=False,
     ).logits
     hidden = model.stack.embedded(ids, positions)
     for layer in range(model.layers):
-        hidden = model.stack.run(hidden, range(layer, layer + 1), model.attention(mask), positions)
+        hidden = model.stack.run(hidden, range(layer, layer + 1), model.sight(mask, ids=ids), positions)
     ours = model.module(model.spec.paths.head)(model.stack.normed(hidden))
     assert (ours - own)[mask.bool()].abs().max() < 1e-5
     assert own[mask.bool()].std() > 0.1
@@ -54,14 +54,14 @@ def test_gradients_are_the_whole_model_s(tiny, family):
     model = tiny(family)
     ids, mask = batch(model.ids.pad)
     weight = model.weight_of(model.site(1).name)
-    attention = model.attention(mask) if model.masked else mask
+    attention = model.sight(mask, ids=ids) if model.masked else mask
     own = model.native(
         input_ids=ids, attention_mask=attention, position_ids=geometry.positions(mask), use_cache=False
     ).logits
     states = model.stack.run(
         model.stack.embedded(ids, geometry.positions(mask)),
         range(model.layers),
-        model.attention(mask),
+        model.sight(mask, ids=ids),
         geometry.positions(mask),
     )
     ours = model.module(model.spec.paths.head)(model.stack.normed(states))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.errors import ModelError
 from easyedit_mdm.models import geometry
+from easyedit_mdm.models.attention import Attention
 from easyedit_mdm.models.families import FAMILIES
 from easyedit_mdm.models.hooks import changing_output, frozen, reading_output
 from easyedit_mdm.models.native import Stack, check_attention, class_names
@@ -70,9 +71,23 @@ class Adapter(nn.Module):
         ids: its special tokens.
         tokenizer: its tokenizer, or None.
         name: what to call it in records.
+        attention, shift: who sees whom, and whether logits predict the next token; by default what the family and the native model's
+            configuration say.
+
+    Attributes:
+        attention, shift: as given.
     """
 
-    def __init__(self, native: nn.Module, spec: FamilySpec, ids: Ids, tokenizer: Any = None, name: str = ""):
+    def __init__(
+        self,
+        native: nn.Module,
+        spec: FamilySpec,
+        ids: Ids,
+        tokenizer: Any = None,
+        name: str = "",
+        attention: Attention | None = None,
+        shift: bool | None = None,
+    ):
         super().__init__()
         for child_name, child in native.named_children():
             self.add_module(child_name, child)
@@ -80,6 +95,9 @@ class Adapter(nn.Module):
         self._native = (native,)
         self.spec, self.ids, self.tokenizer, self.name = spec, ids, tokenizer, name
         self.config: Any = native.config
+        said = vars(native.config) if native.config else {}
+        self.attention = spec.attention_of(said) if attention is None else attention
+        self.shift = spec.shift_of(said) if shift is None else shift
         self.decoder: Callable[..., Tensor] | None = None
         self.source: Path | None = None  # the folder that it was loaded from
         self._ending: dict[str, bool] = {}
@@ -176,6 +194,7 @@ class Adapter(nn.Module):
         *,
         layer: int = 0,
         hidden: Float[Tensor, "rows length width"] | None = None,
+        canvas: Int[Tensor, " rows"] | None = None,
     ) -> Float[Tensor, "rows slots vocab"]:
         """Logits aligned with tokens: `[r, j]` predicts the token at position j of row r, for every family.
 
@@ -185,15 +204,17 @@ class Adapter(nn.Module):
             at: positions whose logits are wanted (the head runs only there); all of them by default.
             layer: go on from this layer, given its input `hidden` as `hidden_before` returned it.
             hidden: the input of layer `layer`.
+            canvas: the first column of each row's canvas, which only some kinds of `attention` ask for; by default that of its first
+                mask, or the end of a row that has none.
 
         A token that a shifted model cannot predict (the first of a row) gets the logits of that row's first position,
         as Dream's own decoding does.
         """
         mask = geometry.visible(input_ids, attention_mask)
-        states = self._run(input_ids, mask, layer, self.layers, hidden)
+        states = self._run(input_ids, mask, layer, self.layers, hidden, canvas)
         if at is None:
             at = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape[0], -1)
-        where = geometry.sources(at, mask) if self.spec.shift else at
+        where = geometry.sources(at, mask) if self.shift else at
         normed = self.stack.normed(geometry.gather_rows(states, where))
         return self.module(self.spec.paths.head)(normed).to(input_ids.device)
 
@@ -205,13 +226,16 @@ class Adapter(nn.Module):
         *,
         start: int = 0,
         hidden: Float[Tensor, "rows length width"] | None = None,
+        canvas: Int[Tensor, " rows"] | None = None,
     ) -> Float[Tensor, "rows length width"]:
         """The input of layer `layer` (the residual stream), for use as `hidden` in `token_logits`.
 
         Args:
             start: go on from this layer, given its input `hidden`.
+            canvas: as in `token_logits`.
         """
-        return self._run(input_ids, geometry.visible(input_ids, attention_mask), start, layer, hidden)
+        mask = geometry.visible(input_ids, attention_mask)
+        return self._run(input_ids, mask, start, layer, hidden, canvas)
 
     def ends_block(self, site: Site) -> bool:
         """Whether a site's output goes into the residual stream as it is, as the down-projection's does in every family here.
@@ -235,8 +259,10 @@ class Adapter(nn.Module):
             self._ending[site.name] = found is not None and torch.equal(found.to(gradient.device), gradient)
         return self._ending[site.name]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """As the native model's forward, with this family's attention; `.logits` are raw, not aligned.
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, canvas: Int[Tensor, " rows"] | None = None, **kwargs: Any
+    ) -> Any:
+        """As the native model's forward, with this family's attention; `.logits` are raw, not aligned. `canvas`: as in `token_logits`.
 
         Raises:
             ModelError: if labels are passed to a masked model, whose loss is not the native class's.
@@ -248,7 +274,7 @@ class Adapter(nn.Module):
         mask = geometry.visible(input_ids, attention_mask)
         kwargs.setdefault("position_ids", geometry.positions(mask))
         kwargs["use_cache"] = False
-        return self.native(input_ids=input_ids, attention_mask=geometry.see_all(mask, self.dtype), **kwargs)
+        return self.native(input_ids=input_ids, attention_mask=self.sight(mask, canvas, input_ids), **kwargs)
 
     def generate(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Continue each row, with transformers' signature: returns the prompt columns followed by the new tokens.
@@ -270,16 +296,34 @@ class Adapter(nn.Module):
     def _blocks(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self.module(self.spec.paths.block.rsplit(".", 1)[0]))
 
-    def _run(self, ids: Tensor, mask: Tensor, low: int, high: int, hidden: Tensor | None) -> Tensor:
+    def _run(
+        self, ids: Tensor, mask: Tensor, low: int, high: int, hidden: Tensor | None, canvas: Tensor | None
+    ) -> Tensor:
         """The residual stream after layers low..high-1."""
         positions = geometry.positions(mask)
         if hidden is None:
             hidden = self.stack.embedded(ids, positions)
-        return self.stack.run(hidden, range(low, high), self.attention(mask), positions)
+        return self.stack.run(hidden, range(low, high), self.sight(mask, canvas, ids), positions)
 
-    def attention(self, mask: Int[Tensor, "rows length"]) -> Float[Tensor, "rows 1 length length"]:
-        """The additive mask of who sees whom in rows with this attention mask."""
-        return geometry.see_all(mask, self.dtype) if self.masked else geometry.see_left(mask, self.dtype)
+    def sight(
+        self,
+        mask: Int[Tensor, "rows length"],
+        canvas: Int[Tensor, " rows"] | None = None,
+        ids: Int[Tensor, "rows length"] | None = None,
+    ) -> Float[Tensor, "rows 1 length length"]:
+        """The additive mask of who sees whom in rows with this attention mask.
+
+        Args:
+            canvas: as in `token_logits`.
+            ids: the rows' tokens, in which the canvas is looked for where it is not given.
+        """
+        if self.attention.full:
+            return geometry.see_all(mask, self.dtype)
+        if self.attention.causal:
+            return geometry.see_left(mask, self.dtype)
+        if canvas is None and ids is not None and self.attention.asks_for_canvas:
+            canvas = geometry.canvas_of(ids, mask, self.ids.slot)
+        return geometry.see_ranked(mask, geometry.ranks(mask, self.attention, canvas), self.dtype)
 
     def _check_paths(self) -> None:
         for path in (self.spec.paths.backbone, self.spec.paths.embedding, self.spec.paths.norm, self.spec.paths.head):
@@ -287,11 +331,19 @@ class Adapter(nn.Module):
         self.site(0)
 
     def extra_repr(self) -> str:
-        """Family and paradigm, for `print(model)`."""
-        return f"family={self.spec.name}, paradigm={self.spec.paradigm}"
+        """Family, paradigm and attention, for `print(model)`."""
+        return f"family={self.spec.name}, paradigm={self.spec.paradigm}, attention={self.attention}"
 
 
-def adapt(native: Any, tokenizer: Any = None, family: str | None = None, name: str = "", mask_id: int | None = None) -> Adapter:
+def adapt(
+    native: Any,
+    tokenizer: Any = None,
+    family: str | None = None,
+    name: str = "",
+    mask_id: int | None = None,
+    attention: Attention | None = None,
+    shift: bool | None = None,
+) -> Adapter:
     """Wrap a transformers model that is already in memory.
 
     Args:
@@ -300,6 +352,7 @@ def adapt(native: Any, tokenizer: Any = None, family: str | None = None, name: s
         family: the family's name; by default told from the model's class and `config.model_type`.
         name: what to call it in records.
         mask_id: the mask token's id, for masked models.
+        attention, shift: see `Adapter`.
 
     Raises:
         ModelError: if the family cannot be told or the special ids are unusable.
@@ -308,7 +361,7 @@ def adapt(native: Any, tokenizer: Any = None, family: str | None = None, name: s
         return native
     spec = FAMILIES[family] if family else _family_of(native)
     ids = special_ids(spec, vars(native.config) if native.config else {}, tokenizer, native.get_input_embeddings().weight.shape[0], mask_id)
-    return Adapter(native, spec, ids, tokenizer, name or getattr(native.config, "_name_or_path", "") or spec.name)
+    return Adapter(native, spec, ids, tokenizer, name or getattr(native.config, "_name_or_path", "") or spec.name, attention, shift)
 
 
 def is_known(native: nn.Module) -> bool:

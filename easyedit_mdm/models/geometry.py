@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from easyedit_mdm.models.attention import Attention
+
 
 def visible(
     ids: Int[Tensor, "rows length"], attention_mask: Int[Tensor, "rows length"] | Bool[Tensor, "rows length"] | None
@@ -35,6 +37,41 @@ def see_left(mask: Int[Tensor, "rows length"], dtype: torch.dtype) -> Float[Tens
     length = mask.shape[1]
     hidden = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1) | (mask == 0)[:, None, None, :]
     return hidden.to(dtype) * torch.finfo(dtype).min
+
+
+def canvas_of(ids: Int[Tensor, "rows length"], mask: Int[Tensor, "rows length"], slot: int) -> Int[Tensor, " rows"]:
+    """First column of each row's canvas where nobody says: its first hidden slot, or, where it has none, the end of the row."""
+    hidden = (ids == slot) & mask.bool()
+    return torch.where(hidden.any(-1), hidden.long().argmax(-1), ids.shape[1])
+
+
+def ranks(mask: Int[Tensor, "rows length"], attention: Attention, canvas: Int[Tensor, " rows"] | None = None) -> Int[Tensor, "rows length"]:
+    """A number for each column: a token sees the visible tokens whose rank is at most its own.
+
+    Full attention: 0 everywhere. Block-causal: the block's number. A causal context counts 0, 1, 2, ... and the blocks of the canvas
+    go on from there.
+
+    Args:
+        canvas: the first column of each row's canvas; needed where `attention.asks_for_canvas`.
+    """
+    before = mask.cumsum(-1) - mask  # visible tokens on a column's left
+    prompt = torch.zeros_like(before[:, :1])
+    inside = torch.zeros_like(mask, dtype=torch.bool)
+    if canvas is not None:
+        inside = torch.arange(mask.shape[1], device=mask.device) >= canvas.to(mask.device)[:, None]
+        prompt = (mask * ~inside).sum(-1, keepdim=True)
+    number, first = torch.zeros_like(before), torch.zeros_like(prompt)
+    if attention.block is not None:
+        origin = prompt if attention.edges == "canvas" else torch.zeros_like(prompt)
+        number = (before - origin).div(attention.block, rounding_mode="floor")
+        first = (prompt - origin).div(attention.block, rounding_mode="floor")
+    return number if attention.context == "blocks" else torch.where(inside, prompt + number - first, before)
+
+
+def see_ranked(mask: Int[Tensor, "rows length"], ranks: Int[Tensor, "rows length"], dtype: torch.dtype) -> Float[Tensor, "rows 1 length length"]:
+    """Additive mask under which a token sees every visible token of its own rank or a lower one; finite and float as in `see_all`."""
+    hidden = (ranks[:, None, :] > ranks[:, :, None]) | (mask == 0)[:, None, :]
+    return hidden[:, None].to(dtype) * torch.finfo(dtype).min
 
 
 def sources(at: Int[Tensor, "rows slots"], mask: Int[Tensor, "rows length"]) -> Int[Tensor, "rows slots"]:

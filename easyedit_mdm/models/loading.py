@@ -35,6 +35,7 @@ def load_adapter(
     max_memory: Mapping[Any, Any] | None = None,
     family: str | None = None,
     mask_id: int | None = None,
+    block: int | None = None,
     revision: str | None = None,
     tokenizer: Any = None,
     name: str | None = None,
@@ -49,6 +50,8 @@ def load_adapter(
         max_memory: memory a device, for `device_map`, as in accelerate.
         family: name of the family, where the folder does not tell.
         mask_id: the mask token's id, overriding config and tokenizer.
+        block: tokens of a block, where the model is block-causal and its config does not say so (dLLM's `bd3lm` releases), or other
+            than it says.
         revision: revision of a hub id.
         tokenizer: a tokenizer to use instead of the folder's.
         name: what to call the model in records; `name_or_folder` by default.
@@ -60,6 +63,7 @@ def load_adapter(
     config = read_config(folder)
     files = weight_files(folder)
     spec = FAMILIES[family] if family else detect(config, files)
+    attention, shift = spec.attention_of(config, block), spec.shift_of(config)
     model = _empty_model(spec, config, len(files))
     target = _dtype(dtype, config)
     places = _places(model, spec, device, device_map, max_memory, target)
@@ -71,7 +75,7 @@ def load_adapter(
     model.eval()
     tok = tokenizer if tokenizer is not None else load_tokenizer(folder, spec)
     ids = special_ids(spec, config, tok, model.get_input_embeddings().weight.shape[0], mask_id)
-    adapter = Adapter(model, spec, ids, tok, name=str(name or name_or_folder))
+    adapter = Adapter(model, spec, ids, tok, str(name or name_or_folder), attention, shift)
     adapter.source = folder
     return adapter
 

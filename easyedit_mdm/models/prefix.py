@@ -53,7 +53,7 @@ def read_prefix(
         mask: of the whole rows, padded on the left as far as these columns go.
     """
     columns = hidden.shape[1]
-    attention = adapter.attention(mask)[:, :, :columns, :columns]
+    attention = adapter.sight(mask)[:, :, :columns, :columns]
     layers = range(layer, adapter.layers)
     pairs = adapter.stack.keys_and_values(hidden, layers, attention, geometry.positions(mask)[:, :columns])
     return Prefix(layer, columns, [pairs[i][0] for i in layers], [pairs[i][1] for i in layers])
@@ -69,7 +69,7 @@ def logits_after(
     """`token_logits` at columns `at` of rows whose first columns are kept in `prefix`; `hidden` enters layer `prefix.layer` in the others."""
     layers = range(prefix.layer, adapter.layers)
     earlier = {i: pair for i, pair in zip(layers, zip(prefix.keys, prefix.values))}
-    attention = adapter.attention(mask)[:, :, prefix.columns :]
+    attention = adapter.sight(mask)[:, :, prefix.columns :]
     states = adapter.stack.run_after(
         earlier, hidden, layers, attention, geometry.positions(mask)[:, prefix.columns :]
     )

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from easyedit_mdm.errors import CheckpointError, ModelError
+from easyedit_mdm.models.attention import Attention
+
+Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class FamilySpec:
 
     Attributes:
         name: the family's name.
-        paradigm: `causal` (each token sees its left) or `masked` (each token sees all).
+        paradigm: `causal` (writes from left to right) or `masked` (writes by denoising masks).
         architectures: values of `config.json`'s `architectures[0]` that belong to it.
         probe: a key that a checkpoint of this family contains; tells apart families that share an architecture name.
         native: name of the transformers class that computes it.
@@ -36,7 +41,9 @@ class FamilySpec:
         rename: (beginning of the hub's parameter name, beginning of the native one) pairs, `{}` standing for the layer's
             number; read in both directions.
         paths: where the native class keeps its modules.
-        shift: the raw logits at position j predict token j + 1 (causal models, Dream).
+        shift: the raw logits at position j predict token j + 1 (causal models, Dream); where `config.json` decides, a function of it.
+        attention: who sees whom; where `config.json` decides (a block's size), a function of it. None: causal for causal families,
+            full for masked ones.
         mask_id: the mask token's id where neither user, config nor tokenizer names one.
         tokenizer: name of a transformers tokenizer class to fall back on where the folder names one that is not native.
         absolute_positions: the backbone adds learned positions to its input (GPT-2), so a stack that starts higher up must not.
@@ -47,10 +54,11 @@ class FamilySpec:
     architectures: tuple[str, ...]
     probe: str
     native: str
-    native_config: Callable[[Mapping[str, Any]], dict[str, Any]]
+    native_config: Callable[[Config], dict[str, Any]]
     rename: tuple[tuple[str, str], ...] = ()
     paths: ModulePaths = ModulePaths()
-    shift: bool = False
+    shift: bool | Callable[[Config], bool] = False
+    attention: Attention | Callable[[Config], Attention] | None = None
     mask_id: int | None = None
     tokenizer: str = "PreTrainedTokenizerFast"
     absolute_positions: bool = False
@@ -63,6 +71,28 @@ class FamilySpec:
     def hub_name(self, name: str) -> str:
         """The checkpoint's name of a native parameter."""
         return _substitute(name, [(native, hub) for hub, native in self.rename])
+
+    def shift_of(self, config: Config) -> bool:
+        """Whether the raw logits of a model with this `config.json` predict the next token."""
+        return self.shift(config) if callable(self.shift) else self.shift
+
+    def attention_of(self, config: Config, block: int | None = None) -> Attention:
+        """Who sees whom in a model with this `config.json`.
+
+        Args:
+            block: tokens of a block, in place of what the family and the configuration say.
+
+        Raises:
+            CheckpointError: for a block that no model can have, or one for a causal family.
+        """
+        if block is not None and not self.masked:
+            raise CheckpointError(f"block={block!r} was given, but a {self.name} model is causal: leave it out")
+        try:
+            found = self.attention(config) if callable(self.attention) else self.attention
+            found = found or Attention(None if self.masked else 1)
+            return found if block is None else replace(found, block=block)
+        except ModelError as error:
+            raise CheckpointError(f"{self.name}: {error}; the block's size is what the loader was given, or config.json says") from error
 
     @property
     def masked(self) -> bool:

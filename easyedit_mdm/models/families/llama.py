@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from easyedit_mdm.models.families._adapted import register_adapted
 from easyedit_mdm.models.families._registry import FAMILIES, LLAMA_KEYS, pick
 from easyedit_mdm.models.spec import FamilySpec
 
@@ -14,16 +15,16 @@ def native_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return pick(config, LLAMA_KEYS)
 
 
-FAMILIES.register("llama")(
-    FamilySpec(
-        name="llama",
-        paradigm="causal",
-        architectures=("LlamaForCausalLM",),
-        probe="model.layers.0.mlp.gate_proj.weight",
-        native="Llama",
-        native_config=native_config,
-        shift=True,
-        tokenizer="LlamaTokenizerFast",
-        native_model_types=("llama",),
-    )
+LLAMA = FamilySpec(
+    name="llama",
+    paradigm="causal",
+    architectures=("LlamaForCausalLM",),
+    probe="model.layers.0.mlp.gate_proj.weight",
+    native="Llama",
+    native_config=native_config,
+    shift=True,
+    tokenizer="LlamaTokenizerFast",
+    native_model_types=("llama",),
 )
+FAMILIES.register("llama")(LLAMA)
+register_adapted(LLAMA)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from easyedit_mdm.errors import CheckpointError
+from easyedit_mdm.models.families._adapted import register_adapted
 from easyedit_mdm.models.families._registry import FAMILIES, LLAMA_KEYS, pick
 from easyedit_mdm.models.spec import FamilySpec
 
@@ -21,16 +22,16 @@ def native_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**pick(config, LLAMA_KEYS), "use_sliding_window": False}
 
 
-FAMILIES.register("qwen2")(
-    FamilySpec(
-        name="qwen2",
-        paradigm="causal",
-        architectures=("Qwen2ForCausalLM",),
-        probe="model.layers.0.self_attn.q_proj.bias",
-        native="Qwen2",
-        native_config=native_config,
-        shift=True,
-        tokenizer="Qwen2TokenizerFast",
-        native_model_types=("qwen2",),
-    )
+QWEN2 = FamilySpec(
+    name="qwen2",
+    paradigm="causal",
+    architectures=("Qwen2ForCausalLM",),
+    probe="model.layers.0.self_attn.q_proj.bias",
+    native="Qwen2",
+    native_config=native_config,
+    shift=True,
+    tokenizer="Qwen2TokenizerFast",
+    native_model_types=("qwen2",),
 )
+FAMILIES.register("qwen2")(QWEN2)
+register_adapted(QWEN2)

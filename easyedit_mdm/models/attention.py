@@ -1,0 +1,72 @@
+"""Who sees whom, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from easyedit_mdm.errors import ModelError
+
+EDGES = ("start", "canvas")
+CONTEXTS = ("blocks", "causal")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Which tokens each token sees: those of its own block and of earlier ones.
+
+    Attributes:
+        block: tokens of a block. None: one block, so that every token sees every other; 1: causal.
+        edges: where blocks begin. `start`: they are counted from each row's first visible token (SDAR, arXiv 2510.06303; LLaDA2;
+            Fast-dLLM v2). `canvas`: the first column of the canvas begins one (dLLM's `bd3lm` sampler).
+        context: what stands before the canvas is in blocks itself (`blocks`), or each of its tokens sees only its left (`causal`),
+            as in an adapted model that reads its context as it was pretrained to.
+
+    Raises:
+        ModelError: for a block of less than one token, or an unknown name.
+    """
+
+    block: int | None = None
+    edges: str = "start"
+    context: str = "blocks"
+
+    def __post_init__(self) -> None:
+        if self.block is not None and (not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 1):
+            raise ModelError(f"a block of {self.block!r} tokens: a block-causal model needs a whole number, at least 1")
+        for name, known in (("edges", EDGES), ("context", CONTEXTS)):
+            if getattr(self, name) not in known:
+                raise ModelError(f"attention {name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+
+    @property
+    def full(self) -> bool:
+        """Whether every token sees every other."""
+        return self.block is None and self.context == "blocks"
+
+    @property
+    def causal(self) -> bool:
+        """Whether every token sees only its left."""
+        return self.block == 1
+
+    @property
+    def asks_for_canvas(self) -> bool:
+        """Whether it makes a difference where the canvas begins."""
+        from_canvas = self.block is not None and self.edges == "canvas"
+        return not self.causal and (from_canvas or self.context == "causal")
+
+    def blocks(self, prompt: int, slots: int) -> tuple[int, ...]:
+        """Sizes of the blocks that `slots` slots after a prompt of `prompt` tokens fall into, in the order they are written.
+
+        The first holds fewer slots where the prompt's tail stands in it, the last where the slots end before it does.
+        """
+        if self.block is None:
+            return (slots,)
+        first = self.block - (prompt % self.block if self.edges == "start" else 0)
+        sizes = [min(first, slots)]
+        while sum(sizes) < slots:
+            sizes.append(min(self.block, slots - sum(sizes)))
+        return tuple(sizes)
+
+    def __str__(self) -> str:
+        """In words, as tables show it."""
+        kind = "full" if self.block is None else "causal" if self.causal else f"block-causal of {self.block}"
+        edges = ", from the canvas" if self.block and not self.causal and self.edges == "canvas" else ""
+        return kind + edges + (", causal context" if self.context == "causal" and not self.causal else "")
