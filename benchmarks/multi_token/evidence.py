@@ -1,4 +1,4 @@
-"""The committed run files of the study, and estimates from them: means and paired differences, clustered by subject."""
+"""The committed run files of the study, with means and paired differences, clustered by subject."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cost import with_cost
 from study import APART, ARMS, RESULTS
 
 from easyedit_mdm.bench.statistics_of_runs import bootstrap_mean
@@ -31,9 +32,10 @@ def several(n: int) -> bool:
 class Runs:
     """The run files, each read once.
 
-    `one_step` has two meanings in a run file. In a masked model's lines it is the share of the target's tokens that are
-    right when all are committed at once, and stays under that name, with `one_step_exact` (all of them are) beside it. In
-    an autoregressive model's it is teacher-forced accuracy: here it is `teacher_forced`, and such a line has no `one_step`.
+    `one_step` has two meanings in a run file. In a masked model's it is the share of the target's tokens
+    that are right when all are committed at once. It keeps that name, with `one_step_exact` (all of them
+    are) beside it. In an autoregressive model's it is teacher-forced accuracy: it is called
+    `teacher_forced` here. The lines of masked models also say what they cost: see cost.py.
     """
 
     def __init__(self, folder: Path = RESULTS):
@@ -41,11 +43,13 @@ class Runs:
         self._read: dict[tuple[str, str], list[Line]] = {}
 
     def lines(self, command: str, model: str, known: bool = True) -> list[Line]:
-        """The lines of a command, by default those of facts that the model knew before; [] if it was not run."""
+        """The lines of a command, by default of facts that the model knew before; [] if it was not run."""
         if (command, model) not in self._read:
             path = self.folder / f"{command}-{model}.jsonl"
-            rows = path.read_text().splitlines()[1:] if path.exists() else []
-            self._read[command, model] = [_named(json.loads(row), model in MASKED) for row in rows]
+            texts = path.read_text().splitlines()[1:] if path.exists() else []
+            found = [_named(json.loads(text), model in MASKED) for text in texts]
+            costed = model in MASKED and command in ("run", "best", "ablate")
+            self._read[command, model] = with_cost(found, command, model, METHODS) if costed else found
         rows = self._read[command, model]
         return [row for row in rows if row["known"]] if known else rows
 
@@ -88,7 +92,11 @@ def mean(rows: Sequence[Line], measure: str) -> float | None:
 
 
 def paired(
-    first: Sequence[Line], second: Sequence[Line], measure: str = "exact", other: str | None = None, keep: Keep = several
+    first: Sequence[Line],
+    second: Sequence[Line],
+    measure: str = "exact",
+    other: str | None = None,
+    keep: Keep = several,
 ) -> Line:
     """First minus second on the cases (subject, length) that both have, lengths that `keep` holds for.
 
@@ -98,7 +106,9 @@ def paired(
     """
     theirs = {(row["subject"], row["n_tokens"]): value(row, other or measure) for row in second}
     ours = [row for row in first if keep(row["n_tokens"])]
-    pairs = [(value(row, measure), theirs.get((row["subject"], row["n_tokens"])), row["subject"]) for row in ours]
+    pairs = [
+        (value(row, measure), theirs.get((row["subject"], row["n_tokens"])), row["subject"]) for row in ours
+    ]
     both = [(a - b, subject) for a, b, subject in pairs if a is not None and b is not None]
     return bootstrap_mean([difference for difference, _ in both], [subject for _, subject in both])
 
