@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from easyedit_mdm.errors import CheckpointError, HyperParameterError
-from easyedit_mdm.training.blocks import Rows, noise, pack
+from easyedit_mdm.errors import CheckpointError
+from easyedit_mdm.training.blocks import Rows, noise_opened, opening, pack
 from easyedit_mdm.training.corpus import Corpus
 from easyedit_mdm.training.heldout import HeldOut
 from easyedit_mdm.training.loop import Log, cosine, generator_of, load_checkpoint, random_of, save_checkpoint
-from easyedit_mdm.training.lora import WEIGHTS, load_lora, read_adapter, write_adapter
+from easyedit_mdm.training.lora import write_adapter
 from easyedit_mdm.training.objective import Losses, Student, losses
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -38,12 +38,14 @@ class Recipe:
     """How a model is adapted.
 
     Attributes:
-        block_size: tokens that are written together, B.
+        attention: `block`, or `full` (see `easyedit_mdm.training.blocks.opening`).
+        block_size: tokens that are written together, B; those to begin with where attention becomes full.
         lr: highest rate; it rises over the first 3 % of the tokens and falls along a cosine.
         rows, length: rows of a step, and their columns (clean and noisy).
         kl_weight, taught: see `easyedit_mdm.training.objective.losses`.
     """
 
+    attention: str = "block"
     block_size: int = 8
     lora_rank: int = 32
     lr: float = 3e-4
@@ -124,8 +126,7 @@ class _Training:
     def _steps(self) -> Iterator[tuple[Rows, Losses]]:
         while not self._done():
             began, step = time.monotonic(), self.state["step"]
-            rng = random_of(self.recipe.seed, step)
-            rows = pack(lambda: noise(self.corpus.draw(rng), self.recipe.block_size, rng), self.recipe.rows, self.recipe.length, self.student.mask_id)  # noqa: B023
+            rows = self._rows(step)
             loss = self._step(rows.to(self.device), step)
             clean = int(((rows.texts > 0) & (rows.blocks == 0)).sum())
             counts = {"step": 1, "tokens": clean, "columns": int((rows.texts > 0).sum()), "slots": int((rows.targets >= 0).sum())}
@@ -136,10 +137,18 @@ class _Training:
             self.log.add({**{k: self.state[k] for k in ("step", "tokens", "seconds")}, "masked": float(loss.masked), "kl": float(loss.kl)})
             yield rows, loss
 
+    def _share(self) -> float:
+        return self.state["tokens"] / self.state["planned"] if self.state["planned"] else 0.0
+
+    def _rows(self, step: int) -> Rows:
+        """The rows of a step: they depend on the seed, the step and the tokens before it, and on nothing else."""
+        rng = random_of(self.recipe.seed, step)
+        opened = opening(self._share(), self.recipe.attention, self.recipe.block_size)
+        return pack(lambda: noise_opened(self.corpus.draw(rng), opened, rng), self.recipe.rows, self.recipe.length, self.student.mask_id)
+
     def _step(self, rows: Rows, step: int) -> Losses:
-        share = self.state["tokens"] / self.state["planned"] if self.state["planned"] else 0.0
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * (cosine(share) if self.state["planned"] else min(1.0, (step + 1) / 100))
+            group["lr"] = self.recipe.lr * (cosine(self._share()) if self.state["planned"] else min(1.0, (step + 1) / 100))
         with self._autocast():
             loss = losses(self.student, rows, generator_of(self.recipe.seed, step), self.recipe.kl_weight, self.recipe.taught)
         loss.total.backward()
@@ -170,6 +179,7 @@ class _Training:
         if not file.exists():
             return
         found = load_checkpoint(file, self.tensors, self.optimizer)
+        found["recipe"] = {**asdict(Recipe()), **found["recipe"]}  # what has come since counts as its default
         if found["recipe"] != self.state["recipe"]:
             raise CheckpointError(f"{file} belongs to another recipe ({found['recipe']}): choose another folder, or remove it")
         self.state = found

@@ -5,7 +5,9 @@ tokens `start .. start + n - 1` of its text, some of them masked: its columns se
 other. So the context is computed causally, as in generation, and one clean copy serves any number of blocks, at any start.
 Several texts share a row; none sees another, and positions start at 0 in each.
 
-In full attention (`attention="full"`) a noisy block's columns see, besides, the clean tokens *after* it where `opened` says so.
+On the way to full attention (`opening`) blocks grow, and then the context opens: a noisy copy of the whole text takes the place of
+the blocks. Its columns have ranks, and each sees those whose rank is not above its own: stretches of the context that see
+themselves both ways, ever longer ones, until all have one rank. The clean copy stays causal, for the teacher.
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ NOISY_SHARE = 2.0  # noisy columns for each clean one
 
 @dataclass(frozen=True)
 class Block:
-    """A noisy block: tokens `start .. start + len(masked) - 1` of a text, and which of them are masked."""
+    """A noisy block: tokens `start .. start + len(masked) - 1` of a text, which of them are masked, and their ranks (None: all 0)."""
 
     start: int
     masked: tuple[bool, ...]
+    ranks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Rows:
         texts: number of the text in its row, from 1; 0 is padding.
         blocks: number of the noisy block in its row, from 1; 0 for clean columns.
         starts: where its block starts; for clean columns, its own position.
+        ranks: inside a noisy block, each sees those whose rank is not above its own.
         targets: the token that stands there, for masked slots after a block's first; -1 elsewhere.
         weights: weight of that slot: 1 / number of such slots of its block.
         teachers: column of the clean token before it, where the slots on its left all show and those on its right do not: what
@@ -69,6 +73,7 @@ class Rows:
     texts: Int[Tensor, "rows length"]
     blocks: Int[Tensor, "rows length"]
     starts: Int[Tensor, "rows length"]
+    ranks: Int[Tensor, "rows length"]
     targets: Int[Tensor, "rows length"]
     weights: Float[Tensor, "rows length"]
     teachers: Int[Tensor, "rows length"]
@@ -87,7 +92,8 @@ def visible(rows: Rows) -> Bool[Tensor, "rows length length"]:
     block_q, block_k = rows.blocks[:, :, None], rows.blocks[:, None, :]
     # a clean column's own position counts as seen, a block's first position does not: inside the block its own copy stands for it
     before = rows.positions[:, None, :] < rows.starts[:, :, None] + (block_q == 0).long()
-    seen = (text_q == text_k) & (text_q > 0) & torch.where(block_k == 0, before, block_q == block_k)
+    inside = (block_q == block_k) & (rows.ranks[:, None, :] <= rows.ranks[:, :, None])
+    seen = (text_q == text_k) & (text_q > 0) & torch.where(block_k == 0, before, inside)
     return seen | torch.eye(rows.ids.shape[1], dtype=torch.bool, device=seen.device)
 
 
@@ -148,30 +154,85 @@ class _Row:
     def add(self, noised: Noised, mask_id: int) -> None:
         self.texts += 1
         first, n = len(self.fields["ids"]), len(noised.ids)
-        self._extend(noised.ids, range(n), range(n), 0, [-1] * n, [0.0] * n, [-1] * n)
+        self._extend(noised.ids, range(n), range(n), 0, [0] * n, [-1] * n, [0.0] * n, [-1] * n)
         for block in noised.blocks:
             self.blocks += 1
             own = noised.ids[block.start : block.start + len(block.masked)]
             scored = [hidden and slot > 0 for slot, hidden in enumerate(block.masked)]
             weight = 1 / max(1, sum(scored))
             lead = block.masked.index(True)
+            # whoever sees whom: what follows a prefix is what the teacher says of the next token
             taught = lead if lead > 0 and all(block.masked[lead:]) else -1
             self._extend(
                 [mask_id if hidden else token for token, hidden in zip(own, block.masked)],
                 range(block.start, block.start + len(own)),
                 [block.start] * len(own),
                 self.blocks,
+                block.ranks or [0] * len(own),
                 [token if s else -1 for token, s in zip(own, scored)],
                 [weight * s for s in scored],
                 [first + block.start + slot - 1 if slot == taught else -1 for slot in range(len(own))],
             )
 
-    def _extend(self, ids, positions, starts, block, targets, weights, teachers) -> None:
+    def _extend(self, ids, positions, starts, block, ranks, targets, weights, teachers) -> None:
         n = len(ids)
-        values = (ids, positions, [self.texts] * n, [block] * n, starts, targets, weights, teachers)
+        values = (ids, positions, [self.texts] * n, [block] * n, starts, ranks, targets, weights, teachers)
         for name, value in zip(self.fields, values):
             self.fields[name].extend(value)
 
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How far attention is open.
+
+    Attributes:
+        block: tokens of a block.
+        context: tokens of a stretch of context that sees itself both ways; 1: causal, and blocks with a clean context are read.
+        full: share of the texts in which everything sees everything.
+    """
+
+    block: int
+    context: int = 1
+    full: float = 0.0
+
+
+def opening(done: float, attention: str, block_size: int) -> Opening:
+    """How far attention is open after a share `done` of the training.
+
+    `block`: blocks of `block_size` from the first step to the last. `full`: blocks of 8, 16, 32 in the first 30 %; then the
+    context opens in stretches of 2, 4, 8, ...; full texts come in from 45 % on, and from 70 % on there are no others.
+    """
+    if attention == "block":
+        return Opening(block_size)
+    if done < 0.3:
+        return Opening(block_size * 2 ** int(done * 10))
+    stretch = 2 ** (1 + int((done - 0.3) * 15))
+    return Opening(4 * block_size, stretch, min(1.0, max(0.0, (done - 0.45) * 4)))
+
+
+def noise_opened(piece: Piece, opened: Opening, rng: random.Random) -> Noised:
+    """As `noise`, with noisy copies of the whole text where the context is open: a canvas in each, what follows it cut off or shown."""
+    if opened.context == 1 and rng.random() >= opened.full:
+        return noise(piece, opened.block, rng)
+    copies: list[Block] = []
+    while sum(len(copy.masked) for copy in copies) < NOISY_SHARE * len(piece.ids) - len(piece.ids) / 2:
+        copies.append(_copy(piece, opened, rng))
+    return Noised(piece.ids, copies)
+
+
+def _copy(piece: Piece, opened: Opening, rng: random.Random) -> Block:
+    length = len(piece.ids)
+    if piece.answers and rng.random() < ANSWER_ALONE:
+        start, n = rng.choice(piece.answers)
+    else:
+        n = rng.randint(1, min(opened.block, length - 1))
+        start = rng.randint(1, length - n)
+    stop = start + n if rng.random() < 0.5 else length
+    chosen = set(rng.sample(range(start, start + n), rng.randint(1, n)))
+    all_see = rng.random() < opened.full
+    ranks = tuple(0 if all_see or i >= start else -((start - i - 1) // opened.context + 1) for i in range(stop))
+    return Block(0, tuple(i in chosen for i in range(stop)), ranks)
 
 
 def pack(draw: Callable[[], Noised], rows: int, length: int, mask_id: int) -> Rows:

@@ -103,7 +103,7 @@ def corpus_of(data_dir: str | Path, tokenizer: Any, samples: str | Path | None =
     """
     root = Path(data_dir)
     held_out = held_out_subjects(root)
-    facts = {"kamel": _kamel(root, "train"), "counterfact": _counterfact(root), "lre": _lre(root)}
+    facts = {"kamel": _kamel(root, "train"), "counterfact": _counterfact(root, "edit"), "lre": _lre(root)}
     facts = {source: [f for f in found if same_name(f.subject) not in held_out] for source, found in facts.items()}
     train, rest = text_of(root / "text" / "enwiki_articles.txt", tokenizer, Mentions(held_out))
     own = [] if samples is None else samples_of(samples, tokenizer)
@@ -158,8 +158,20 @@ def _kamel(root: Path, part: str) -> list[TrainingFact]:
     return found
 
 
-def _counterfact(root: Path) -> list[TrainingFact]:
-    records = records_of(root / "counterfact" / "counterfact-edit.json")
+def facts_of(data_dir: str | Path) -> dict[str, list[TrainingFact]]:
+    """The facts that gates ask for, by source: all of them, whoever their subject is.
+
+    Raises:
+        DataError: for files that are missing or broken.
+    """
+    root = Path(data_dir)
+    known = records_of(root / "known" / "known_1000.json")
+    found = [TrainingFact(r["subject"], r["attribute"], (r["prompt"],)) for r in known]
+    return {"known_1000": found, "lre": _lre(root), "counterfact": _counterfact(root, "val"), "kamel": _kamel(root, "test")}
+
+
+def _counterfact(root: Path, part: str) -> list[TrainingFact]:
+    records = records_of(root / "counterfact" / f"counterfact-{part}.json")
     return [TrainingFact(r["subject"], r["ground_truth"], (r["prompt"],)) for r in records]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,8 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     tensors, _ = read_tensors(folder / WEIGHTS, CheckpointError, "a LoRA adapter")
     return tensors, read_json(folder / CONFIG, CheckpointError, "a LoRA adapter's configuration")
+
+
+def adapter_digest(folder: Path) -> str:
+    """Twelve digits that tell adapters apart."""
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:12]
