@@ -9,11 +9,13 @@ from typing import Any
 from easyedit_mdm.denoising import generate
 from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, ROMEMDMHyperParams
 from easyedit_mdm.models import Adapter, adapt, load_adapter
+from easyedit_mdm.models.loading import find_folder
+from easyedit_mdm.smollm2 import SMOLLM2, smollm2_folder
 from easyedit_mdm.twins import TWINS, twin_folder
 
 
 def load_model(name_or_folder: str | Path, **options: Any) -> Adapter:
-    """Load a language model by twin name (`twin-llada`), folder, or hub id.
+    """Load a language model by name (`twin-llada`, `smollm2-block`), folder, or hub id.
 
     Args:
         options: `device`, `dtype`, `device_map`, `max_memory`, `family`, `mask_id`, `block`, `revision`, `tokenizer`; see
@@ -24,12 +26,24 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Adapter:
 
     Raises:
         CheckpointError: if it cannot be found or does not fit its family.
+        MissingPackageError: for a `smollm2` model, if the package that holds its weights is not installed.
     """
-    if str(name_or_folder) in TWINS:
-        options.setdefault("name", str(name_or_folder))
+    name = str(name_or_folder)
+    if name in TWINS:
         options["dtype"] = options.get("dtype") or "float32"  # stored in half precision to keep the package small
-        name_or_folder = twin_folder(str(name_or_folder))
-    return with_decoder(load_adapter(name_or_folder, **options))
+    return with_decoder(load_adapter(model_folder(name_or_folder, options.get("revision")), **{"name": name, **options}))
+
+
+def model_folder(name_or_folder: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model, by the names that `load_model` takes.
+
+    Raises:
+        CheckpointError, MissingPackageError: see `load_model`.
+    """
+    name = str(name_or_folder)
+    if name in SMOLLM2:
+        return smollm2_folder(name)
+    return twin_folder(name) if name in TWINS else find_folder(name_or_folder, revision)
 
 
 def wrap_model(native: Any, tokenizer: Any = None, **options: Any) -> Adapter:

@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for add in (_add_demo, _add_doctor, _add_run, _add_edit, _add_edits, _add_stats, _add_bench, _add_compare, _add_trace, _add_sweep, _add_twins):
+    for add in (_add_demo, _add_doctor, _add_run, _add_edit, _add_edits, _add_stats, _add_bench, _add_compare, _add_trace, _add_sweep, _add_twins, _add_adapt):
         add(commands)
     return parser
 
@@ -234,6 +234,31 @@ def _add_twins(commands: Any) -> None:
     data.set_defaults(command=_twins_data)
 
 
+def _add_adapt(commands: Any) -> None:
+    adapt = commands.add_parser("adapt", help="make a masked model out of an autoregressive one (LoRA); goes on where OUT holds a checkpoint")
+    adapt.add_argument("--model", help="the autoregressive model: a name (smollm2), a folder or a hub id")
+    adapt.add_argument("--out", help="folder for adapter, checkpoint, curve and log")
+    adapt.add_argument("--tokens", type=int, help="tokens of text to train on in all")
+    adapt.add_argument("--minutes", type=float, help="instead: minutes to train in all")
+    adapt.add_argument("--attention", default="block", choices=("block", "full"), help="who sees whom in the end (default: block)")
+    adapt.add_argument("--block-size", type=int, default=8, help="tokens that are written together (default: 8)")
+    adapt.add_argument("--lora-rank", type=int, default=32)
+    adapt.add_argument("--lr", type=float, default=3e-4, help="highest learning rate (default: 3e-4)")
+    adapt.add_argument("--rows", type=int, default=1, help="rows of a step, 256 columns each (default: 1)")
+    adapt.add_argument("--data-dir", help="folder of the benchmark files (default: EASYEDIT_MDM_DATA)")
+    adapt.add_argument("--text", help="train on this text file instead, a paragraph a line")
+    adapt.add_argument("--samples", help="the model's own samples, or none (default: written to OUT/samples.jsonl first)")
+    adapt.add_argument("--from", dest="start_from", metavar="ADAPTER", help="begin with this adapter; its optimiser starts anew")
+    adapt.add_argument("--mask-token", help="the token that becomes the mask (default: an unused special token)")
+    adapt.add_argument("--merged", metavar="DIR", help="write the merged model to this folder, too")
+    adapt.add_argument("--gates", metavar="DIR", help="train nothing: measure the gates of this adapter, merged folder or model")
+    adapt.add_argument("--limit", type=int, default=100, help="facts of each source for the gates (default: 100)")
+    adapt.add_argument("--json", dest="file", help="with --gates: write them to this file")
+    adapt.add_argument("--seed", type=int, default=0)
+    adapt.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
+    adapt.set_defaults(command=_adapt)
+
+
 def _demo(args: argparse.Namespace, rest: list[str]) -> int:
     from easyedit_mdm.demo import run_demo
 
@@ -391,6 +416,27 @@ def _twins_data(args: argparse.Namespace, rest: list[str]) -> int:
     from easyedit_mdm.twins.commands import write_data
 
     write_data(args.out)
+    return 0
+
+
+def _adapt(args: argparse.Namespace, rest: list[str]) -> int:
+    from pathlib import Path
+
+    from easyedit_mdm.errors import HyperParameterError
+    from easyedit_mdm.training.adapting import Recipe
+    from easyedit_mdm.training.commands import AdaptJob, adapt_model, gates
+
+    if args.gates is not None:
+        return 0 if gates(args.gates, args.model, args.data_dir, args.file, args.limit, args.device) else 1
+    if args.model is None or args.out is None:
+        raise HyperParameterError("adapt needs --model and --out (or --gates DIR)")
+    recipe = Recipe(args.attention, args.block_size, args.lora_rank, args.lr, args.rows, seed=args.seed)
+    adapt_model(
+        AdaptJob(
+            args.model, Path(args.out), recipe, args.tokens, args.minutes, args.data_dir, args.text, args.samples, args.start_from, args.mask_token,
+            args.merged, device=args.device,
+        )
+    )  # fmt: skip
     return 0
 
 

@@ -1,0 +1,5 @@
+"""SmolLM2-135M out of a pip package, and the masked models made of it: `smollm2`, `smollm2-block`, `smollm2-mdm`."""
+
+from easyedit_mdm.smollm2.folders import SMOLLM2, smollm2_folder
+
+__all__ = ["SMOLLM2", "smollm2_folder"]

@@ -1,0 +1,187 @@
+"""`easyedit-mdm adapt`: an autoregressive model becomes a masked one.
+
+OUT holds, while and after it runs:
+
+    adapter/              LoRA layers and the mask token's row, in peft's format
+    checkpoint.safetensors   the same in float32, with the optimiser's state: what a killed run goes on from
+    curve.jsonl           loss on held-out text by mask ratio
+    log.jsonl             loss of the training steps
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from easyedit_mdm.errors import CheckpointError
+from easyedit_mdm.training.blocks import Rows, noise_opened, opening, pack
+from easyedit_mdm.training.corpus import Corpus
+from easyedit_mdm.training.heldout import HeldOut
+from easyedit_mdm.training.loop import Log, cosine, generator_of, load_checkpoint, random_of, save_checkpoint
+from easyedit_mdm.training.lora import write_adapter
+from easyedit_mdm.training.objective import Losses, Student, losses
+
+CHECKPOINT = "checkpoint.safetensors"
+MEASURED = 8  # steps whose speed says how many tokens fit into --minutes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is adapted.
+
+    Attributes:
+        attention: `block`, or `full` (see `easyedit_mdm.training.blocks.opening`).
+        block_size: tokens that are written together, B; those to begin with where attention becomes full.
+        lr: highest rate; it rises over the first 3 % of the tokens and falls along a cosine.
+        rows, length: rows of a step, and their columns (clean and noisy).
+        kl_weight, taught: see `easyedit_mdm.training.objective.losses`.
+    """
+
+    attention: str = "block"
+    block_size: int = 8
+    lora_rank: int = 32
+    lr: float = 3e-4
+    rows: int = 1
+    length: int = 256
+    kl_weight: float = 2.0
+    taught: float = 0.25
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of `adapt`: where it writes, and how long it goes on.
+
+    Attributes:
+        tokens: text tokens of the whole training, earlier calls included; the rate falls towards them.
+        minutes: instead, minutes of the whole training: the first steps' speed says how many tokens that is.
+        save_seconds, measure_seconds: time between checkpoints, and between points of the curve.
+    """
+
+    out: Path
+    tokens: int | None = None
+    minutes: float | None = None
+    save_seconds: float = 300.0
+    measure_seconds: float = 900.0
+
+
+def train(student: Student, tensors: dict[str, Tensor], corpus: Corpus, held_out: HeldOut, recipe: Recipe, run: Run, card: Mapping[str, Any]) -> dict[str, Any]:
+    """Train the student's LoRA layers and mask row; goes on where `run.out` holds a checkpoint of the same recipe.
+
+    Args:
+        tensors: what is trained, by name.
+        card: what the adapter's configuration says about it.
+
+    Returns:
+        the final state: step, tokens, columns, slots, seconds, planned (tokens), recipe.
+
+    Raises:
+        CheckpointError: for a checkpoint of another recipe.
+    """
+    return _Training(student, tensors, corpus, held_out, recipe, run, dict(card)).go()
+
+
+class _Training:
+    def __init__(self, student, tensors, corpus, held_out, recipe: Recipe, run: Run, card: dict[str, Any]):
+        self.student, self.tensors, self.corpus, self.held_out = student, tensors, corpus, held_out
+        self.recipe, self.run, self.card = recipe, run, card
+        self.device = student.mask_row.device
+        self.optimizer = torch.optim.AdamW(list(tensors.values()), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0)
+        self.state: dict[str, Any] = {"step": 0, "tokens": 0, "columns": 0, "slots": 0, "seconds": 0.0, "planned": run.tokens}
+        self.state["recipe"] = asdict(recipe)
+
+    def go(self) -> dict[str, Any]:
+        """All steps."""
+        self.run.out.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        self.log, self.curve = (Log(self.run.out / f"{name}.jsonl", self.state["step"]) for name in ("log", "curve"))
+        saved = measured = time.monotonic()
+        if self.state["step"] == 0:
+            self._measure()
+        bar = tqdm(total=self.state["planned"], initial=self.state["tokens"], desc="adapting", unit="tok", mininterval=2)
+        for rows, loss in self._steps():
+            bar.total = self.state["planned"]
+            bar.update(self.state["tokens"] - bar.n)
+            bar.set_postfix(loss=f"{float(loss.masked):.2f}", kl=f"{float(loss.kl):.3f}")
+            if self._done() or time.monotonic() - measured > self.run.measure_seconds:
+                self._measure()
+                measured = time.monotonic()
+            if self._done() or time.monotonic() - saved > self.run.save_seconds:
+                self._save()
+                saved = time.monotonic()
+        bar.close()
+        return self.state
+
+    def _done(self) -> bool:
+        return self.state["planned"] is not None and self.state["tokens"] >= self.state["planned"]
+
+    def _steps(self) -> Iterator[tuple[Rows, Losses]]:
+        while not self._done():
+            began, step = time.monotonic(), self.state["step"]
+            rows = self._rows(step)
+            loss = self._step(rows.to(self.device), step)
+            clean = int(((rows.texts > 0) & (rows.blocks == 0)).sum())
+            counts = {"step": 1, "tokens": clean, "columns": int((rows.texts > 0).sum()), "slots": int((rows.targets >= 0).sum())}
+            for name, count in counts.items():
+                self.state[name] += count
+            self.state["seconds"] += time.monotonic() - began
+            self._plan()
+            self.log.add({**{k: self.state[k] for k in ("step", "tokens", "seconds")}, "masked": float(loss.masked), "kl": float(loss.kl)})
+            yield rows, loss
+
+    def _share(self) -> float:
+        return self.state["tokens"] / self.state["planned"] if self.state["planned"] else 0.0
+
+    def _rows(self, step: int) -> Rows:
+        """The rows of a step: they depend on the seed, the step and the tokens before it, and on nothing else."""
+        rng = random_of(self.recipe.seed, step)
+        opened = opening(self._share(), self.recipe.attention, self.recipe.block_size)
+        return pack(lambda: noise_opened(self.corpus.draw(rng), opened, rng), self.recipe.rows, self.recipe.length, self.student.mask_id)
+
+    def _step(self, rows: Rows, step: int) -> Losses:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr * (cosine(self._share()) if self.state["planned"] else min(1.0, (step + 1) / 100))
+        with self._autocast():
+            loss = losses(self.student, rows, generator_of(self.recipe.seed, step), self.recipe.kl_weight, self.recipe.taught)
+        loss.total.backward()
+        torch.nn.utils.clip_grad_norm_(list(self.tensors.values()), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+    def _plan(self) -> None:
+        """How many tokens the minutes allow, once the first steps have shown the speed."""
+        if self.state["planned"] is None and self.run.minutes is not None and self.state["step"] >= MEASURED:
+            self.state["planned"] = round(self.state["tokens"] * self.run.minutes * 60 / self.state["seconds"])
+
+    def _measure(self) -> None:
+        with self._autocast():
+            figures = self.held_out.measure(self.student)
+        self.curve.add({**{k: self.state[k] for k in ("step", "tokens", "slots", "seconds")}, **figures})
+
+    def _save(self) -> None:
+        save_checkpoint(self.run.out / CHECKPOINT, self.tensors, self.optimizer, self.state)
+        write_adapter(self.run.out / "adapter", self.student, self.tensors, {**self.card, "training": self.state})
+
+    def _resume(self) -> None:
+        file = self.run.out / CHECKPOINT
+        if not file.exists():
+            return
+        found = load_checkpoint(file, self.tensors, self.optimizer)
+        found["recipe"] = {**asdict(Recipe()), **found["recipe"]}  # what has come since counts as its default
+        if found["recipe"] != self.state["recipe"]:
+            raise CheckpointError(f"{file} belongs to another recipe ({found['recipe']}): choose another folder, or remove it")
+        self.state = found
+        if self.run.tokens is not None:
+            self.state["planned"] = self.run.tokens
