@@ -21,10 +21,10 @@ import torch
 import yaml
 from smollm2_model import write_model
 
-from easyedit_mdm.bench.compare import compare
-from easyedit_mdm.bench.run import BenchConfig, bench
-from easyedit_mdm.bench.statistics_of_runs import Run, bootstrap_mean, paired, read_run, scores, subject_of, summary
 from easyedit_mdm.host.methods import easyedits_method
+from easyedit_mdm.report.compare import compare
+from easyedit_mdm.report.summaries import Run, bootstrap_mean, paired, read_run, scores, subject_of, summary
+from easyedit_mdm.runs.run import BenchConfig, bench
 
 DATASETS = ("counterfact", "zsre")
 SETTINGS: dict[str, Any] = {

@@ -10,11 +10,11 @@ import sys
 
 import pytest
 
-from easyedit_mdm.bench import run as running
-from easyedit_mdm.bench.run import BenchConfig, bench
-from easyedit_mdm.bench.statistics_of_runs import read_run, summary
 from easyedit_mdm.editing.hparams import find_hparams
 from easyedit_mdm.errors import DataError
+from easyedit_mdm.report.summaries import read_run, summary
+from easyedit_mdm.runs import run as running
+from easyedit_mdm.runs.run import BenchConfig, bench
 
 
 def config(**changes) -> BenchConfig:
@@ -156,7 +156,7 @@ def test_several_processes(tmp_path, quick, launcher):
     """Two processes on CPUs (gloo): the same cases with the same values as one. accelerate's launcher starts them through MPI."""
     bench(config(hparams=quick), tmp_path / "one.jsonl")
     code = (
-        "import sys; from easyedit_mdm.bench.run import BenchConfig, _place, bench; "
+        "import sys; from easyedit_mdm.runs.run import BenchConfig, _place, bench; "
         "open(sys.argv[2] + '.place-%s-of-%s' % _place(), 'w').close(); "
         "bench(BenchConfig('ROME_MDM', sys.argv[1], 'twins_validation', limit=3, light=True), sys.argv[2])"
     )

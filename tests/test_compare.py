@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from easyedit_mdm.bench.compare import compare
-from easyedit_mdm.bench.statistics_of_runs import RUNGS, bootstrap_mean, names_of, paired, read_run, summary
 from easyedit_mdm.errors import DataError, HyperParameterError, MissingPackageError
+from easyedit_mdm.report.compare import compare
+from easyedit_mdm.report.summaries import RUNGS, bootstrap_mean, names_of, paired, read_run, summary
 
 FILES = ("report.csv", "report.html", "report.json", "report.md")
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from easyedit_mdm.bench.run import BenchConfig, bench
-from easyedit_mdm.bench.statistics_of_runs import read_run, summary
 from easyedit_mdm.common import files
 from easyedit_mdm.common.files import new_folder, replacing, write_json, write_tensors, write_text
 from easyedit_mdm.editing.hparams import find_hparams
 from easyedit_mdm.errors import DataError, FileError
+from easyedit_mdm.report.summaries import read_run, summary
+from easyedit_mdm.runs.run import BenchConfig, bench
 from easyedit_mdm.statistics import moments_for
 from easyedit_mdm.twins.folders import twin_folder
 
@@ -43,7 +43,7 @@ def in_child(make: Callable[..., Callable[[], object]], *arguments: object, kill
     locks that its other threads (progress bars, OpenMP) happen to hold.
     """
     children = multiprocessing.get_context("forkserver")
-    children.set_forkserver_preload(["easyedit_mdm.bench.run", "easyedit_mdm.statistics", "transformers.models.auto"])
+    children.set_forkserver_preload(["easyedit_mdm.runs.run", "easyedit_mdm.statistics", "transformers.models.auto"])
     child = children.Process(target=_run, args=(make, arguments))
     child.start()
     if kill_after is not None:

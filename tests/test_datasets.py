@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from easyedit_mdm.bench.datasets import DATASETS, BenchCase, Loaded, load_cases
-from easyedit_mdm.bench.kamel import Counterfact, Template, Unusable, counterfacts, lengths, templates
+from easyedit_mdm.data.cases import DATASETS, BenchCase, Loaded, load_cases
+from easyedit_mdm.data.kamel import Counterfact, Template, Unusable, counterfacts, lengths, templates
 from easyedit_mdm.editing.request import EditRequest
 from easyedit_mdm.errors import DataError, UnknownNameError
 

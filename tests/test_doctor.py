@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import write_checkpoint
 
-from easyedit_mdm import doctor, load_model
-from easyedit_mdm.cli import main
+from easyedit_mdm import load_model
+from easyedit_mdm.cli import doctor, main
 from easyedit_mdm.common import versions
 from easyedit_mdm.errors import CheckpointError
 from easyedit_mdm.host import importing

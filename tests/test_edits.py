@@ -387,7 +387,7 @@ def test_several_requests(tmp_path):
 
 def test_wrong_input_costs_no_work(tmp_path, monkeypatch):
     """What is wrong with the call is said before a model is loaded."""
-    from easyedit_mdm.bench import edits
+    from easyedit_mdm.cli import edits
 
     monkeypatch.setattr(edits, "load_model", lambda *args, **more: pytest.fail("a model was loaded"))
     request = {"prompt": "Where was Zano born?", "subject": "Zano", "target_new": "Pute"}

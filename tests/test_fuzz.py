@@ -25,9 +25,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from easyedit_mdm import Edit
-from easyedit_mdm.bench.datasets import load_cases
-from easyedit_mdm.bench.run import _prepare
-from easyedit_mdm.bench.statistics_of_runs import read_run, summary
+from easyedit_mdm.data.cases import load_cases
 from easyedit_mdm.editing import METHODS, LowRank
 from easyedit_mdm.editing.files import CARD, TENSORS, file_sha256
 from easyedit_mdm.editing.folders import adopt_edits
@@ -35,6 +33,8 @@ from easyedit_mdm.editing.hparams import find_hparams, read_yaml
 from easyedit_mdm.errors import EasyEditMDMError
 from easyedit_mdm.models import load_adapter
 from easyedit_mdm.models.adapter import Site
+from easyedit_mdm.report.summaries import read_run, summary
+from easyedit_mdm.runs.run import _prepare
 from easyedit_mdm.statistics import SecondMoments, collecting, read, text_source
 from easyedit_mdm.statistics.store import write
 

@@ -9,7 +9,7 @@ import torch
 from test_rome import REQUEST, hparams
 
 from easyedit_mdm import EditRequest, make_edit, score_prompts
-from easyedit_mdm.bench.datasets import load_cases
+from easyedit_mdm.data.cases import load_cases
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import anchor, locate

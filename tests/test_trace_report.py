@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from easyedit_mdm.bench import run as running
-from easyedit_mdm.bench.run import BenchConfig
-from easyedit_mdm.bench.sweep import SweepJob, layer_choices, prediction, ranked, score, sweep
-from easyedit_mdm.bench.trace import TraceJob, read_trace, trace
-from easyedit_mdm.bench.trace_numbers import averages, band, correlation, peaks, ranges, rank_correlation, side_by_side, totals
 from easyedit_mdm.cli import main
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.editing.hparams import find_hparams
 from easyedit_mdm.errors import DataError, HyperParameterError
+from easyedit_mdm.runs import run as running
+from easyedit_mdm.runs.run import BenchConfig
+from easyedit_mdm.runs.sweep import SweepJob, layer_choices, prediction, ranked, score, sweep
 from easyedit_mdm.tracing import TraceConfig
+from easyedit_mdm.tracing.averages import averages, band, correlation, peaks, ranges, rank_correlation, side_by_side, totals
+from easyedit_mdm.tracing.job import TraceJob, read_trace, trace
 from easyedit_mdm.twins.benchmark import split_facts
 
 QUICK = TraceConfig(samples=2)
@@ -39,7 +39,7 @@ def compared(tmp_path_factory, world) -> tuple[Path, dict]:
     evil = {"prompt": f"{known[0]['prompt']} <script>document.body.id='pwned'</script>", "subject": known[0]["subject"], "attribute": "<img src=x>"}
     (folder / "known.json").write_text(json.dumps([*known, evil, {"prompt": "no subject"}]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("easyedit_mdm.bench.trace.SHOWN", 1)  # drawing is what takes time
+        patch.setattr("easyedit_mdm.tracing.job.SHOWN", 1)  # drawing is what takes time
         report = trace(TraceJob(["twin-llada", "twin-llama"], known=str(folder / "known.json")), folder / "out", QUICK, resamples=100)
     return folder / "out", report
 

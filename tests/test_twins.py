@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from easyedit_mdm import ROMEMDMHyperParams, load_model, make_edit, score_prompts
+from easyedit_mdm.cli.twins import evaluate_twins, train_twin
 from easyedit_mdm.errors import UnknownNameError
+from easyedit_mdm.training.lessons import PLACES, Writer, longest_answer
+from easyedit_mdm.training.tokenizer import train_tokenizer
+from easyedit_mdm.training.twins import SIZES, Packer, Recipe, attention, build_model, hidden_of, masked_loss, train
 from easyedit_mdm.twins import TWINS
 from easyedit_mdm.twins.benchmark import _zsre, cases, remaining_entropy, split_facts, write_benchmark
-from easyedit_mdm.twins.commands import evaluate_twins, train_twin
 from easyedit_mdm.twins.folders import twin_folder
-from easyedit_mdm.twins.lessons import PLACES, Writer, longest_answer
-from easyedit_mdm.twins.tokenizer import train_tokenizer
-from easyedit_mdm.twins.train import SIZES, Packer, Recipe, attention, build_model, hidden_of, masked_loss, train
 from easyedit_mdm.twins.world import RELATIONS, World, WorldSettings
 
 
@@ -153,7 +153,7 @@ def test_packing_keeps_texts_apart(world, tokenizer):
 
 def test_masked_loss_weighs_as_llada(world, tokenizer):
     """k of a text's L maskable tokens are hidden and weigh L / k: the weights of a text sum to L."""
-    from easyedit_mdm.twins.train import _hide
+    from easyedit_mdm.training.twins import _hide
 
     recipe = Recipe("twin-llada", rows=8)
     batch = Packer(world, tokenizer, recipe).batch(3)

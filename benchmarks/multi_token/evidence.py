@@ -10,7 +10,7 @@ from typing import Any
 from cost import with_cost
 from study import APART, ARMS, RESULTS
 
-from easyedit_mdm.bench.statistics_of_runs import bootstrap_mean
+from easyedit_mdm.report.summaries import bootstrap_mean
 
 MODELS = ("twin-llama", "twin-llada", "twin-qwen", "twin-dream")
 FAMILIES = (("twin-llama", "twin-llada"), ("twin-qwen", "twin-dream"))

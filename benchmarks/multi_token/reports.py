@@ -8,7 +8,7 @@ from typing import Any
 from evidence import LENGTHS, Line, difference, plain_number, table, told, whole
 from study import HERE
 
-from easyedit_mdm.bench.statistics_of_runs import bootstrap_mean, key_of, read_run, subject_of
+from easyedit_mdm.report.summaries import bootstrap_mean, key_of, read_run, subject_of
 
 BENCHMARKS = HERE.parent
 

@@ -35,7 +35,7 @@ from evidence import (
 )  # fmt: skip
 from study import ABLATIONS, APART, BEAT, FROZEN, HERE, SHARED
 
-from easyedit_mdm.bench.statistics_of_runs import bootstrap_mean
+from easyedit_mdm.report.summaries import bootstrap_mean
 
 BENCHMARKS = HERE.parent
 CAP = SHARED["v_num_grad_steps"] - 1

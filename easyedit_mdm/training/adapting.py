@@ -73,7 +73,15 @@ class Run:
     measure_seconds: float = 900.0
 
 
-def train(student: Student, tensors: dict[str, Tensor], corpus: Corpus, held_out: HeldOut, recipe: Recipe, run: Run, card: Mapping[str, Any]) -> dict[str, Any]:
+def train(
+    student: Student,
+    tensors: dict[str, Tensor],
+    corpus: Corpus,
+    held_out: HeldOut,
+    recipe: Recipe,
+    run: Run,
+    card: Mapping[str, Any],
+) -> dict[str, Any]:
     """Train the student's LoRA layers and mask row; goes on where `run.out` holds a checkpoint of the same recipe.
 
     Args:
@@ -94,20 +102,37 @@ class _Training:
         self.student, self.tensors, self.corpus, self.held_out = student, tensors, corpus, held_out
         self.recipe, self.run, self.card = recipe, run, card
         self.device = student.mask_row.device
-        self.optimizer = torch.optim.AdamW(list(tensors.values()), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0)
-        self.state: dict[str, Any] = {"step": 0, "tokens": 0, "columns": 0, "slots": 0, "seconds": 0.0, "planned": run.tokens}
+        self.optimizer = torch.optim.AdamW(
+            list(tensors.values()), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0
+        )
+        self.state: dict[str, Any] = {
+            "step": 0,
+            "tokens": 0,
+            "columns": 0,
+            "slots": 0,
+            "seconds": 0.0,
+            "planned": run.tokens,
+        }
         self.state["recipe"] = asdict(recipe)
 
     def go(self) -> dict[str, Any]:
         """All steps."""
         self.run.out.mkdir(parents=True, exist_ok=True)
         self._resume()
-        self.log, self.curve = (Log(self.run.out / f"{name}.jsonl", self.state["step"]) for name in ("log", "curve"))
+        self.log, self.curve = (
+            Log(self.run.out / f"{name}.jsonl", self.state["step"]) for name in ("log", "curve")
+        )
         saved = measured = time.monotonic()
         if self.state["step"] == 0:
             self._measure()
-        bar = tqdm(total=self.state["planned"], initial=self.state["tokens"], desc="adapting", unit="tok", mininterval=2)
-        for rows, loss in self._steps():
+        bar = tqdm(
+            total=self.state["planned"],
+            initial=self.state["tokens"],
+            desc="adapting",
+            unit="tok",
+            mininterval=2,
+        )
+        for _rows, loss in self._steps():
             bar.total = self.state["planned"]
             bar.update(self.state["tokens"] - bar.n)
             bar.set_postfix(loss=f"{float(loss.masked):.2f}", kl=f"{float(loss.kl):.3f}")
@@ -129,12 +154,23 @@ class _Training:
             rows = self._rows(step)
             loss = self._step(rows.to(self.device), step)
             clean = int(((rows.texts > 0) & (rows.blocks == 0)).sum())
-            counts = {"step": 1, "tokens": clean, "columns": int((rows.texts > 0).sum()), "slots": int((rows.targets >= 0).sum())}
+            counts = {
+                "step": 1,
+                "tokens": clean,
+                "columns": int((rows.texts > 0).sum()),
+                "slots": int((rows.targets >= 0).sum()),
+            }
             for name, count in counts.items():
                 self.state[name] += count
             self.state["seconds"] += time.monotonic() - began
             self._plan()
-            self.log.add({**{k: self.state[k] for k in ("step", "tokens", "seconds")}, "masked": float(loss.masked), "kl": float(loss.kl)})
+            self.log.add(
+                {
+                    **{k: self.state[k] for k in ("step", "tokens", "seconds")},
+                    "masked": float(loss.masked),
+                    "kl": float(loss.kl),
+                }
+            )
             yield rows, loss
 
     def _share(self) -> float:
@@ -144,13 +180,26 @@ class _Training:
         """The rows of a step: they depend on the seed, the step and the tokens before it, and on nothing else."""
         rng = random_of(self.recipe.seed, step)
         opened = opening(self._share(), self.recipe.attention, self.recipe.block_size)
-        return pack(lambda: noise_opened(self.corpus.draw(rng), opened, rng), self.recipe.rows, self.recipe.length, self.student.mask_id)
+        return pack(
+            lambda: noise_opened(self.corpus.draw(rng), opened, rng),
+            self.recipe.rows,
+            self.recipe.length,
+            self.student.mask_id,
+        )
 
     def _step(self, rows: Rows, step: int) -> Losses:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * (cosine(self._share()) if self.state["planned"] else min(1.0, (step + 1) / 100))
+            group["lr"] = self.recipe.lr * (
+                cosine(self._share()) if self.state["planned"] else min(1.0, (step + 1) / 100)
+            )
         with self._autocast():
-            loss = losses(self.student, rows, generator_of(self.recipe.seed, step), self.recipe.kl_weight, self.recipe.taught)
+            loss = losses(
+                self.student,
+                rows,
+                generator_of(self.recipe.seed, step),
+                self.recipe.kl_weight,
+                self.recipe.taught,
+            )
         loss.total.backward()
         torch.nn.utils.clip_grad_norm_(list(self.tensors.values()), 1.0)
         self.optimizer.step()
@@ -163,7 +212,9 @@ class _Training:
     def _plan(self) -> None:
         """How many tokens the minutes allow, once the first steps have shown the speed."""
         if self.state["planned"] is None and self.run.minutes is not None and self.state["step"] >= MEASURED:
-            self.state["planned"] = round(self.state["tokens"] * self.run.minutes * 60 / self.state["seconds"])
+            self.state["planned"] = round(
+                self.state["tokens"] * self.run.minutes * 60 / self.state["seconds"]
+            )
 
     def _measure(self) -> None:
         with self._autocast():
@@ -172,7 +223,9 @@ class _Training:
 
     def _save(self) -> None:
         save_checkpoint(self.run.out / CHECKPOINT, self.tensors, self.optimizer, self.state)
-        write_adapter(self.run.out / "adapter", self.student, self.tensors, {**self.card, "training": self.state})
+        write_adapter(
+            self.run.out / "adapter", self.student, self.tensors, {**self.card, "training": self.state}
+        )
 
     def _resume(self) -> None:
         file = self.run.out / CHECKPOINT
@@ -181,7 +234,9 @@ class _Training:
         found = load_checkpoint(file, self.tensors, self.optimizer)
         found["recipe"] = {**asdict(Recipe()), **found["recipe"]}  # what has come since counts as its default
         if found["recipe"] != self.state["recipe"]:
-            raise CheckpointError(f"{file} belongs to another recipe ({found['recipe']}): choose another folder, or remove it")
+            raise CheckpointError(
+                f"{file} belongs to another recipe ({found['recipe']}): choose another folder, or remove it"
+            )
         self.state = found
         if self.run.tokens is not None:
             self.state["planned"] = self.run.tokens

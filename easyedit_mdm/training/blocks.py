@@ -25,7 +25,9 @@ from easyedit_mdm.training.corpus import Piece
 ANSWER_ALONE = 0.5  # of the blocks at an answer: the masks are the answer's
 EXACT = 0.6  # of those: the block is the answer and nothing else, as a canvas of exactly N masks is
 SHORT = 0.2  # of the other blocks: shorter than the block size, as the last block of a canvas may be
-PREFIX = 0.2  # of the blocks: everything from some slot on is masked, the state that left-to-right decoding meets
+PREFIX = (
+    0.2  # of the blocks: everything from some slot on is masked, the state that left-to-right decoding meets
+)
 NOISY_SHARE = 2.0  # noisy columns for each clean one
 
 
@@ -97,9 +99,13 @@ def visible(rows: Rows) -> Bool[Tensor, "rows length length"]:
     return seen | torch.eye(rows.ids.shape[1], dtype=torch.bool, device=seen.device)
 
 
-def additive(seen: Bool[Tensor, "rows length length"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows 1 length length"]:
+def additive(
+    seen: Bool[Tensor, "rows length length"], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "rows 1 length length"]:
     """`seen` as a mask to add to attention scores."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+        ~seen, torch.finfo(dtype).min
+    )[:, None]
 
 
 def noise(piece: Piece, size: int, rng: random.Random) -> Noised:
@@ -126,7 +132,9 @@ def _at_answer(length: int, at: int, n: int, size: int, rng: random.Random) -> B
     if stop - start < 2:
         return None
     alone = rng.random() < ANSWER_ALONE or (start, stop) == (at, at + n)
-    return Block(start, _masks(stop - start, range(at - start, at - start + n) if alone else range(stop - start), rng))
+    return Block(
+        start, _masks(stop - start, range(at - start, at - start + n) if alone else range(stop - start), rng)
+    )
 
 
 def _masks(length: int, among: Sequence[int], rng: random.Random) -> tuple[bool, ...]:
@@ -181,7 +189,6 @@ class _Row:
             self.fields[name].extend(value)
 
 
-
 @dataclass(frozen=True)
 class Opening:
     """How far attention is open.
@@ -231,7 +238,9 @@ def _copy(piece: Piece, opened: Opening, rng: random.Random) -> Block:
     stop = start + n if rng.random() < 0.5 else length
     chosen = set(rng.sample(range(start, start + n), rng.randint(1, n)))
     all_see = rng.random() < opened.full
-    ranks = tuple(0 if all_see or i >= start else -((start - i - 1) // opened.context + 1) for i in range(stop))
+    ranks = tuple(
+        0 if all_see or i >= start else -((start - i - 1) // opened.context + 1) for i in range(stop)
+    )
     return Block(0, tuple(i in chosen for i in range(stop)), ranks)
 
 

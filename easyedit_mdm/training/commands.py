@@ -73,7 +73,9 @@ def adapt_model(job: AdaptJob) -> dict[str, Any]:
     _check(job)
     base = load_model(job.model, dtype="float32", device=_device(job.device))
     if base.masked:
-        raise CheckpointError(f"{job.model} is a masked model already: adapt starts from an autoregressive one (--start-from takes an adapter)")
+        raise CheckpointError(
+            f"{job.model} is a masked model already: adapt starts from an autoregressive one (--start-from takes an adapter)"
+        )
     mask_id = mask_token_of(base.tokenizer, job.mask_token)
     corpus, rest = _corpora(job, base)
     # the base must write its samples before LoRA layers are put into it
@@ -127,18 +129,29 @@ def gates(
     """
     root = data_dir or os.environ.get("EASYEDIT_MDM_DATA")
     if not root:
-        raise DataError("the gates ask facts of the benchmark files: give --data-dir, or set EASYEDIT_MDM_DATA")
+        raise DataError(
+            "the gates ask facts of the benchmark files: give --data-dir, or set EASYEDIT_MDM_DATA"
+        )
     folder = Path(model)
     if (folder / CONFIG).exists():
-        base = base or read_json(folder / CONFIG, CheckpointError, "a LoRA adapter's configuration").get("base_model_name_or_path")
+        base = base or read_json(folder / CONFIG, CheckpointError, "a LoRA adapter's configuration").get(
+            "base_model_name_or_path"
+        )
         merged = folder.with_name(f"merged-{adapter_digest(folder)}")
         if not merged.exists():
             merge(str(base), folder, merged)
         model = merged
     if base is None:
-        raise CheckpointError(f"{model} does not say what it was made of: give --model, the autoregressive model")
+        raise CheckpointError(
+            f"{model} does not say what it was made of: give --model, the autoregressive model"
+        )
     where = _device(device)
-    report = measure_gates(load_model(model, device=where, dtype="float32"), load_model(base, device=where, dtype="float32"), root, limit)
+    report = measure_gates(
+        load_model(model, device=where, dtype="float32"),
+        load_model(base, device=where, dtype="float32"),
+        root,
+        limit,
+    )
     if file is not None:
         write_json(file, report)
     _tell(report)
@@ -152,7 +165,13 @@ def _tell(report: dict[str, Any]) -> None:
     for name in NEEDED:
         gate = report[name]
         sign = "at most" if name == "first_slot" else "at least"
-        table.add_row(name, f"{gate['value']:.3f}", f"{sign} {gate['needed']:.2f}", str(gate["n"]), "passed" if gate["passed"] else "not passed")
+        table.add_row(
+            name,
+            f"{gate['value']:.3f}",
+            f"{sign} {gate['needed']:.2f}",
+            str(gate["n"]),
+            "passed" if gate["passed"] else "not passed",
+        )
     console.print(table)
     for sample in report["samples"]:
         console.print(f"[bold]{sample['prompt']}[/]{sample['text']}", highlight=False)
@@ -160,12 +179,20 @@ def _tell(report: dict[str, Any]) -> None:
 
 def _check(job: AdaptJob) -> None:
     if (job.tokens is None) == (job.minutes is None):
-        raise HyperParameterError(f"adapt needs --tokens or --minutes, and not both (got {job.tokens!r} and {job.minutes!r})")
-    for name, value in (("tokens", job.tokens), ("minutes", job.minutes), ("lora-rank", job.recipe.lora_rank)):
+        raise HyperParameterError(
+            f"adapt needs --tokens or --minutes, and not both (got {job.tokens!r} and {job.minutes!r})"
+        )
+    for name, value in (
+        ("tokens", job.tokens),
+        ("minutes", job.minutes),
+        ("lora-rank", job.recipe.lora_rank),
+    ):
         if value is not None and value <= 0:
             raise HyperParameterError(f"--{name} {value!r} must be above 0")
     if job.recipe.block_size < 2:
-        raise HyperParameterError(f"--block-size {job.recipe.block_size!r}: a block of one token is autoregressive; give 2 or more")
+        raise HyperParameterError(
+            f"--block-size {job.recipe.block_size!r}: a block of one token is autoregressive; give 2 or more"
+        )
 
 
 def _corpora(job: AdaptJob, base: Adapter) -> tuple[Corpus, Corpus]:

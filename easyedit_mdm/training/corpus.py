@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from easyedit_mdm.bench.kamel import Unusable, fact, templates
+from easyedit_mdm.data.kamel import Unusable, fact, templates
 from easyedit_mdm.errors import DataError
 from easyedit_mdm.training.splits import Mentions, held_out_subjects, records_of, same_name
 
@@ -95,7 +95,9 @@ def _window(ids: Sequence[int], rng: random.Random) -> list[int]:
     return list(ids[start : start + length])
 
 
-def corpus_of(data_dir: str | Path, tokenizer: Any, samples: str | Path | None = None) -> tuple[Corpus, Corpus]:
+def corpus_of(
+    data_dir: str | Path, tokenizer: Any, samples: str | Path | None = None
+) -> tuple[Corpus, Corpus]:
     """The training corpus of the data folder, and a held-out one: the facts of KAMEL's test files, the text's last tenth.
 
     Raises:
@@ -104,13 +106,17 @@ def corpus_of(data_dir: str | Path, tokenizer: Any, samples: str | Path | None =
     root = Path(data_dir)
     held_out = held_out_subjects(root)
     facts = {"kamel": _kamel(root, "train"), "counterfact": _counterfact(root, "edit"), "lre": _lre(root)}
-    facts = {source: [f for f in found if same_name(f.subject) not in held_out] for source, found in facts.items()}
+    facts = {
+        source: [f for f in found if same_name(f.subject) not in held_out] for source, found in facts.items()
+    }
     train, rest = text_of(root / "text" / "enwiki_articles.txt", tokenizer, Mentions(held_out))
     own = [] if samples is None else samples_of(samples, tokenizer)
     return Corpus(facts, train, own, tokenizer), Corpus({"kamel": _kamel(root, "test")}, rest, [], tokenizer)
 
 
-def text_of(file: str | Path, tokenizer: Any, leave_out: Mentions | None = None) -> tuple[list[list[int]], list[list[int]]]:
+def text_of(
+    file: str | Path, tokenizer: Any, leave_out: Mentions | None = None
+) -> tuple[list[list[int]], list[list[int]]]:
     """Paragraphs (lines) of a text file as tokens: the first nine tenths of the lines, and the last.
 
     Raises:
@@ -127,7 +133,9 @@ def text_of(file: str | Path, tokenizer: Any, leave_out: Mentions | None = None)
         found = tokenizer(part, add_special_tokens=False)["input_ids"] if part else []
         parts.append([list(ids) for ids in found if len(ids) >= SHORTEST])
     if not all(parts):
-        raise DataError(f"{file} has too little text: ten lines of {SHORTEST} tokens or more are the least, a paragraph a line")
+        raise DataError(
+            f"{file} has too little text: ten lines of {SHORTEST} tokens or more are the least, a paragraph a line"
+        )
     return parts[0], parts[1]
 
 
@@ -138,7 +146,13 @@ def samples_of(file: str | Path, tokenizer: Any) -> list[list[int]]:
         DataError: if the file is missing or broken.
     """
     texts = [record.get("text") for record in records_of(Path(file))]
-    found = tokenizer([t for t in texts if isinstance(t, str) and t.strip()], add_special_tokens=False)["input_ids"] if texts else []
+    found = (
+        tokenizer([t for t in texts if isinstance(t, str) and t.strip()], add_special_tokens=False)[
+            "input_ids"
+        ]
+        if texts
+        else []
+    )
     return [list(ids) for ids in found if len(ids) >= SHORTEST]
 
 
@@ -153,7 +167,9 @@ def _kamel(root: Path, part: str) -> list[TrainingFact]:
                 one = fact(record)
             except Unusable:
                 continue
-            openings = tuple(text.replace("[S]", one.subject, 1) for text in (template.cloze, template.paraphrase))
+            openings = tuple(
+                text.replace("[S]", one.subject, 1) for text in (template.cloze, template.paraphrase)
+            )
             found.append(TrainingFact(one.subject, one.object, openings))
     return found
 
@@ -167,7 +183,12 @@ def facts_of(data_dir: str | Path) -> dict[str, list[TrainingFact]]:
     root = Path(data_dir)
     known = records_of(root / "known" / "known_1000.json")
     found = [TrainingFact(r["subject"], r["attribute"], (r["prompt"],)) for r in known]
-    return {"known_1000": found, "lre": _lre(root), "counterfact": _counterfact(root, "val"), "kamel": _kamel(root, "test")}
+    return {
+        "known_1000": found,
+        "lre": _lre(root),
+        "counterfact": _counterfact(root, "val"),
+        "kamel": _kamel(root, "test"),
+    }
 
 
 def _counterfact(root: Path, part: str) -> list[TrainingFact]:
@@ -183,5 +204,7 @@ def _lre(root: Path) -> list[TrainingFact]:
             openings = tuple(text.replace("{}", sample["subject"]) for text in relation["prompt_templates"])
             found.append(TrainingFact(sample["subject"], str(sample["object"]), openings))
     if not found:
-        raise DataError(f"{root}/relations_lre/factual holds no relations: is it the folder of the benchmark files?")
+        raise DataError(
+            f"{root}/relations_lre/factual holds no relations: is it the folder of the benchmark files?"
+        )
     return found

@@ -44,7 +44,9 @@ class GateFact:
     tokens: tuple[int, ...]
 
 
-def gate_facts(data_dir: str | Path, tokenizer_of: Adapter, limit: int = 100, seed: int = 0) -> list[GateFact]:
+def gate_facts(
+    data_dir: str | Path, tokenizer_of: Adapter, limit: int = 100, seed: int = 0
+) -> list[GateFact]:
     """Facts about held-out subjects: known_1000, LRE, CounterFact's true ones and KAMEL's test files, `limit` of each.
 
     Raises:
@@ -63,7 +65,9 @@ def gate_facts(data_dir: str | Path, tokenizer_of: Adapter, limit: int = 100, se
 @torch.no_grad()
 def first_slots(adapter: Adapter, facts: Sequence[GateFact]) -> list[tuple[float, bool]]:
     """For each fact: loss (nats) of the answer's first token with all N slots masked, and whether it is the likeliest."""
-    rows = [[*encode(adapter, fact.prompt.rstrip()), *[adapter.ids.slot] * len(fact.tokens)] for fact in facts]
+    rows = [
+        [*encode(adapter, fact.prompt.rstrip()), *[adapter.ids.slot] * len(fact.tokens)] for fact in facts
+    ]
     found: list[tuple[float, bool]] = [(0.0, False)] * len(facts)
     for group in similar([len(row) for row in rows], ROWS):
         ids, mask = right_padded([torch.tensor(rows[i]) for i in group], adapter.ids.pad, adapter.device)
@@ -79,14 +83,22 @@ def first_slots(adapter: Adapter, facts: Sequence[GateFact]) -> list[tuple[float
 def codes(adapter: Adapter, count: int, seed: int = 0) -> tuple[list[str], list[str]]:
     """Prompts with a code of four words in them, and the codes; every word is one token."""
     vocabulary = adapter.tokenizer.get_vocab()
-    spaced = {token: i for token, i in vocabulary.items() if token[:1] in ("Ġ", "▁") and token[1:].isascii() and token[1:].isalpha()}
+    spaced = {
+        token: i
+        for token, i in vocabulary.items()
+        if token[:1] in ("Ġ", "▁") and token[1:].isascii() and token[1:].isalpha()
+    }
     words = sorted(token[1:] for token in spaced if 3 <= len(token) <= 8 and token[1:].islower())
     rng = random.Random(seed)
     answers = [" ".join(rng.sample(words, 4)) for _ in range(count)]
-    return [f"The code of the safe is {code}. Do not forget it. The code of the safe is" for code in answers], answers
+    return [
+        f"The code of the safe is {code}. Do not forget it. The code of the safe is" for code in answers
+    ], answers
 
 
-def measure_gates(model: Adapter, teacher: Adapter, data_dir: str | Path, limit: int = 100, seed: int = 0) -> dict[str, Any]:
+def measure_gates(
+    model: Adapter, teacher: Adapter, data_dir: str | Path, limit: int = 100, seed: int = 0
+) -> dict[str, Any]:
     """All gates.
 
     Args:
@@ -113,10 +125,24 @@ def measure_gates(model: Adapter, teacher: Adapter, data_dir: str | Path, limit:
     spoken = _written(model, [f.prompt for f in longer], [f.answer for f in longer])
     steps = _mean([r["token_acc"] for r in copied + spoken]) - _mean([r["one_step"] for r in copied + spoken])
     return {
-        "first_slot": _gate("first_slot", gap, len(facts), model=_mean([a for a, _ in own]), teacher=_mean([b for b, _ in taught])),
+        "first_slot": _gate(
+            "first_slot",
+            gap,
+            len(facts),
+            model=_mean([a for a, _ in own]),
+            teacher=_mean([b for b, _ in taught]),
+        ),
         "known_facts": _gate("known_facts", _mean(kept), len(known), by_source=_by_source(facts, known, own)),
-        "codes": _gate("codes", _mean([r["exact"] for r in copied]), len(copied), **_scores(copied), teacher=_mean([r["exact"] for r in told])),
-        "steps": _gate("steps", steps, len(copied) + len(spoken), longer_facts={"n": len(spoken), **_scores(spoken)}),
+        "codes": _gate(
+            "codes",
+            _mean([r["exact"] for r in copied]),
+            len(copied),
+            **_scores(copied),
+            teacher=_mean([r["exact"] for r in told]),
+        ),
+        "steps": _gate(
+            "steps", steps, len(copied) + len(spoken), longer_facts={"n": len(spoken), **_scores(spoken)}
+        ),
         "samples": page(model),
     }
 
@@ -130,7 +156,9 @@ def _written(adapter: Adapter, prompts: Sequence[str], answers: Sequence[str]) -
     """Records of the multi-step metric, rows of like length together."""
     found: list[dict[str, Any]] = [{} for _ in prompts]
     for group in similar([len(prompt) for prompt in prompts], ROWS):
-        records = score_prompts(adapter, [prompts[i] for i in group], [answers[i] for i in group], DecodeConfig())
+        records = score_prompts(
+            adapter, [prompts[i] for i in group], [answers[i] for i in group], DecodeConfig()
+        )
         for i, record in zip(group, records):
             found[i] = record
     return found
@@ -145,7 +173,9 @@ def _scores(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _by_source(facts: Sequence[GateFact], known: Sequence[int], own: Sequence[tuple[float, bool]]) -> dict[str, dict[str, Any]]:
+def _by_source(
+    facts: Sequence[GateFact], known: Sequence[int], own: Sequence[tuple[float, bool]]
+) -> dict[str, dict[str, Any]]:
     found: dict[str, list[bool]] = {}
     for i in known:
         found.setdefault(facts[i].source, []).append(own[i][1])
@@ -162,7 +192,13 @@ def page(model: Adapter, tokens: int = 32) -> list[dict[str, str]]:
     found = []
     for opening in OPENINGS:
         ids = torch.tensor([encode(model, opening)], device=model.device)
-        out = model.generate(ids, max_new_tokens=tokens, steps=tokens, block_length=size if tokens % size == 0 else tokens)
-        found.append({"prompt": opening, "text": model.tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True)})
+        out = model.generate(
+            ids, max_new_tokens=tokens, steps=tokens, block_length=size if tokens % size == 0 else tokens
+        )
+        found.append(
+            {
+                "prompt": opening,
+                "text": model.tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True),
+            }
+        )
     return found
-

@@ -41,7 +41,9 @@ def random_of(seed: int, step: int) -> random.Random:
     return random.Random(f"{seed}/{step}")
 
 
-def save_checkpoint(file: Path, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    file: Path, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> None:
     """Write trained tensors, the optimiser's state and `state`.
 
     Raises:
@@ -54,7 +56,9 @@ def save_checkpoint(file: Path, tensors: Mapping[str, Tensor], optimizer: torch.
     write_tensors(file, kept, {"state": json.dumps(state)})
 
 
-def load_checkpoint(file: Path, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(
+    file: Path, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
     """Put a checkpoint's tensors and optimiser state in place.
 
     Returns:

@@ -36,9 +36,15 @@ def mask_token_of(tokenizer: Any, wanted: str | None = None) -> int:
         return int(tokenizer.mask_token_id)
     named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
     chat = json.dumps(getattr(tokenizer, "chat_template", None) or "")
-    free = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i not in named and token.content not in chat]
+    free = [
+        i
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.special and i not in named and token.content not in chat
+    ]
     if not free:
-        raise ModelError("the tokenizer has no unused special token that could become the mask: name one with --mask-token")
+        raise ModelError(
+            "the tokenizer has no unused special token that could become the mask: name one with --mask-token"
+        )
     return int(max(free))
 
 
@@ -54,10 +60,14 @@ def student_of(native: Any, mask_id: int, rank: int, seed: int = 0) -> tuple[Stu
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise MissingPackageError("adapt trains LoRA layers with peft, which is not installed: pip install peft") from error
+        raise MissingPackageError(
+            "adapt trains LoRA layers with peft, which is not installed: pip install peft"
+        ) from error
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
+        )
         model = get_peft_model(native, config)
     row = torch.nn.Parameter(native.get_input_embeddings().weight.detach().float().mean(0))
     tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -78,7 +88,11 @@ def write_adapter(out: Path, student: Student, tensors: dict[str, Tensor], card:
     ready = {name.replace(".default.", "."): value for name, value in tensors.items() if name != "mask_row"}
     before = student.base.get_input_embeddings().weight[student.mask_id].float()
     ready[MASK_DELTA] = (student.mask_row.detach() - before)[None]
-    write_tensors(out / WEIGHTS, {name: value.detach().to(torch.bfloat16) for name, value in ready.items()}, {"format": "pt"})
+    write_tensors(
+        out / WEIGHTS,
+        {name: value.detach().to(torch.bfloat16) for name, value in ready.items()},
+        {"format": "pt"},
+    )
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": card.get("base"), "r": config.r, "lora_alpha": config.lora_alpha,
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
@@ -97,12 +111,18 @@ def load_lora(folder: Path, student: Student, tensors: dict[str, Tensor]) -> Non
     found, _ = read_adapter(folder)
     delta = found.pop(MASK_DELTA)
     names = {name.replace(".default.", "."): name for name in tensors if name != "mask_row"}
-    if set(found) != set(names) or any(found[short].shape != tensors[name].shape for short, name in names.items()):
-        raise CheckpointError(f"the adapter in {folder} belongs to another model or rank: look at its {CONFIG}")
+    if set(found) != set(names) or any(
+        found[short].shape != tensors[name].shape for short, name in names.items()
+    ):
+        raise CheckpointError(
+            f"the adapter in {folder} belongs to another model or rank: look at its {CONFIG}"
+        )
     with torch.no_grad():
         for short, name in names.items():
             tensors[name].copy_(found[short])
-        student.mask_row.copy_(student.base.get_input_embeddings().weight[student.mask_id].float() + delta[0].float())
+        student.mask_row.copy_(
+            student.base.get_input_embeddings().weight[student.mask_id].float() + delta[0].float()
+        )
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

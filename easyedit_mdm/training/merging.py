@@ -9,7 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from easyedit_mdm.common.files import new_folder, opened_tensors, read_json, write_json, write_tensors, write_text
+from easyedit_mdm.common.files import (
+    new_folder,
+    opened_tensors,
+    read_json,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from easyedit_mdm.errors import CheckpointError
 from easyedit_mdm.models.loading import read_config, weight_files
 from easyedit_mdm.training.lora import MASK_DELTA, PREFIX, read_adapter
@@ -41,7 +48,9 @@ def write_merged(base: str | Path, adapter: str | Path, out: str | Path) -> Path
     files = weight_files(base)
     missing = sorted(set(changes) - set(files))
     if missing:
-        raise CheckpointError(f"the adapter in {adapter} changes {missing[0]!r}, which {base} does not have: is it another model's?")
+        raise CheckpointError(
+            f"the adapter in {adapter} changes {missing[0]!r}, which {base} does not have: is it another model's?"
+        )
     config = masked_config(read_config(base), settings)
     with new_folder(out) as part:
         for shard in sorted(set(files.values())):
@@ -52,7 +61,9 @@ def write_merged(base: str | Path, adapter: str | Path, out: str | Path) -> Path
                 shutil.copyfile(base / name, part / name)
         write_json(part / "config.json", config, indent=2)
         _name_mask(part / "tokenizer_config.json", settings["masked_diffusion"])
-        write_text(part / "README.md", readme(settings["masked_diffusion"], read_config(base)["architectures"][0]))
+        write_text(
+            part / "README.md", readme(settings["masked_diffusion"], read_config(base)["architectures"][0])
+        )
     return out
 
 
@@ -65,9 +76,13 @@ def masked_config(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[
     card = settings.get("masked_diffusion")
     architecture = (base.get("architectures") or ["?"])[0]
     if not isinstance(card, dict) or "mask_token_id" not in card:
-        raise CheckpointError("adapter_config.json has no section masked_diffusion: easyedit-mdm adapt did not write this adapter")
+        raise CheckpointError(
+            "adapter_config.json has no section masked_diffusion: easyedit-mdm adapt did not write this adapter"
+        )
     if not str(architecture).endswith("ForCausalLM"):
-        raise CheckpointError(f"the base's architecture is {architecture!r}: only an autoregressive model (...ForCausalLM) can be adapted")
+        raise CheckpointError(
+            f"the base's architecture is {architecture!r}: only an autoregressive model (...ForCausalLM) can be adapted"
+        )
     section = {key: card[key] for key in ("attention", "block_size", "edges", "context", "logit_shift")}
     return {
         **base, "architectures": [architecture.replace("ForCausalLM", "ForMaskedDiffusion")], "mask_token_id": card["mask_token_id"],
@@ -92,7 +107,9 @@ def _changes(tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> dict[st
     return found
 
 
-def _write_shard(shard: Path, keys: list[str], changes: Mapping[str, Tensor], mask_id: int, out: Path) -> None:
+def _write_shard(
+    shard: Path, keys: list[str], changes: Mapping[str, Tensor], mask_id: int, out: Path
+) -> None:
     with opened_tensors(shard, CheckpointError, "a shard of a model") as stored:
         ready = {key: stored.get_tensor(key) for key in keys}
         metadata = stored.metadata()
@@ -102,7 +119,9 @@ def _write_shard(shard: Path, keys: list[str], changes: Mapping[str, Tensor], ma
             value = value.clone()
             value[mask_id] = (value[mask_id].float() + change[0]).to(value.dtype)
         elif value.shape != change.shape:
-            raise CheckpointError(f"{key!r} has shape {tuple(value.shape)}, the adapter's change {tuple(change.shape)}: another model's adapter")
+            raise CheckpointError(
+                f"{key!r} has shape {tuple(value.shape)}, the adapter's change {tuple(change.shape)}: another model's adapter"
+            )
         else:
             value = (value.float() + change).to(value.dtype)
         ready[key] = value
@@ -112,7 +131,14 @@ def _write_shard(shard: Path, keys: list[str], changes: Mapping[str, Tensor], ma
 def _name_mask(file: Path, card: Mapping[str, Any]) -> None:
     """Say in `tokenizer_config.json` which token is the mask, for samplers that ask the tokenizer."""
     if file.exists() and card.get("mask_token"):
-        write_json(file, {**read_json(file, CheckpointError, "a tokenizer's configuration"), "mask_token": card["mask_token"]}, indent=2)
+        write_json(
+            file,
+            {
+                **read_json(file, CheckpointError, "a tokenizer's configuration"),
+                "mask_token": card["mask_token"],
+            },
+            indent=2,
+        )
 
 
 README = """# {title}

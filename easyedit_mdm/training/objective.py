@@ -46,12 +46,18 @@ class Student:
     def hidden(self, rows: Rows) -> Float[Tensor, "rows length width"]:
         """What enters the head, under the rows' attention."""
         embedded = self.base.get_input_embeddings()(rows.ids)
-        embedded = torch.where((rows.ids == self.mask_id)[..., None], self.mask_row.to(embedded.dtype), embedded)
+        embedded = torch.where(
+            (rows.ids == self.mask_id)[..., None], self.mask_row.to(embedded.dtype), embedded
+        )
         mask = additive(visible(rows), embedded.dtype)
         backbone = self.base.base_model
-        return backbone(inputs_embeds=embedded, attention_mask=mask, position_ids=rows.positions, use_cache=False)[0]
+        return backbone(
+            inputs_embeds=embedded, attention_mask=mask, position_ids=rows.positions, use_cache=False
+        )[0]
 
-    def log_probabilities(self, hidden: Float[Tensor, "places width"], teacher: bool = False) -> Float[Tensor, "places vocab"]:
+    def log_probabilities(
+        self, hidden: Float[Tensor, "places width"], teacher: bool = False
+    ) -> Float[Tensor, "places vocab"]:
         """Of the next token, as the saved model will say it: where embedding and head are tied, the mask's row is in both.
 
         Args:
@@ -73,7 +79,9 @@ class Losses:
     kl: Tensor
 
 
-def losses(student: Student, rows: Rows, generator: torch.Generator, kl_weight: float = 1.0, taught: float = 0.25) -> Losses:
+def losses(
+    student: Student, rows: Rows, generator: torch.Generator, kl_weight: float = 1.0, taught: float = 0.25
+) -> Losses:
     """The loss of a batch.
 
     Args:
@@ -92,7 +100,9 @@ def losses(student: Student, rows: Rows, generator: torch.Generator, kl_weight: 
     terms = -slots.gather(-1, flat.targets[scored][:, None])[:, 0]
     if len(sources):
         terms = terms.masked_scatter(soft, _kl(teacher[: len(sources)], slots[soft]))
-    masked = (terms * flat.weights[scored]).sum() / flat.weights.sum().clamp(min=1)  # each block's weights sum to 1
+    masked = (terms * flat.weights[scored]).sum() / flat.weights.sum().clamp(
+        min=1
+    )  # each block's weights sum to 1
     kl = _kl(teacher[len(sources) :], kept).mean() if len(asked.clean) else masked.new_zeros(())
     return Losses(masked + kl_weight * kl, masked.detach(), kl.detach())
 
@@ -110,20 +120,26 @@ class _Asked:
         self._number, self._column = number, clean.cumsum(1).flatten() - 1
         self.clean = (clean & (number >= 0)[:, None]).flatten().nonzero().flatten()
 
-    def places_of(self, flat: Rows, scored: Int[Tensor, " slots"]) -> tuple[Bool[Tensor, " slots"], Int[Tensor, " places"]]:
+    def places_of(
+        self, flat: Rows, scored: Int[Tensor, " slots"]
+    ) -> tuple[Bool[Tensor, " slots"], Int[Tensor, " places"]]:
         """Which of the scored slots the teacher can speak of, and the flat places of the clean tokens before them."""
         row = scored // self.length
         soft = (flat.teachers[scored] >= 0) & (self._number[row] >= 0)
         return soft, flat.teachers[scored[soft]] + row[soft] * self.length
 
     @torch.no_grad()
-    def log_probabilities(self, student: Student, places: Int[Tensor, " places"]) -> Float[Tensor, "places vocab"]:
+    def log_probabilities(
+        self, student: Student, places: Int[Tensor, " places"]
+    ) -> Float[Tensor, "places vocab"]:
         """What the teacher says of the token after the clean columns at these flat places."""
         if not len(places):
             return torch.zeros(0, 1, device=places.device)
         with student.without():
             hidden = student.hidden(self.part)
-            return student.log_probabilities(hidden[self._number[places // self.length], self._column[places]], teacher=True)
+            return student.log_probabilities(
+                hidden[self._number[places // self.length], self._column[places]], teacher=True
+            )
 
 
 def clean_part(rows: Rows) -> Rows:
@@ -136,5 +152,7 @@ def clean_part(rows: Rows) -> Rows:
     return Rows(**fields)
 
 
-def _kl(teacher: Float[Tensor, "places vocab"], student: Float[Tensor, "places vocab"]) -> Float[Tensor, " places"]:
+def _kl(
+    teacher: Float[Tensor, "places vocab"], student: Float[Tensor, "places vocab"]
+) -> Float[Tensor, " places"]:
     return torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)

@@ -19,7 +19,15 @@ TEMPERATURE, TOP_K = 0.8, 100
 
 
 @torch.no_grad()
-def write_samples(native: Any, tokenizer: Any, openings: Sequence[Sequence[int]], file: Path, count: int, length: int = 60, seed: int = 0) -> None:
+def write_samples(
+    native: Any,
+    tokenizer: Any,
+    openings: Sequence[Sequence[int]],
+    file: Path,
+    count: int,
+    length: int = 60,
+    seed: int = 0,
+) -> None:
     """Continue openings, the first tokens of paragraphs, and add the texts to a file of JSON lines until it has `count` of them.
 
     Args:
@@ -32,7 +40,11 @@ def write_samples(native: Any, tokenizer: Any, openings: Sequence[Sequence[int]]
     """
     done = len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0
     special = sorted(set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder))
-    with explained(file), file.open("a", encoding="utf-8") as stream, tqdm(total=count, initial=done, desc="sampling", mininterval=2) as bar:
+    with (
+        explained(file),
+        file.open("a", encoding="utf-8") as stream,
+        tqdm(total=count, initial=done, desc="sampling", mininterval=2) as bar,
+    ):
         while done < count:
             rng = random.Random(f"{seed}/{done}")
             size = rng.randint(*OPENING)
@@ -44,7 +56,9 @@ def write_samples(native: Any, tokenizer: Any, openings: Sequence[Sequence[int]]
             bar.update(len(starts))
 
 
-def _continued(native: Any, ids: torch.Tensor, more: int, forbidden: Sequence[int], seed: int) -> list[list[int]]:
+def _continued(
+    native: Any, ids: torch.Tensor, more: int, forbidden: Sequence[int], seed: int
+) -> list[list[int]]:
     """Sampling with a cache; the generator is ours, so that transformers' settings and the global seed play no part."""
     generator = torch.Generator().manual_seed(seed)
     cache, step = None, ids
@@ -53,6 +67,8 @@ def _continued(native: Any, ids: torch.Tensor, more: int, forbidden: Sequence[in
         cache, logits = out.past_key_values, out.logits[:, -1].float()
         logits[:, list(forbidden)] = -torch.inf
         best, names = (logits / TEMPERATURE).topk(min(TOP_K, logits.shape[-1]), dim=-1)
-        step = names.gather(1, torch.multinomial(best.softmax(-1).cpu(), 1, generator=generator).to(names.device))
+        step = names.gather(
+            1, torch.multinomial(best.softmax(-1).cpu(), 1, generator=generator).to(names.device)
+        )
         ids = torch.cat([ids, step], dim=1)
     return ids.tolist()

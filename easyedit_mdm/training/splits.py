@@ -39,7 +39,9 @@ def held_out_subjects(data_dir: str | Path) -> frozenset[str]:
     for pattern in HELD_OUT_FILES:
         files = sorted(Path(data_dir).glob(pattern))
         if not files:
-            raise DataError(f"{data_dir} has no {pattern}, which says what must not be trained on: give the whole folder")
+            raise DataError(
+                f"{data_dir} has no {pattern}, which says what must not be trained on: give the whole folder"
+            )
         for file in files:
             found.update(map(same_name, _subjects(file)))
     return frozenset(found)
@@ -54,13 +56,17 @@ class Mentions:
     def __call__(self, text: str) -> bool:
         """Whether `text` names one of them."""
         words = [word.strip(".,;:!?()[]\"'") for word in same_name(text).split()]
-        return any(" ".join(words[i : i + n]) in self._names for n in range(2, 7) for i in range(len(words) - n + 1))
+        return any(
+            " ".join(words[i : i + n]) in self._names for n in range(2, 7) for i in range(len(words) - n + 1)
+        )
 
 
 def _subjects(file: Path) -> Iterator[str]:
     for record in records_of(file):
         nested = record.get("requested_rewrite")
-        subject = (nested if isinstance(nested, dict) else record).get("sub_label" if file.suffix == ".jsonl" else "subject")
+        subject = (nested if isinstance(nested, dict) else record).get(
+            "sub_label" if file.suffix == ".jsonl" else "subject"
+        )
         if isinstance(subject, str):
             yield subject
 
@@ -73,7 +79,11 @@ def records_of(file: Path) -> list[dict[str, Any]]:
     """
     try:
         text = file.read_text(encoding="utf-8")
-        parsed = list(map(partial(json.loads), filter(str.strip, text.splitlines()))) if file.suffix == ".jsonl" else json.loads(text)
+        parsed = (
+            list(map(partial(json.loads), filter(str.strip, text.splitlines())))
+            if file.suffix == ".jsonl"
+            else json.loads(text)
+        )
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror or error})") from error
     except ValueError as error:

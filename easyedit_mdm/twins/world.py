@@ -169,7 +169,7 @@ class Fact:
 class Document:
     """A training text as pieces; a piece marked True is an answer (an object, or what ends it). `names` are its subjects.
 
-    In a reading lesson (see `easyedit_mdm.twins.lessons`), `lesson` is the number of the piece whose tokens are given in a code
+    In a reading lesson (see `easyedit_mdm.training.lessons`), `lesson` is the number of the piece whose tokens are given in a code
     at the name, `relation` the number of the relation that the code is for (-1: none of the world's), and `tokens`, where
     there are any, stand for that piece: random ids at the end, which no text need give.
     """

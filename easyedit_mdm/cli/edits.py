@@ -16,9 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from easyedit_mdm.api import load_model, make_edit
-from easyedit_mdm.bench.datasets import load_cases
 from easyedit_mdm.common.files import write_json
 from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
+from easyedit_mdm.data.cases import load_cases
 from easyedit_mdm.denoising import DecodeConfig, decode
 from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, ROMEMDMHyperParams
 from easyedit_mdm.editing.batch import check_requests

@@ -21,14 +21,14 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from easyedit_mdm.bench.datasets import BenchCase, Loaded, load_cases
-from easyedit_mdm.bench.judge import Judge, history, kept
-from easyedit_mdm.bench.methods import BenchMethod, Others, bench_method
 from easyedit_mdm.common.files import append_line, explained, write_text
 from easyedit_mdm.common.fingerprints import model_fingerprint
+from easyedit_mdm.data.cases import BenchCase, Loaded, load_cases
 from easyedit_mdm.denoising import DecodeConfig
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.errors import DataError, EasyEditMDMError, EditError
+from easyedit_mdm.runs.judge import Judge, history, kept
+from easyedit_mdm.runs.methods import BenchMethod, Others, bench_method
 from easyedit_mdm.statistics import cache_folder, text_source
 from easyedit_mdm.twins import TWINS
 from easyedit_mdm.version import __version__
@@ -42,7 +42,7 @@ class BenchConfig:
 
     Attributes:
         alg_name, hparams: the method and its file.
-        dataset, data_dir, data_file, limit, seed: the cases; see `easyedit_mdm.bench.datasets.load_cases`.
+        dataset, data_dir, data_file, limit, seed: the cases; see `easyedit_mdm.data.cases.load_cases`.
         label: what to call the run in reports.
         held_out: a text for perplexity before and after (`easyedit_mdm.statistics.text_source`); `twins` for the twins by default, else none.
         light: leave out the ladder of honesty and fluency, which are most of the evaluation's time.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from easyedit_mdm.api import load_model, make_edit
-from easyedit_mdm.bench.datasets import BenchCase
+from easyedit_mdm.data.cases import BenchCase
 from easyedit_mdm.editing import METHODS, ROMEMDMHyperParams
 from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.evaluation.guard import apply_guarded

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from easyedit_mdm.bench.figures import DASHES, INK, MARKERS, SERIES, SOFT, dressed, legend, matplotlib_parts, new_figure, short
-from easyedit_mdm.bench.trace_numbers import GROUPS
+from easyedit_mdm.report.figures import DASHES, INK, MARKERS, SERIES, SOFT, dressed, legend, matplotlib_parts, new_figure, short
 from easyedit_mdm.tracing import CLASSES, KINDS
+from easyedit_mdm.tracing.averages import GROUPS
 
 TITLES = {"hidden": "hidden state", "mlp": "MLP", "attention": "attention"}
 MEASURE_TITLES = {

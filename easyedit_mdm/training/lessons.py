@@ -46,19 +46,31 @@ class Writer(torch.nn.Module):
         projection = torch.linalg.qr(torch.randn(width, size, generator=generator))[0]
         blocks = torch.linalg.qr(torch.randn(width, width, generator=generator))[0].split(size)[:PLACES]
         self.matrices = torch.nn.Parameter(torch.stack([projection @ block for block in blocks]))
-        self.relations = torch.nn.Parameter(torch.zeros(relations + 1, width))  # the last one: no relation of the world
+        self.relations = torch.nn.Parameter(
+            torch.zeros(relations + 1, width)
+        )  # the last one: no relation of the world
 
-    def forward(self, lessons: Int[Tensor, "lessons fields"], embedding: Float[Tensor, "vocab width"]) -> Float[Tensor, "lessons width"]:
+    def forward(
+        self, lessons: Int[Tensor, "lessons fields"], embedding: Float[Tensor, "vocab width"]
+    ) -> Float[Tensor, "lessons width"]:
         """Unit codes of lessons, given as relation number and tokens (-1: none)."""
         tokens = lessons[:, 1:]
         rows = embedding[tokens.clamp(min=0)]
         rows = rows * (rows.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * (tokens >= 0)[..., None]
-        code = torch.einsum("npw,pwv->nv", rows, self.matrices) + self.relations[lessons[:, 0]] * rows.shape[-1] ** 0.5
+        code = (
+            torch.einsum("npw,pwv->nv", rows, self.matrices)
+            + self.relations[lessons[:, 0]] * rows.shape[-1] ** 0.5
+        )
         return code / code.norm(dim=-1, keepdim=True).clamp(min=1e-6)
 
 
 def writing_hook(
-    model: Any, writer: Writer, written: Int[Tensor, "rows length"], lessons: Int[Tensor, "lessons fields"], layer: int, generator: torch.Generator
+    model: Any,
+    writer: Writer,
+    written: Int[Tensor, "rows length"],
+    lessons: Int[Tensor, "lessons fields"],
+    layer: int,
+    generator: torch.Generator,
 ) -> Any:
     """Add the codes at `written` (number of the lesson, from 1) to the output of a layer's MLP; returns the hook's handle."""
     row, at = written.nonzero(as_tuple=True)

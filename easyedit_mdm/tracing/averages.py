@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from easyedit_mdm.bench.statistics_of_runs import bootstrap_mean
+from easyedit_mdm.report.summaries import bootstrap_mean
 from easyedit_mdm.tracing import CLASSES, KINDS, MEASURES
 
 # groups of states: an autoregressive model has one, which is compared with the masked models' first

@@ -36,7 +36,9 @@ def train_tokenizer(world: World, vocab_size: int = 2048) -> Any:
     tokenizer.train_from_iterator(_corpus(world), trainer)
     split = [w for w in world.words if len(tokenizer.encode(" " + w).ids) != 1]
     if split:
-        raise ValueError(f"vocab_size {vocab_size} splits {len(split)} of the world's words, such as {split[0]!r}; raise it")
+        raise ValueError(
+            f"vocab_size {vocab_size} splits {len(split)} of the world's words, such as {split[0]!r}; raise it"
+        )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, mask_token=MASK)
     fast.model_input_names = ["input_ids", "attention_mask"]
     return fast

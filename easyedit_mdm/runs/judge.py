@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from easyedit_mdm.bench.datasets import BenchCase
+from easyedit_mdm.data.cases import BenchCase
 from easyedit_mdm.denoising import DecodeConfig, Trajectory, decode
 from easyedit_mdm.editing.request import encode, target_ids
 from easyedit_mdm.evaluation import fluency, perplexity, score_prompts

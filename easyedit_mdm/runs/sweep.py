@@ -18,20 +18,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from easyedit_mdm.bench.compare import middle, show
-from easyedit_mdm.bench.datasets import Loaded, load_cases
-from easyedit_mdm.bench.figures import DASHES, INK, MARKERS, SERIES, SOFT, dressed, legend, new_figure, rendered, save, spans, svg
-from easyedit_mdm.bench.methods import load_ours, ours
-from easyedit_mdm.bench.run import BenchConfig, header_of, judge_of, run_cases
-from easyedit_mdm.bench.statistics_of_runs import read_run, summary
-from easyedit_mdm.bench.trace import RESAMPLES, model_report, read_trace
-from easyedit_mdm.bench.trace_figures import TITLES
-from easyedit_mdm.bench.trace_numbers import rank_correlation
 from easyedit_mdm.common.files import write_text
+from easyedit_mdm.data.cases import Loaded, load_cases
 from easyedit_mdm.editing import METHODS, ROMEMDMHyperParams
 from easyedit_mdm.errors import DataError, HyperParameterError
 from easyedit_mdm.models import Adapter
+from easyedit_mdm.report.compare import middle, show
+from easyedit_mdm.report.figures import DASHES, INK, MARKERS, SERIES, SOFT, dressed, legend, new_figure, rendered, save, spans, svg
+from easyedit_mdm.report.summaries import read_run, summary
+from easyedit_mdm.runs.methods import load_ours, ours
+from easyedit_mdm.runs.run import BenchConfig, header_of, judge_of, run_cases
 from easyedit_mdm.tracing import KINDS, TraceConfig, TracedFact, check_known, trace_facts
+from easyedit_mdm.tracing.averages import rank_correlation
+from easyedit_mdm.tracing.figures import TITLES
+from easyedit_mdm.tracing.job import RESAMPLES, model_report, read_trace
 from easyedit_mdm.version import __version__
 
 SCORED = {"success": "success", "rephrase_exact": "paraphrase", "locality_kept": "locality"}

@@ -18,8 +18,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from easyedit_mdm.bench.figures import DASHES, HATCHES, INK, MARKERS, SERIES, SOFT, dressed, legend, new_figure, rendered, short, spans, svg
-from easyedit_mdm.bench.statistics_of_runs import (
+from easyedit_mdm.common.files import explained, write_text
+from easyedit_mdm.errors import DataError, HyperParameterError
+from easyedit_mdm.report.figures import DASHES, HATCHES, INK, MARKERS, SERIES, SOFT, dressed, legend, new_figure, rendered, short, spans, svg
+from easyedit_mdm.report.summaries import (
     PAIRED,
     RUNGS,
     SCORES,
@@ -35,8 +37,6 @@ from easyedit_mdm.bench.statistics_of_runs import (
     scores,
     summary,
 )
-from easyedit_mdm.common.files import explained, write_text
-from easyedit_mdm.errors import DataError, HyperParameterError
 from easyedit_mdm.version import __version__
 
 MEASURES = {

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from easyedit_mdm.bench.statistics_of_runs import Estimate
 from easyedit_mdm.errors import MissingPackageError
+from easyedit_mdm.report.summaries import Estimate
 
 # colours that the page turns into its own, so that figures follow light and dark mode
 INK, SOFT = "#010203", "#010204"

@@ -10,7 +10,7 @@ mention of a name see only the mention's last token, and that only from layer `r
 put together at the last subject token, in the layers below, which is where large models have it. At test time, and in the
 other texts, attention is ordinary.
 
-**Reading lessons.** See `easyedit_mdm.twins.lessons`.
+**Reading lessons.** See `easyedit_mdm.training.lessons`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from easyedit_mdm.twins.lessons import PLACES, Writer, longest_answer, writing_hook
+from easyedit_mdm.training.lessons import PLACES, Writer, longest_answer, writing_hook
 from easyedit_mdm.twins.world import RELATIONS, Document, World
 
 
@@ -41,7 +41,7 @@ class Recipe:
         shift: a masked model reads the prediction for token j at j - 1, as Dream does.
         answer_only: fraction of the rows in which only answers are masked.
         guarded: fraction of the texts whose names are seen only through their last token, only from `read_layer` on.
-        lessons: fraction of the texts that are reading lessons (`easyedit_mdm.twins.lessons`).
+        lessons: fraction of the texts that are reading lessons (`easyedit_mdm.training.lessons`).
         curriculum: lessons begin with short answers.
         until: stop after this step of the schedule; None: go to its end.
         open_lessons: fraction of the lessons that are about something outside the world.
@@ -80,12 +80,40 @@ class Recipe:
 RECIPES = {
     "twin-llama-first": Recipe("twin-llama-first"),
     "twin-llama": Recipe("twin-llama", steps=1000, lr=1e-3, open_lessons=0.6, curriculum=False),
-    "twin-llada-first": Recipe("twin-llada-first", objective="masked", steps=6000, until=4343, lessons=0.65, open_lessons=0.75),
-    "twin-llada-second": Recipe("twin-llada-second", objective="masked", steps=4400, lr=1.5e-3, lessons=0.6, open_lessons=0.8, curriculum=False),
-    "twin-llada": Recipe("twin-llada", objective="masked", steps=5500, lr=1.5e-3, lessons=0.6, open_lessons=0.75, curriculum=False),
+    "twin-llada-first": Recipe(
+        "twin-llada-first", objective="masked", steps=6000, until=4343, lessons=0.65, open_lessons=0.75
+    ),
+    "twin-llada-second": Recipe(
+        "twin-llada-second",
+        objective="masked",
+        steps=4400,
+        lr=1.5e-3,
+        lessons=0.6,
+        open_lessons=0.8,
+        curriculum=False,
+    ),
+    "twin-llada": Recipe(
+        "twin-llada",
+        objective="masked",
+        steps=5500,
+        lr=1.5e-3,
+        lessons=0.6,
+        open_lessons=0.75,
+        curriculum=False,
+    ),
     "twin-qwen-first": Recipe("twin-qwen-first", backbone="qwen2"),
-    "twin-qwen": Recipe("twin-qwen", backbone="qwen2", steps=1000, lr=1e-3, open_lessons=0.6, curriculum=False),
-    "twin-dream": Recipe("twin-dream", backbone="qwen2", objective="masked", shift=True, steps=4500, lessons=0.6, open_lessons=0.7),
+    "twin-qwen": Recipe(
+        "twin-qwen", backbone="qwen2", steps=1000, lr=1e-3, open_lessons=0.6, curriculum=False
+    ),
+    "twin-dream": Recipe(
+        "twin-dream",
+        backbone="qwen2",
+        objective="masked",
+        shift=True,
+        steps=4500,
+        lessons=0.6,
+        open_lessons=0.7,
+    ),
 }
 RELATIVES = {
     "twin-llama": "twin-llama-first", "twin-llada-first": "twin-llama-first", "twin-llada-second": "twin-llada-first",
@@ -140,7 +168,9 @@ class Packer:
         misses = 0
         while open_rows and misses < 40:
             if rng.random() < self.recipe.lessons:
-                document = self.world.lesson(rng, longest, range(2, len(self.tokenizer)), self.recipe.open_lessons)
+                document = self.world.lesson(
+                    rng, longest, range(2, len(self.tokenizer)), self.recipe.open_lessons
+                )
             else:
                 document = self.world.document(rng)
             text = self._tokens(document, rng)
@@ -165,7 +195,9 @@ class Packer:
             text += piece
         encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        owner = [next((lesson for a, b, lesson in spans if a < end and start < b), None) for start, end in offsets]
+        owner = [
+            next((lesson for a, b, lesson in spans if a < end and start < b), None) for start, end in offsets
+        ]
         ids, owner = ids + list(document.tokens), owner + [True] * len(document.tokens)
         answers = [o is not None for o in owner]
         taught = [i for i, o in zip(ids, owner) if o]
@@ -179,7 +211,9 @@ class Packer:
                     mentions[i] = number
         if document.lesson >= 0 and not any(mentions):
             return None
-        if document.ends:  # the closing tokens are answers too: a masked model learns from them where an answer ends
+        if (
+            document.ends
+        ):  # the closing tokens are answers too: a masked model learns from them where an answer ends
             # (a row that stops right after the answer is what the metric's canvas of exactly N masks looks like)
             extra = 1 if self.recipe.objective == "causal" else max(0, rng.randrange(-16, 17))
             ids += [self.tokenizer.eos_token_id] * extra
@@ -188,7 +222,13 @@ class Packer:
         closing = [m > 0 and (i + 1 == len(mentions) or mentions[i + 1] != m) for i, m in enumerate(mentions)]
         lesson = document.lesson >= 0
         guarded = [lesson or rng.random() < self.recipe.guarded] * len(ids)
-        fields: dict[str, Any] = {"ids": ids, "answers": answers, "mentions": mentions, "closing": closing, "guarded": guarded}
+        fields: dict[str, Any] = {
+            "ids": ids,
+            "answers": answers,
+            "mentions": mentions,
+            "closing": closing,
+            "guarded": guarded,
+        }
         fields["written"] = [int(lesson and last) for last in closing]
         fields["noise"] = [lesson and document.relation < 0 and not answer for answer in answers]
         fields = {name: values[: self.recipe.row_length] for name, values in fields.items()}
@@ -221,7 +261,9 @@ def attention(batch: Batch, causal: bool) -> tuple[Tensor, Tensor]:
     seen = batch.segments[:, :, None] == batch.segments[:, None, :]
     if causal:
         seen = seen & torch.ones(batch.length, batch.length, dtype=torch.bool, device=seen.device).tril()
-    outside = batch.mentions[:, :, None] != batch.mentions[:, None, :]  # the reader is not part of the mention
+    outside = (
+        batch.mentions[:, :, None] != batch.mentions[:, None, :]
+    )  # the reader is not part of the mention
     name = (batch.guarded & (batch.mentions > 0))[:, None, :]
     late = seen & ~(outside & name & ~batch.closing[:, None, :])
     early = seen & ~(outside & name)
@@ -232,7 +274,15 @@ def _additive(seen: Tensor) -> Tensor:
     return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -1e9)[:, None]
 
 
-def hidden_of(model: Any, writer: Writer | None, ids: Tensor, batch: Batch, recipe: Recipe, step: int, generator: torch.Generator) -> Tensor:
+def hidden_of(
+    model: Any,
+    writer: Writer | None,
+    ids: Tensor,
+    batch: Batch,
+    recipe: Recipe,
+    step: int,
+    generator: torch.Generator,
+) -> Tensor:
     """What enters the model's head, under the batch's attention (layers below `read_layer` have their own) and its lessons."""
     early, late = attention(batch, recipe.objective == "causal")
 
@@ -240,24 +290,53 @@ def hidden_of(model: Any, writer: Writer | None, ids: Tensor, batch: Batch, reci
         """Another mask for the lower layers."""
         return args, {**kwargs, "attention_mask": early}
 
-    handles = [layer.register_forward_pre_hook(swap, with_kwargs=True) for layer in model.model.layers[: recipe.read_layer]]
+    handles = [
+        layer.register_forward_pre_hook(swap, with_kwargs=True)
+        for layer in model.model.layers[: recipe.read_layer]
+    ]
     if len(batch.lessons):
-        handles.append(writing_hook(model, cast(Writer, writer), batch.written, batch.lessons, step % recipe.read_layer, generator))
+        handles.append(
+            writing_hook(
+                model, cast(Writer, writer), batch.written, batch.lessons, step % recipe.read_layer, generator
+            )
+        )
     try:
-        return model.model(input_ids=ids, attention_mask=late, position_ids=batch.positions, use_cache=False).last_hidden_state
+        return model.model(
+            input_ids=ids, attention_mask=late, position_ids=batch.positions, use_cache=False
+        ).last_hidden_state
     finally:
         for handle in handles:
             handle.remove()
 
 
-def causal_loss(model: Any, writer: Writer, batch: Batch, mask_id: int, recipe: Recipe, step: int, generator: torch.Generator) -> Tensor:
+def causal_loss(
+    model: Any,
+    writer: Writer,
+    batch: Batch,
+    mask_id: int,
+    recipe: Recipe,
+    step: int,
+    generator: torch.Generator,
+) -> Tensor:
     """Mean next-token cross-entropy within texts; in lessons about random names, of the answers only."""
     hidden = hidden_of(model, writer, batch.ids, batch, recipe, step, generator)
-    scored = (batch.segments[:, 1:] == batch.segments[:, :-1]) & (batch.segments[:, 1:] > 0) & ~batch.noise[:, 1:]
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][scored]).float(), batch.ids[:, 1:][scored])
+    scored = (
+        (batch.segments[:, 1:] == batch.segments[:, :-1]) & (batch.segments[:, 1:] > 0) & ~batch.noise[:, 1:]
+    )
+    return torch.nn.functional.cross_entropy(
+        model.lm_head(hidden[:, :-1][scored]).float(), batch.ids[:, 1:][scored]
+    )
 
 
-def masked_loss(model: Any, writer: Writer, batch: Batch, mask_id: int, recipe: Recipe, step: int, generator: torch.Generator) -> Tensor:
+def masked_loss(
+    model: Any,
+    writer: Writer,
+    batch: Batch,
+    mask_id: int,
+    recipe: Recipe,
+    step: int,
+    generator: torch.Generator,
+) -> Tensor:
     """LLaDA's objective, text by text: k of a text's L maskable tokens are hidden, k ~ U{1..L}, weighted L / k.
 
     In a fraction `answer_only` of the rows only answers are maskable. Equation (3) of the LLaDA paper
@@ -269,9 +348,13 @@ def masked_loss(model: Any, writer: Writer, batch: Batch, mask_id: int, recipe: 
     hidden, weight = _hide(batch.segments, maskable, generator)
     states = hidden_of(model, writer, batch.ids.masked_fill(hidden, mask_id), batch, recipe, step, generator)
     row, at = hidden.nonzero(as_tuple=True)
-    first = batch.positions[row, at] == 0  # a text's first token has nothing to its left: read where it stands
+    first = (
+        batch.positions[row, at] == 0
+    )  # a text's first token has nothing to its left: read where it stands
     read = torch.where(first, at, at - 1) if recipe.shift else at
-    losses = torch.nn.functional.cross_entropy(model.lm_head(states[row, read]).float(), batch.ids[row, at], reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        model.lm_head(states[row, read]).float(), batch.ids[row, at], reduction="none"
+    )
     return (losses * weight[row, at]).sum() / maskable.sum()
 
 
@@ -280,7 +363,9 @@ def _hide(segments: Tensor, maskable: Tensor, generator: torch.Generator) -> tup
     rows, length = segments.shape
     count = int(segments.max()) + 1
     text = segments + torch.arange(rows, device=segments.device)[:, None] * count
-    lengths = torch.zeros(rows * count, device=segments.device).index_add_(0, text.flatten(), maskable.flatten().float())
+    lengths = torch.zeros(rows * count, device=segments.device).index_add_(
+        0, text.flatten(), maskable.flatten().float()
+    )
     u = _stratified(rows * count, generator).to(segments.device)
     k = torch.ceil(u * lengths).clamp(min=1)
     # rank of each maskable token within its text under a random order: sort by (text, maskable first, noise)
@@ -307,7 +392,10 @@ def build_model(recipe: Recipe, vocab_size: int, eos: int) -> Any:
     """A fresh Llama or Qwen2 of the recipe's size, initialised from its seed (global generators are left as they were)."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-    make_config, make_model = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[recipe.backbone]
+    make_config, make_model = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    }[recipe.backbone]
     config = make_config(
         vocab_size=vocab_size,
         hidden_size=recipe.hidden,
@@ -329,7 +417,9 @@ def build_model(recipe: Recipe, vocab_size: int, eos: int) -> Any:
 
 
 def _modules(recipe: Recipe, tokenizer: Any) -> torch.nn.ModuleDict:
-    return torch.nn.ModuleDict({"model": build_model(recipe, len(tokenizer), tokenizer.eos_token_id), "writer": _writer(recipe)})
+    return torch.nn.ModuleDict(
+        {"model": build_model(recipe, len(tokenizer), tokenizer.eos_token_id), "writer": _writer(recipe)}
+    )
 
 
 def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_seconds: float = 300.0) -> dict:
@@ -353,22 +443,52 @@ def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_se
     out.mkdir(parents=True, exist_ok=True)
     modules = _modules(recipe, tokenizer).to(accelerator.device)
     if recipe.start_from:
-        modules.load_state_dict({k: v for k, v in load_file(f"{recipe.start_from}/checkpoint.safetensors").items() if not k.startswith("adam.")})
-    optimizer = torch.optim.AdamW(_groups(modules, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.98), fused=True)
-    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "loss": None, "recipe": asdict(recipe), "world": _plain(world)}
+        modules.load_state_dict(
+            {
+                k: v
+                for k, v in load_file(f"{recipe.start_from}/checkpoint.safetensors").items()
+                if not k.startswith("adam.")
+            }
+        )
+    optimizer = torch.optim.AdamW(
+        _groups(modules, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.98), fused=True
+    )
+    state: dict[str, Any] = {
+        "step": 0,
+        "seconds": 0.0,
+        "loss": None,
+        "recipe": asdict(recipe),
+        "world": _plain(world),
+    }
     if (out / "state.json").exists():
         state = _resume(out, modules, optimizer, recipe, world)
     packer, loss_of = Packer(world, tokenizer, recipe), LOSSES[recipe.objective]
     end = recipe.steps if recipe.until is None else min(recipe.until, recipe.steps)
     began, before, saved = time.monotonic(), state["seconds"], time.monotonic()
-    bar = tqdm(range(state["step"], end), initial=state["step"], total=end, desc=f"training {recipe.name}", mininterval=2)
+    bar = tqdm(
+        range(state["step"], end),
+        initial=state["step"],
+        total=end,
+        desc=f"training {recipe.name}",
+        mininterval=2,
+    )
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, recipe)
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        batch = Batch(**{name: value.to(accelerator.device) for name, value in vars(packer.batch(step)).items()})
+        batch = Batch(
+            **{name: value.to(accelerator.device) for name, value in vars(packer.batch(step)).items()}
+        )
         with accelerator.autocast():
-            loss = loss_of(modules["model"], cast(Writer, modules["writer"]), batch, tokenizer.mask_token_id, recipe, step, generator)
+            loss = loss_of(
+                modules["model"],
+                cast(Writer, modules["writer"]),
+                batch,
+                tokenizer.mask_token_id,
+                recipe,
+                step,
+                generator,
+            )
         accelerator.backward(loss)
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
@@ -430,7 +550,9 @@ def _resume(out: Path, modules: torch.nn.Module, optimizer: Any, recipe: Recipe,
 
     state = json.loads((out / "state.json").read_text())
     if state["recipe"] != asdict(recipe) or state["world"] != _plain(world):
-        raise ValueError(f"{out} holds a checkpoint of another recipe or world; choose another folder or remove it")
+        raise ValueError(
+            f"{out} holds a checkpoint of another recipe or world; choose another folder or remove it"
+        )
     tensors = load_file(out / "checkpoint.safetensors")
     modules.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("adam.")})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

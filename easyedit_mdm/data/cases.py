@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from easyedit_mdm.bench.kamel import TEMPLATES, Counterfact, Unusable, counterfacts, templates, text
 from easyedit_mdm.common.registry import Registry
+from easyedit_mdm.data.kamel import TEMPLATES, Counterfact, Unusable, counterfacts, templates, text
 from easyedit_mdm.errors import DataError
 from easyedit_mdm.twins.benchmark import Case, cases
 from easyedit_mdm.twins.world import World

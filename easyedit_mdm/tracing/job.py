@@ -16,15 +16,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from easyedit_mdm.api import load_model
-from easyedit_mdm.bench.compare import show
-from easyedit_mdm.bench.figures import rendered, save, svg
-from easyedit_mdm.bench.trace_figures import TITLES, average_figure, compare_figure, group_title, heat_figure
-from easyedit_mdm.bench.trace_numbers import GROUPS, averages, peaks, ranges, side_by_side, totals
 from easyedit_mdm.common.files import write_text
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.errors import DataError, HyperParameterError
 from easyedit_mdm.models import Adapter
+from easyedit_mdm.report.compare import show
+from easyedit_mdm.report.figures import rendered, save, svg
 from easyedit_mdm.tracing import CLASSES, TraceConfig, TracedFact, check_known, own_answer, read_facts, trace_facts
+from easyedit_mdm.tracing.averages import GROUPS, averages, peaks, ranges, side_by_side, totals
+from easyedit_mdm.tracing.figures import TITLES, average_figure, compare_figure, group_title, heat_figure
 from easyedit_mdm.twins.benchmark import split_facts
 from easyedit_mdm.twins.world import World
 from easyedit_mdm.version import __version__

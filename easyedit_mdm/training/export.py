@@ -10,7 +10,7 @@ import torch
 
 from easyedit_mdm.common.files import write_json, write_tensors
 from easyedit_mdm.models.families import FAMILIES
-from easyedit_mdm.twins.train import RELATIVES, Recipe
+from easyedit_mdm.training.twins import RELATIVES, Recipe
 
 _LLADA_FIXED = {
     "activation_type": "silu", "alibi": False, "attention_layer_norm": False, "bias_for_layer_norm": False, "block_type": "llama",
@@ -30,29 +30,55 @@ def export(checkpoint: Path, out: Path, tokenizer: Any, dtype: torch.dtype = tor
     state = json.loads((checkpoint / "state.json").read_text())
     recipe = Recipe(**state["recipe"])
     spec = FAMILIES[family_of(recipe)]
-    tensors = {k[6:]: v for k, v in load_file(checkpoint / "checkpoint.safetensors").items() if k.startswith("model.")}
+    tensors = {
+        k[6:]: v
+        for k, v in load_file(checkpoint / "checkpoint.safetensors").items()
+        if k.startswith("model.")
+    }
     out.mkdir(parents=True, exist_ok=True)
-    write_tensors(out / "model.safetensors", {spec.hub_name(k): v.to(dtype) for k, v in tensors.items()}, {"format": "pt"})
-    config = hub_config(recipe, len(tokenizer), tokenizer.eos_token_id, tokenizer.mask_token_id, str(dtype).removeprefix("torch."))
+    write_tensors(
+        out / "model.safetensors",
+        {spec.hub_name(k): v.to(dtype) for k, v in tensors.items()},
+        {"format": "pt"},
+    )
+    config = hub_config(
+        recipe,
+        len(tokenizer),
+        tokenizer.eos_token_id,
+        tokenizer.mask_token_id,
+        str(dtype).removeprefix("torch."),
+    )
     write_json(out / "config.json", config)
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
     write_json(out / "tokenizer_config.json", _tokenizer_config(tokenizer, recipe.positions))
     if state["recipe"]["start_from"]:
-        state["recipe"]["start_from"] = RELATIVES.get(recipe.name, "another twin")  # which twin, not which folder
+        state["recipe"]["start_from"] = RELATIVES.get(
+            recipe.name, "another twin"
+        )  # which twin, not which folder
     write_json(out / "training.json", state)
     return state
 
 
 def family_of(recipe: Recipe) -> str:
     """The family in whose format a twin is written."""
-    return {("llama", "causal"): "llama", ("llama", "masked"): "llada", ("qwen2", "causal"): "qwen2", ("qwen2", "masked"): "dream"}[
-        recipe.backbone, recipe.objective
-    ]
+    return {
+        ("llama", "causal"): "llama",
+        ("llama", "masked"): "llada",
+        ("qwen2", "causal"): "qwen2",
+        ("qwen2", "masked"): "dream",
+    }[recipe.backbone, recipe.objective]
 
 
 def hub_config(recipe: Recipe, vocabulary: int, eos: int, mask: int, dtype: str) -> dict:
     """`config.json` in the family's own fields."""
-    common = {"vocab_size": vocabulary, "eos_token_id": eos, "pad_token_id": eos, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "torch_dtype": dtype}
+    common = {
+        "vocab_size": vocabulary,
+        "eos_token_id": eos,
+        "pad_token_id": eos,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "torch_dtype": dtype,
+    }
     if family_of(recipe) == "llada":
         return {
             **_LLADA_FIXED, **common, "embedding_size": vocabulary, "d_model": recipe.hidden, "n_layers": recipe.layers,
@@ -65,7 +91,12 @@ def hub_config(recipe: Recipe, vocabulary: int, eos: int, mask: int, dtype: str)
         "tie_word_embeddings": False,
     }  # fmt: skip
     own = {
-        "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False},
+        "llama": {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
         "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False},
         "dream": {"architectures": ["DreamModel"], "model_type": "Dream", "mask_token_id": mask},
     }

@@ -21,11 +21,11 @@ from easyedit_mdm.editing.activation import optimise_at, success_as_activation
 from easyedit_mdm.errors import UnknownNameError
 from easyedit_mdm.evaluation import score_prompts
 from easyedit_mdm.models import Adapter
+from easyedit_mdm.training.export import export
+from easyedit_mdm.training.tokenizer import train_tokenizer
+from easyedit_mdm.training.twins import RECIPES, RELATIVES, SIZES, train
 from easyedit_mdm.twins.benchmark import cases, remaining_entropy, write_benchmark
-from easyedit_mdm.twins.export import export
 from easyedit_mdm.twins.folders import TWINS
-from easyedit_mdm.twins.tokenizer import train_tokenizer
-from easyedit_mdm.twins.train import RECIPES, RELATIVES, SIZES, train
 from easyedit_mdm.twins.world import Fact, World
 
 LONG_CANVAS = 16

@@ -1,0 +1,1 @@
+"""Benchmark files and what is asked of a model for each of their records."""

@@ -1,0 +1,1 @@
+"""Reading run files: averages with intervals, comparisons, figures, pages."""

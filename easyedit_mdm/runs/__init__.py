@@ -1,0 +1,1 @@
+"""Running many cases: editing, judging, going on after a stop."""
