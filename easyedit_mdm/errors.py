@@ -20,11 +20,15 @@ class UnknownNameError(EasyEditMDMError, KeyError):
 
 
 class HostNotFoundError(EasyEditMDMError, ImportError):
-    """EasyEdit could not be found or is not usable."""
+    """EasyEdit could not be found."""
+
+
+class HostImportError(EasyEditMDMError, ImportError):
+    """EasyEdit was found and cannot be imported with what is installed."""
 
 
 class MissingPackageError(EasyEditMDMError, ImportError):
-    """An optional third-party package that EasyEdit wants was used and is not installed."""
+    """A third-party package, or a part of one, was used and is not installed, or its installed version has it no more."""
 
 
 class IncompatibleVersionError(EasyEditMDMError, ImportError):

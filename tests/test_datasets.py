@@ -276,6 +276,42 @@ def test_missing_files_say_what_to_do(tmp_path, name, options, message):
         load_cases(name, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "record"),
+    [
+        ("zsre", "zsre/zsre_mend_eval_portability_gpt4.json", ZSRE),
+        ("counterfact", "counterfact/counterfact-edit.json", COUNTERFACT),
+        ("counterfact", "counterfact/counterfact_rome_700.json", ROME),
+        ("knowedit", "knowedit/ZsRE-test-all.json", REQUEST),
+        ("knowedit_counterfact", "knowedit/wiki_counterfact_test_cf.json", REQUEST),
+        ("kamel", "kamel/P19/test.jsonl", None),
+    ],
+)
+def test_the_folder_or_the_one_above_it(tmp_path, monkeypatch, name, file, record):
+    """`data_dir` may be the data set's own folder: same cases, same names of files; a folder `zsre` may also hold another `zsre`."""
+    path = tmp_path / "data" / file
+    path.parent.mkdir(parents=True)
+    if record is None:
+        path.write_text("\n".join(json.dumps(line(name, town)) for name, town in (("Ann", "Rome"), ("Bob", "Bonn"))))
+    else:
+        path.write_text(json.dumps([record]))
+    own = tmp_path / "data" / Path(file).parts[0]
+    above = load_cases(name, tmp_path / "data", tokenizer=Words())
+    assert above.cases and file in above.files
+    assert load_cases(name, own, tokenizer=Words()) == above
+    monkeypatch.chdir(own)
+    assert load_cases(name, ".", tokenizer=Words()) == above
+    (tmp_path / "data").rename(tmp_path / Path(file).parts[0])
+    assert load_cases(name, tmp_path / Path(file).parts[0], tokenizer=Words()) == above
+
+
+def test_the_folder_that_was_given_is_named(tmp_path):
+    """Where neither has the file."""
+    (tmp_path / "zsre").mkdir()
+    with pytest.raises(DataError, match="zsre' has no zsre/zsre_mend"):
+        load_cases("zsre", tmp_path / "zsre")
+
+
 def test_unknown_name():
     with pytest.raises(UnknownNameError, match="unknown data set 'counterfacts'; did you mean 'counterfact'"):
         load_cases("counterfacts")

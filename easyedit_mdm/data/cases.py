@@ -87,8 +87,8 @@ class Reader:
         if self.data_file is not None:
             raise DataError(f"data set {self.dataset!r} is not read from one file, so {str(self.data_file)!r} cannot be used: {instead}")
 
-    def folder(self) -> Path:
-        """The folder of the data.
+    def folder(self, *wanted: str) -> Path:
+        """The folder that holds `wanted`: the one given, or the one above it if that is the data set's own (`zsre` for `zsre/...`).
 
         Raises:
             DataError: if none was given, or it does not exist.
@@ -97,6 +97,9 @@ class Reader:
             raise DataError(f"data set {self.dataset!r} is read from a folder of benchmark data: pass data_dir")
         if not self.data_dir.is_dir():
             raise DataError(f"data_dir {str(self.data_dir)!r} is not a folder: pass the one that holds the benchmark data")
+        given = self.data_dir.absolute()
+        if given.name in {Path(name).parts[0] for name in wanted} and not any((given / name).exists() for name in wanted):
+            self.data_dir = given.parent  # files are named alike either way
         return self.data_dir
 
     def path(self, *names: str) -> Path:
@@ -107,10 +110,11 @@ class Reader:
         """
         if self.data_file is not None:
             return self.data_file
-        here = [self.folder() / name for name in names if (self.folder() / name).is_file()]
+        given, folder = self.data_dir, self.folder(*names)
+        here = [folder / name for name in names if (folder / name).is_file()]
         if not here:
             wanted = " nor ".join(names)
-            raise DataError(f"data_dir {str(self.data_dir)!r} has no {wanted}: pass the folder that has it, or the file itself as data_file")
+            raise DataError(f"data_dir {str(given)!r} has no {wanted}: pass the folder that has it, or the file itself as data_file")
         return here[0]
 
     def read(self, path: Path) -> str:
@@ -186,7 +190,8 @@ def load_cases(
 
     Args:
         dataset: a name in `DATASETS`.
-        data_dir: folder of the benchmark data, laid out as `zsre/...`, `counterfact/...`; the twins' own data needs none.
+        data_dir: folder of the benchmark data, laid out as `zsre/...`, `counterfact/...`, or the data set's own folder in it; the twins' own
+            data needs none.
         data_file: the file to read in place of the one of that name in `data_dir`; `requests` is read from nothing else.
         limit: how many cases at most; the rest are left out at random, and the order stays.
         seed: for what `limit` leaves out, and for KAMEL's targets; nothing else is drawn.
@@ -373,7 +378,7 @@ def _kamel(reader: Reader, split: str) -> None:
     reader.no_file("pass the folder that holds kamel/ as data_dir")
     if reader.tokenizer is None:
         raise DataError(f"data set {reader.dataset!r} draws targets with as many tokens as the true objects: pass the model's tokenizer")
-    folder, known = reader.folder() / "kamel", templates()
+    folder, known = reader.folder("kamel") / "kamel", templates()
     relations = sorted((path.name for path in folder.glob("P*") if path.name[1:].isdecimal()), key=lambda name: int(name[1:]))
     if not relations:
         raise DataError(f"{folder} has no relations (folders such as P19): pass the folder that holds kamel/ as data_dir")

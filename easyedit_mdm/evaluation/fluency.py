@@ -17,17 +17,19 @@ LENGTH = 100
 
 
 def ngram_entropy(text: str) -> float:
-    """Mean over n = 2, 3 of the n-gram entropy in bits, weighted 2/3 and 4/3 (Meng et al., arXiv 2202.05262, appendix).
+    """Mean over n = 2, 3 of the n-gram entropy in bits, weighted 2/3 and 4/3 (Meng et al., arXiv 2202.05262, appendix)."""
+    return sum(weight * _entropy(ngram_counts(text, n)) for n, weight in ((2, 2 / 3), (3, 4 / 3))) / 2
 
-    Words are runs of letters and digits; every other visible character stands alone.
-    """
+
+def ngram_counts(text: str, n: int) -> Counter[tuple[str, ...]]:
+    """How often each run of n words occurs. Words are runs of letters and digits; every other visible character stands alone."""
     words = re.findall(r"\w+|[^\w\s]", text)
-    return sum(weight * _entropy(list(zip(*(words[i:] for i in range(n))))) for n, weight in ((2, 2 / 3), (3, 4 / 3))) / 2
+    return Counter(zip(*(words[i:] for i in range(n))))
 
 
-def _entropy(grams: list[tuple[str, ...]]) -> float:
-    total = len(grams)
-    return -math.fsum(c / total * math.log2(c / total) for c in Counter(grams).values())
+def _entropy(counts: Counter[tuple[str, ...]]) -> float:
+    total = counts.total()
+    return -math.fsum(c / total * math.log2(c / total) for c in counts.values())
 
 
 def fluency(adapter: Adapter, prompt: str, length: int = LENGTH, seed: int = 0) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from easyedit_mdm.common.findings import Finding
-from easyedit_mdm.errors import EasyEditMDMError
+from easyedit_mdm.errors import HostImportError, HostNotFoundError
 from easyedit_mdm.host.importing import import_easyedit
 
 
@@ -13,12 +13,9 @@ def easyedit(home: str | Path | None = None) -> Finding:
     """EasyEdit's form and place, after importing it as `easyedit-mdm run` would; never worse than `limited`."""
     try:
         host = import_easyedit(home)
-    except EasyEditMDMError as error:
+    except (HostNotFoundError, HostImportError) as error:
         told = "`run`, `demo`, the hook, BaseEditor and EasyEdit's own methods in `bench` will not work; everything else does"
         return Finding("EasyEdit", str(error), "limited", told)
-    except Exception as error:  # whatever its own modules raise at import
-        told = "it raised while it was imported, so `run` and `demo` will not work: update it, or install what the message names"
-        return Finding("EasyEdit", f"{type(error).__name__}: {error}", "limited", told)
     form = "the repository" if host.form == "head" else "PyPI's wheel of October 2023"
     cure = "" if host.form == "head" else "its runners (examples/run_*.py) and AlphaEdit are only in the repository: clone it and set EASYEDIT_HOME"
     return Finding("EasyEdit", f"{form}, {host.source}, at {host.root}", "ok" if host.form == "head" else "limited", cure)

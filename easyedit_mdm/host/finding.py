@@ -10,10 +10,20 @@ from pathlib import Path
 
 from easyedit_mdm.errors import HostNotFoundError
 
-HOW_TO_GET = (
-    "Two ways to get it: clone github.com/zjunlp/EasyEdit and set EASYEDIT_HOME (or --easyedit-home) to the clone; "
-    "or `pip install --no-deps easyeditor==0.0.1.dev0`."
-)
+WHEEL = "easyeditor==0.0.1.dev0"
+
+
+def wheel_folder() -> Path:
+    """A place of its own for PyPI's wheel: beside other packages, whose versions it forbids, pip complains of it at every install."""
+    return Path(sys.prefix) / "share" / "easyedit_mdm"
+
+
+def how_to_get() -> str:
+    """The two ways to get EasyEdit."""
+    return (
+        "Two ways to get it: clone github.com/zjunlp/EasyEdit and set EASYEDIT_HOME (or --easyedit-home) to the clone; "
+        f"or `pip install --no-deps --target {wheel_folder()} {WHEEL}`."
+    )
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,7 @@ class Host:
     Attributes:
         root: the folder that holds the package `easyeditor`.
         form: `head` (the repository: evaluation records carry `metric_meta`) or `wheel` (PyPI's of October 2023).
-        source: how it was found: `imported`, `home` or `installed`.
+        source: how it was found: `imported`, `home`, `installed` or `own folder` (`wheel_folder`).
     """
 
     root: Path
@@ -32,7 +42,7 @@ class Host:
 
 
 def find_easyedit(home: str | Path | None = None) -> Host:
-    """Find EasyEdit: already imported, then `home` or the environment's EASYEDIT_HOME, then installed.
+    """Find EasyEdit: already imported, then `home` or the environment's EASYEDIT_HOME, then installed, then in `wheel_folder`.
 
     Raises:
         HostNotFoundError: if it is nowhere, or the folder given does not hold it; the message says how to get it.
@@ -43,13 +53,19 @@ def find_easyedit(home: str | Path | None = None) -> Host:
     home = home or os.environ.get("EASYEDIT_HOME")
     if home:
         root = Path(home).expanduser().resolve()
-        if not (root / "easyeditor" / "editors" / "editor.py").is_file():
-            raise HostNotFoundError(f"{root} (EASYEDIT_HOME or --easyedit-home) holds no easyeditor/editors/editor.py. {HOW_TO_GET}")
+        if not _holds_easyedit(root):
+            raise HostNotFoundError(f"{root} (EASYEDIT_HOME or --easyedit-home) holds no easyeditor/editors/editor.py. {how_to_get()}")
         return _host(root, "home")
     spec = importlib.util.find_spec("easyeditor")
-    if spec is None or not spec.submodule_search_locations:
-        raise HostNotFoundError(f"EasyEdit is neither imported nor installed, and EASYEDIT_HOME is not set. {HOW_TO_GET}")
-    return _host(Path(next(iter(spec.submodule_search_locations))).parent, "installed")
+    if spec is not None and spec.submodule_search_locations:
+        return _host(Path(next(iter(spec.submodule_search_locations))).parent, "installed")
+    if _holds_easyedit(wheel_folder()):
+        return _host(wheel_folder(), "own folder")
+    raise HostNotFoundError(f"EasyEdit is neither imported nor installed, and EASYEDIT_HOME is not set. {how_to_get()}")
+
+
+def _holds_easyedit(root: Path) -> bool:
+    return (root / "easyeditor" / "editors" / "editor.py").is_file()
 
 
 def _host(root: Path, source: str) -> Host:

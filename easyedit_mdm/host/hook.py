@@ -9,10 +9,10 @@ import types
 from pathlib import Path
 
 from easyedit_mdm.errors import HostNotFoundError
-from easyedit_mdm.host.finding import HOW_TO_GET, find_easyedit
-from easyedit_mdm.host.importing import old_transformers_names
+from easyedit_mdm.host.finding import Host, find_easyedit, how_to_get
+from easyedit_mdm.host.importing import told
 from easyedit_mdm.host.joining import register
-from easyedit_mdm.host.runner import EASYEDIT_SEED, seed_everything, understanding_our_methods
+from easyedit_mdm.host.runner import EASYEDIT_SEED, numbers_alone_in_locality, seed_everything, understanding_our_methods
 from easyedit_mdm.host.standins import standins
 
 
@@ -22,8 +22,8 @@ def folder() -> Path:
 
 
 class _JoiningLoader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader):
-        self.loader = loader
+    def __init__(self, loader: importlib.abc.Loader, host: Host):
+        self.loader, self.host = loader, host
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
         """As EasyEdit's own loader."""
@@ -36,9 +36,12 @@ class _JoiningLoader(importlib.abc.Loader):
         _ENTERED.extend([standins(script), understanding_our_methods()])
         for manager in _ENTERED:
             manager.__enter__()
-        with old_transformers_names():
+        with told(self.host):
             self.loader.exec_module(module)
-        register()
+        joined = register()
+        if script is not None:
+            _ENTERED.append(numbers_alone_in_locality(script, joined.editor_class))
+            _ENTERED[-1].__enter__()
         seed_everything(EASYEDIT_SEED)  # as the import of EasyEdit itself would have left the generators
 
 
@@ -51,9 +54,9 @@ def spec_that_joins() -> importlib.machinery.ModuleSpec:
     Raises:
         HostNotFoundError: if there is no EasyEdit.
     """
-    root = find_easyedit().root
-    spec = importlib.machinery.PathFinder.find_spec("easyeditor", [str(root)])
+    host = find_easyedit()
+    spec = importlib.machinery.PathFinder.find_spec("easyeditor", [str(host.root)])
     if spec is None or spec.loader is None:
-        raise HostNotFoundError(f"no package easyeditor in {root}. {HOW_TO_GET}")
-    spec.loader = _JoiningLoader(spec.loader)
+        raise HostNotFoundError(f"no package easyeditor in {host.root}. {how_to_get()}")
+    spec.loader = _JoiningLoader(spec.loader, host)
     return spec

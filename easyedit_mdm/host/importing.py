@@ -7,15 +7,16 @@ import logging
 import os
 import random
 import sys
+import traceback
 import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from easyedit_mdm.errors import HostNotFoundError, MissingPackageError
-from easyedit_mdm.host.finding import HOW_TO_GET, Host, find_easyedit
-from easyedit_mdm.host.standins import standins
+from easyedit_mdm.errors import HostImportError
+from easyedit_mdm.host.finding import Host, find_easyedit
+from easyedit_mdm.host.standins import older, pip_name, standins, version_of
 
 # BaseEditor and what joining it needs; attributes of the package itself are shadowed by names of its submodules
 _WANTED = ("easyeditor", "easyeditor.editors.editor", "easyeditor.util.alg_dict", "easyeditor.editors.batch_editor")
@@ -25,20 +26,76 @@ def import_easyedit(home: str | Path | None = None) -> Host:
     """Import EasyEdit, wherever it is found; seeds, environment, logging and warnings are as before afterwards.
 
     Raises:
-        HostNotFoundError: if it is not there, or its import fails.
+        HostNotFoundError: if it is not there.
+        HostImportError: if its import fails; nothing of it stays imported then.
     """
     host = find_easyedit(home)
-    with standins(), _as_before(), old_transformers_names():
-        if str(host.root) not in sys.path and host.source == "home":
+    paths = list(sys.path)
+    with standins(), _as_before(), told(host):
+        if host.source in ("home", "own folder") and str(host.root) not in sys.path:
             sys.path.insert(0, str(host.root))
         try:
             for name in _WANTED:
                 importlib.import_module(name)
-        except MissingPackageError:
+        except BaseException:
+            sys.path[:] = paths
+            for name in [n for n in sys.modules if n == "easyeditor" or n.startswith("easyeditor.")]:
+                del sys.modules[name]
             raise
-        except ImportError as error:
-            raise HostNotFoundError(f"EasyEdit at {host.root} ({host.form}) could not be imported: {error}. {HOW_TO_GET}") from error
     return host
+
+
+@contextmanager
+def told(host: Host) -> Iterator[None]:
+    """Whatever EasyEdit's import raises inside becomes one sentence about module, place, versions and cure.
+
+    Raises:
+        HostImportError: then.
+    """
+    try:
+        yield
+    except Exception as error:  # its modules, and third parties' under them, may raise anything
+        raise _host_import_error(host, error) from error
+
+
+def _host_import_error(host: Host, error: Exception) -> HostImportError:
+    form = "the repository" if host.form == "head" else "PyPI's wheel"
+    said = " ".join(str(error).split()) or "no message"
+    packages = _involved(error)
+    versions = ", ".join(f"{package} {version_of(package) or 'is not installed'}" for package in packages)
+    return HostImportError(
+        f"EasyEdit at {host.root} ({form}) was found and cannot be imported: {_place(host, error)}: {type(error).__name__}: {said}. "
+        f"{versions}. {_cure(host, error, packages)}"
+    )
+
+
+def _place(host: Host, error: Exception) -> str:
+    """The line of EasyEdit that failed: the last one in the traceback."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(host.root / "easyeditor")]
+    if isinstance(error, SyntaxError) and error.filename:  # that file has no frame
+        return f"{Path(error.filename).name}, line {error.lineno}"
+    return f"{Path(frames[-1].filename).relative_to(host.root)}, line {frames[-1].lineno}" if frames else "easyeditor"
+
+
+def _involved(error: Exception) -> list[str]:
+    """Third-party packages that the error speaks of or comes from; transformers where it tells none."""
+    named = (error.name or "").split(".")[0] if isinstance(error, ImportError) else ""
+    modules = [frame.f_globals.get("__name__") or "" for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = dict.fromkeys(name.split(".")[0] for name in [named, *modules])
+    ours = {"", "easyeditor", "easyedit_mdm", "importlib", "__main__", *sys.stdlib_module_names}
+    return [package for package in packages if package not in ours] or ["transformers"]
+
+
+def _cure(host: Host, error: Exception, packages: list[str]) -> str:
+    """What to do: install what is missing, an older version of what has changed, or EasyEdit again where its own files fail."""
+    if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "easyeditor":
+        again = f"git -C {host.root} status shows what is missing; clone it again" if host.form == "head" else "install it again"
+        return f"A file of its own is missing: {again}"
+    absent = [pip_name(package) for package in packages if version_of(package) is None]
+    if absent:
+        return f"Install what is missing: pip install {' '.join(absent)}"
+    update = f"update EasyEdit (git -C {host.root} pull), or install " if host.form == "head" else "install EasyEdit's repository, or "
+    return f"What to do: {update}an older version of what has changed: {older(packages[0])}"
 
 
 @contextmanager
@@ -67,26 +124,6 @@ def _as_before() -> Iterator[None]:
         os.environ.update(environment)
         root.handlers[:] = handlers
         root.setLevel(level)
-
-
-@contextmanager
-def old_transformers_names() -> Iterator[None]:
-    """Names that the wheel takes from `transformers.modeling_utils` and that newer versions keep elsewhere, or not at all."""
-    from transformers import modeling_utils, pytorch_utils
-
-    def gone(*args: object, **kwargs: object) -> None:
-        raise MissingPackageError("find_pruneable_heads_and_indices is not part of this transformers version; install transformers<5 to use it")
-
-    added = []
-    for name in ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer"):
-        if not hasattr(modeling_utils, name):
-            setattr(modeling_utils, name, getattr(pytorch_utils, name, gone))
-            added.append(name)
-    try:
-        yield
-    finally:
-        for name in added:
-            delattr(modeling_utils, name)
 
 
 def host_module(name: str) -> types.ModuleType:

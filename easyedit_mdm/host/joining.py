@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from easyedit_mdm.api import wrap_model
 from easyedit_mdm.denoising import DecodeConfig
 from easyedit_mdm.editing import METHODS, Edit, EditRequest, History
 from easyedit_mdm.editing.hparams import find_hparams, read_yaml
-from easyedit_mdm.errors import HyperParameterError
+from easyedit_mdm.errors import HyperParameterError, MissingPackageError
+from easyedit_mdm.evaluation.fluency import ngram_counts
 from easyedit_mdm.evaluation.guard import apply_guarded
 from easyedit_mdm.host.evaluation import LOCALITY_GROUP, edit_quality, meta, multi_step, public
 from easyedit_mdm.host.finding import Host
@@ -28,6 +30,7 @@ from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import is_known
 
 _HISTORY = "_easyedit_mdm_history"  # an editor's own, kept on its own copy of the hyperparameters: all that it hands to a method
+_OUR_WORDS = "_easyedit_mdm_words"
 _EDITOR_CALLS = ("__init__", "edit", "batch_edit", "edit_dataset", "edit_requests", "normal_edit", "generate_edit")
 
 
@@ -46,7 +49,8 @@ def register(home: str | Path | None = None) -> Joined:
         home: folder of a clone of EasyEdit; see `find_easyedit` for the order of search.
 
     Raises:
-        HostNotFoundError: if EasyEdit cannot be found or imported.
+        HostNotFoundError: if EasyEdit cannot be found.
+        HostImportError: if it cannot be imported.
     """
     host = import_easyedit(home)
     table = host_module("util.alg_dict").ALG_DICT
@@ -56,6 +60,7 @@ def register(home: str | Path | None = None) -> Joined:
             table[name] = _apply_function(name, host.form)
         _join_editor(editor, host)
         _join_evaluation(editor)
+        _join_fluency()
         _join_batching()
         join_statistics()
         for name in {METHODS[name].stands_for for name in METHODS}:
@@ -168,6 +173,8 @@ def _join_evaluation(editor: Any) -> None:
             return edit_quality(model, record, config, **options)
         result = theirs(model, model_name, hparams, tok, record, device, *args, **kwargs)
         # a model that an EasyEdit method has wrapped (LoRA, WISE, ...) has no adapter: its record stays EasyEdit's own
+        if "fluency" in result and hasattr(host_module("evaluate.evaluate_utils").compute_freq, _OUR_WORDS):
+            result["fluency"]["words"] = "easyedit_mdm"  # not nltk's, so that the figures are not compared with EasyEdit's
         if (isinstance(model_name, LoadedName) or hparams.alg_name in METHODS) and is_known(model):
             result["multi_step"] = public(multi_step(wrap_model(model, tok), record, config))
         return result
@@ -183,6 +190,21 @@ def _join_evaluation(editor: Any) -> None:
             return their_meta(key, hparams, model_name, *args, **kwargs)
 
         editor.build_locality_metric_meta = build_locality_metric_meta
+
+
+def _join_fluency() -> None:
+    """Where nltk, or its data for splitting texts into words, is missing: words are split as `evaluation.fluency` does."""
+    module = host_module("evaluate.evaluate_utils")
+    try:
+        module.nltk.word_tokenize("a word")
+    except (MissingPackageError, LookupError):
+
+        def compute_freq(sentence: str, n: int = 2) -> Counter[tuple[str, ...]]:
+            """As EasyEdit's: how often each n-gram occurs."""
+            return ngram_counts(sentence, n)
+
+        setattr(compute_freq, _OUR_WORDS, True)
+        setattr(module, "compute_freq", compute_freq)  # noqa: B010  (a module has no such attribute by type)
 
 
 def _join_batching() -> None:
