@@ -362,7 +362,10 @@ def test_the_commands(tmp_path, twin_llama, capsys):
     assert parameter_hashes(load_model(tmp_path / "g1")) == parameter_hashes(load_model(tmp_path / "m1"))
     assert not (tmp_path / "g1" / "edits").exists()
     assert main(["compose", f"{here}/e1", f"{here}/e2", "--out", f"{here}/c"]) == 0
-    assert main(["verify", f"{here}/c"]) in (0, 1) and len(Edit.load(tmp_path / "c").card["facts"]) == 2
+    assert main(["verify", f"{here}/c", "--json", f"{here}/vc.json"]) == 0, "both facts, and the weights as the composed edit leaves them"
+    both = json.loads((tmp_path / "vc.json").read_text())
+    assert both["holds"] and [(f["text"], f["exact"]) for f in both["facts"]] == [("Gugim", True), ("Zoter", True)]
+    assert main(["verify", f"{here}/c", "--model", f"{here}/m1", "--json", f"{here}/vc.json"]) == 1, "m1 holds one of the two"
     assert main(["apply", f"{here}/e1", "--model", "twin-llada", "--out", f"{here}/no"]) == 2
     capsys.readouterr()
     assert main(["apply", f"{here}/e1", "--out", f"{here}/m1"]) == 2 and "exists" in capsys.readouterr().err

@@ -72,15 +72,32 @@ def log_likelihood(model) -> float:
     return float(model.token_logits(ids, at=at).log_softmax(-1)[0, torch.arange(len(target)), target].mean())
 
 
+def loss_over_all_states(model) -> float:
+    """The mean over every state of the target, with the same weights whatever an edit was optimised over; for the model as it is."""
+    settings = hparams(state_schedule="enumerate", v_num_grad_steps=1, kl_factor=0.0, v_weight_decay=0.0)
+    fact = tokenise(model, EditRequest.of(REQUEST), settings)
+    return optimise(model, model.site(1), [fact], torch.ones(1, 32), settings)[0].losses[0]
+
+
 @pytest.mark.parametrize("name", list(SCHEDULES))
 def test_every_schedule(tiny, name):
-    """Each schedule optimises, in the states it says, and the same seed gives the same update."""
+    """Each schedule teaches the model the target, whatever its own losses, drawn anew or not, were; the same seed gives the same update."""
     model = tiny("llada")
     settings = hparams(state_schedule=name)
     first, second = make_edit(model, REQUEST, settings), make_edit(model, REQUEST, settings)
     assert first.card["facts"][0]["schedule"] == name
-    assert min(first.card["facts"][0]["losses"]) < first.card["facts"][0]["losses"][0]
     assert torch.equal(first.changes[0].dense(), second.changes[0].dense())
+    before = loss_over_all_states(model)
+    first.apply(model)
+    assert loss_over_all_states(model) < before - 0.1
+
+
+@pytest.mark.parametrize("name", ["cycle", "uniform", "stratified", "spread"])
+def test_the_seed_draws_the_states(tiny, name):
+    """Another seed, other states, another update (of a target long enough for `spread` not to hold all states anyway)."""
+    model, request = tiny("llada"), {**REQUEST, "target_new": "red river English"}
+    one, other = (make_edit(model, request, hparams(state_schedule=name, seed=seed)).changes[0].dense() for seed in (0, 1))
+    assert float((one - other).norm() / one.norm()) > 1e-3
 
 
 def test_single_token_targets_need_no_states(tiny):
@@ -174,10 +191,25 @@ def test_early_stop_looks_at_a_whole_cycle(tiny, monkeypatch):
 
 
 def test_clamp(tiny):
-    """delta never leaves the ball of clamp_norm_factor times the initial value's norm."""
-    card = make_edit(tiny("llada"), REQUEST, hparams(clamp_norm_factor=0.25)).card
-    free = make_edit(tiny("llada"), REQUEST, hparams(clamp_norm_factor=1e6)).card
-    assert card["delta_norm"] < 0.3 * free["delta_norm"]
+    """Each delta ends in the ball of clamp_norm_factor times its own initial value's norm, and would leave it without."""
+    model, tight = tiny("llada"), hparams(clamp_norm_factor=0.25, early_stop_loss=0.0)
+    facts = [tokenise(model, EditRequest.of({**REQUEST, "target_new": t}), tight) for t in ("red river", "the")]
+    initial = torch.stack([torch.ones(32), 3 * torch.ones(32)])
+    most = 0.25 * initial.norm(dim=1)
+    for steps in (2, 3, 12):  # 2 is one step of Adam's, from 0 to v_lr in every direction
+        settings = dataclasses.replace(tight, v_num_grad_steps=steps)
+        norms = torch.stack([d.delta.norm() for d in optimise(model, model.site(1), facts, initial, settings)])
+        assert (norms <= most * (1 + 1e-5)).all()
+    assert torch.allclose(norms, most, rtol=1e-4), "the optimisation presses against the ball"
+    free = optimise(model, model.site(1), facts, initial, dataclasses.replace(tight, clamp_norm_factor=1e6))
+    assert all(d.delta.norm() > 1.5 * m for d, m in zip(free, most))
+
+
+def test_what_the_clamp_is_measured_by(tiny):
+    """In an edit: by the norm of the site's own output for the bare prompt."""
+    model, settings = tiny("llada"), hparams(clamp_norm_factor=0.25)
+    output = read_keys(model, model.site(1), tokenise(model, EditRequest.of(REQUEST), settings), settings).values[0]
+    assert make_edit(model, REQUEST, settings).card["delta_norm"] == pytest.approx(0.25 * float(output.norm()), rel=1e-4)
 
 
 def test_one_key_everywhere(tiny):
@@ -302,8 +334,9 @@ def test_reverting_out_of_order(tiny):
 
 def test_half_precision_gpt2(tiny):
     """Learned positions are added once, in the model's own dtype."""
-    model = tiny("gpt2", dtype="bfloat16")
-    assert make_edit(model, REQUEST, hparams(v_num_grad_steps=2)).changes
+    settings = hparams(v_num_grad_steps=8, early_stop_loss=0.0)
+    half, whole = (make_edit(tiny("gpt2", dtype=dtype), REQUEST, settings).changes[0].dense() for dtype in ("bfloat16", "float32"))
+    assert float((half - whole).norm() / whole.norm()) < 0.03  # 0.13 with positions added twice
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -325,8 +358,9 @@ def test_the_edited_layer_is_run_once(tiny, family, layer, monkeypatch):
     above, few = run(), len(passed)
     monkeypatch.setattr(type(model), "ends_block", lambda self, site: False)
     inside, many = run(), len(passed)
-    assert few < many >= 6
-    assert model.spec.name == "llada" and layer == model.layers - 1 or all(b.delta.norm() > 0 for b in inside)  # LLaDA's last layer: read elsewhere
+    assert few < many and many >= 6
+    if not (family == "llada" and layer == model.layers - 1):  # there the prediction of a slot is read at the slot, not at the site
+        assert all(b.delta.norm() > 0 for b in inside)
     assert all((a.delta - b.delta).norm() <= 1e-4 * b.delta.norm() for a, b in zip(above, inside))
     assert all(a.losses == pytest.approx(b.losses, rel=1e-4) for a, b in zip(above, inside))
 

@@ -238,8 +238,10 @@ def verify_edit(folder: str | Path, model: str | None = None, device: str | None
         EditError: if the files are broken.
     """
     edit = load(folder)
-    if model is None:
+    if model is None or "edited" not in edit.card:
         adapter, _ = _open(edit, None, device)
+        edit.card.setdefault("edited", edit.edited_hashes(adapter))  # a composed edit has not met its base model before
+    if model is None:
         edit.apply(adapter)
     else:
         adapter = load_model(model, dtype=edit.card["base"].get("dtype"), device=device or _any_device(), mask_id=_mask_id(edit))
