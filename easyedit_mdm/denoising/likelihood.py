@@ -8,6 +8,9 @@ uniformly random order is the bound it was trained on at fixed length,
 exactly computable while 2^N - 1 states are few (`exact`), and estimated by the published Monte Carlo estimators otherwise:
 LLaDA's (k ~ U{1..N} tokens masked, weight N / k; arXiv 2502.09992, algorithm 3) and Dream's (each token masked with
 probability t, weight 1 / t, t stratified over (eps, 1]). Chain rules go through one order only.
+
+A block-causal model's orders finish one block before they begin the next: the likelihood is exact over blocks, any-order within
+each, and a sample of an estimator is of one block, drawn as often as it has slots. See `denoising.states`.
 """
 
 from __future__ import annotations
@@ -18,13 +21,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from easyedit_mdm.denoising.states import schedule
+from easyedit_mdm.denoising.states import Slots, schedule
 from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.geometry import right_padded
 
 METHODS = ("causal", "exact", "llada", "dream", "left_to_right", "right_to_left")
-MOST_EXACT = 5  # 31 states
+MOST_EXACT = 5  # tokens of one block: 31 states
+MOST_STATES = 2**MOST_EXACT - 1
 DREAM_EPS = 1e-3
 
 
@@ -41,7 +45,8 @@ def log_likelihood(
 
     Args:
         prompts, targets: token ids without padding.
-        method: one of `METHODS`; by default `causal` for causal models, and for masked ones `exact` up to 5 tokens and `llada` beyond.
+        method: one of `METHODS`; by default `causal` for causal models, and for masked ones `exact` up to 31 states (5 tokens of
+            one block) and `llada` beyond.
         samples: of a Monte Carlo estimator, a pair. What is drawn for a pair depends on `seed` and on its place in the list.
         max_rows: rows of one forward pass.
 
@@ -50,8 +55,9 @@ def log_likelihood(
     """
     rows, right, weights, owner = [], [], [], []
     for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
-        how = method or _default(adapter, len(target))
-        revealed, share = _plan(adapter, len(target), how, samples, torch.Generator().manual_seed(seed * 1_000_003 + number))
+        slots = Slots(adapter.attention.blocks(len(prompt), len(target)))
+        how = method or default_method(adapter, slots)
+        revealed, share = _plan(adapter, slots, how, samples, torch.Generator().manual_seed(seed * 1_000_003 + number))
         for shown, weight in zip(revealed, share):
             tail = target if how == "causal" else torch.where(shown, target, adapter.ids.slot)
             rows.append((prompt, tail))
@@ -62,16 +68,18 @@ def log_likelihood(
     return torch.zeros(len(prompts), dtype=torch.float64).index_add_(0, torch.tensor(owner), each).tolist() if rows else []
 
 
-def _default(adapter: Adapter, length: int) -> str:
+def default_method(adapter: Adapter, slots: Slots) -> str:
+    """The method for a target with these slots, where none is named."""
     if not adapter.masked:
         return "causal"
-    return "exact" if length <= MOST_EXACT else "llada"
+    return "exact" if slots.states <= MOST_STATES else "llada"
 
 
 def _plan(
-    adapter: Adapter, length: int, method: str, samples: int, generator: torch.Generator
+    adapter: Adapter, slots: Slots, method: str, samples: int, generator: torch.Generator
 ) -> tuple[Bool[Tensor, "states slots"], Float[Tensor, "states slots"]]:
     """Which tokens are shown in each row, and the weight of each token's log-probability."""
+    length = len(slots)
     if method not in METHODS:
         raise HyperParameterError(f"unknown likelihood {method!r}: use one of {', '.join(METHODS)}")
     if (method == "causal") == adapter.masked:
@@ -79,30 +87,51 @@ def _plan(
     if method == "causal":
         return torch.zeros(1, length, dtype=torch.bool), torch.ones(1, length)
     if method == "exact":
-        if length > MOST_EXACT:
+        if slots.states > MOST_STATES:
             raise HyperParameterError(
-                f"the exact likelihood of {length} tokens takes {2**length - 1} forwards; it is offered up to {MOST_EXACT}: use 'llada'"
+                f"the exact likelihood of {length} tokens takes {slots.states} forwards; it is offered up to {MOST_STATES}: "
+                "use 'llada'"
             )
-        states = schedule("enumerate", length, 2**MOST_EXACT - 1).draw(0, generator)
-        hidden = ~states.revealed
-        return states.revealed, length * states.weights[:, None] * hidden / hidden.sum(1, keepdim=True)
+        states = schedule("enumerate", slots.blocks, MOST_STATES).draw(0, generator)
+        scored = states.scored
+        return states.revealed, length * states.weights[:, None] * scored / scored.sum(1, keepdim=True)
     if method in ("left_to_right", "right_to_left"):
-        before = torch.ones(length, length).tril(-1).bool()
-        return (before, torch.eye(length)) if method == "left_to_right" else (before.flip(0, 1), torch.eye(length).flip(0, 1))
-    return _monte_carlo(length, method, samples, generator)
+        return _chain(slots, leftwards=method == "right_to_left"), torch.eye(length)
+    return _monte_carlo(slots, method, samples, generator)
+
+
+def _numbers(slots: Slots) -> Int[Tensor, " slots"]:
+    """The number of each slot's block."""
+    return torch.repeat_interleave(torch.arange(len(slots.blocks)), torch.tensor(slots.blocks))
+
+
+def _chain(slots: Slots, leftwards: bool) -> Bool[Tensor, "slots slots"]:
+    """What stands before each slot of a chain rule: the blocks before its own, and its block's slots on one side of it."""
+    number = _numbers(slots)
+    earlier, own = number[None] < number[:, None], number[None] == number[:, None]
+    beside = torch.ones(len(slots), len(slots)).tril(-1).bool()
+    return earlier | (own & (beside.T if leftwards else beside))
 
 
 def _monte_carlo(
-    length: int, method: str, samples: int, generator: torch.Generator
+    slots: Slots, method: str, samples: int, generator: torch.Generator
 ) -> tuple[Bool[Tensor, "states slots"], Float[Tensor, "states slots"]]:
+    length, number = len(slots), _numbers(slots)
     if method == "llada":
         k = torch.randint(1, length + 1, (samples,), generator=generator)
-        hidden = torch.rand(samples, length, generator=generator).argsort(1).argsort(1) < k[:, None]
-        return ~hidden, hidden * (length / k[:, None]) / samples
+        order = torch.rand(samples, length, generator=generator) - number  # later blocks are hidden first
+        hidden = order.argsort(1).argsort(1) < k[:, None]
+        scored = hidden & torch.tensor([slots.inside(length - n) for n in k.tolist()])
+        return ~hidden, scored * (length / scored.sum(1, keepdim=True)) / samples
     t = (torch.rand((), generator=generator) + torch.arange(samples) / samples) % 1
     ratio = ((1 - DREAM_EPS) * t + DREAM_EPS)[:, None]
     hidden = torch.rand(samples, length, generator=generator) < ratio
-    return ~hidden, hidden / ratio / samples
+    if len(slots.blocks) == 1:
+        return ~hidden, hidden / ratio / samples
+    opened = number[torch.randint(length, (samples, 1), generator=generator)]
+    scored = hidden & (number == opened)
+    sizes = torch.tensor(slots.blocks)[opened]
+    return (number < opened) | (~hidden & (number == opened)), scored * (length / sizes) / ratio / samples
 
 
 @torch.no_grad()
@@ -119,7 +148,8 @@ def _weighted(
         at = torch.stack([(len(rows[i][0]) + torch.arange(most)).clamp(max=len(rows[i][0]) + len(right[i]) - 1) for i in part]).to(ids.device)
         tokens = torch.stack([torch.nn.functional.pad(right[i], (0, most - len(right[i]))) for i in part])
         share = torch.stack([torch.nn.functional.pad(weights[i].double(), (0, most - len(weights[i]))) for i in part])
-        log_probs = adapter.token_logits(ids, mask, at=at).float().log_softmax(-1).cpu()
+        canvas = torch.tensor([len(rows[i][0]) for i in part], device=ids.device)
+        log_probs = adapter.token_logits(ids, mask, at=at, canvas=canvas).float().log_softmax(-1).cpu()
         found = log_probs.gather(-1, tokens[..., None])[..., 0].double()
         out[torch.tensor(part)] = (found * share).sum(1)
     return out

@@ -3,13 +3,17 @@
 A canvas of mask tokens stands after each prompt. At every step the model predicts all masked slots at once; an *order*
 says how sure it is of each, and the surest are committed and stay. LLaDA's decoding (arXiv 2502.09992, its generate.py)
 reveals a fixed number of slots a step, block by block; Dream's (arXiv 2508.15487) reveals the fraction 1 - s/t of what is
-masked, with t running linearly from 1 to eps. Both are reproduced token for token at temperature 0.
+masked, with t running linearly from 1 to eps. A block-causal model writes block by block: SDAR (arXiv 2510.06303) reveals a
+fixed number of slots a step, or beside them all that are surer than a threshold. dLLM's samplers round a linear schedule.
+All are reproduced token for token at temperature 0.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +23,10 @@ from torch import Tensor
 from easyedit_mdm.common.registry import Registry
 from easyedit_mdm.errors import HyperParameterError, RequestError
 from easyedit_mdm.models import Adapter
+from easyedit_mdm.models.attention import FULL, Attention
 from easyedit_mdm.models.geometry import right_padded
+
+PACES = ("even", "linear")
 
 
 @dataclass(frozen=True)
@@ -28,9 +35,14 @@ class DecodeConfig:
 
     Attributes:
         canvas: masks after the prompt; None means as many as the answer has tokens.
-        steps: denoising steps; None means one a mask.
-        block_length: LLaDA's semi-autoregressive blocks; None means one block.
+        steps: denoising steps, shared out evenly over the blocks; None means one a mask. A block that the prompt's tail or the
+            canvas's end cuts short takes as many slots a step as a whole one, and so fewer steps.
+        block_length: blocks that are written one after the other. None: the model's own, which for full attention is one
+            block; the blocks of a block-causal model may be divided further.
         order: which slots are committed first (a name in `ORDERS`).
+        pace: how many a step. `even`: equally many, the remainder first (LLaDA, SDAR); `linear`: a linear schedule, rounded
+            (dLLM). Dream's orders have their own, and take neither.
+        threshold: slots whose token is likelier than this are committed as well, however many; None for none.
         temperature: 0 for greedy.
         eps: where Dream's time ends; only its orders read it.
         top_k: only the k likeliest tokens of a slot count, 0 for all. None means the order's own: all for LLaDA's, 50 for
@@ -42,6 +54,8 @@ class DecodeConfig:
     steps: int | None = None
     block_length: int | None = None
     order: str = "low_confidence"
+    pace: str = "even"
+    threshold: float | None = None
     temperature: float = 0.0
     eps: float = 1e-3
     top_k: int | None = None
@@ -53,7 +67,11 @@ class DecodeConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise HyperParameterError(f"decode setting {name}={value!r} must be a whole number, at least 1 (or None)")
-        for name in ("temperature", "top_k", "eps"):
+        if self.pace not in PACES:
+            raise HyperParameterError(f"decode setting pace={self.pace!r} is not one of {', '.join(PACES)}")
+        if not ORDERS[self.order].blocks and (self.pace != "even" or self.threshold is not None):
+            raise HyperParameterError(f"order {self.order!r} has a pace of its own: leave pace and threshold out")
+        for name in ("temperature", "top_k", "eps", "threshold"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, float)) or value < 0):
                 raise HyperParameterError(f"decode setting {name}={value!r} must be a number and not negative")
@@ -64,32 +82,93 @@ class DecodeConfig:
         """The settings as they go into records."""
         return asdict(self)
 
-    def plan(self, length: int) -> Plan:
-        """Steps and blocks for a canvas of `length` masks.
+    def plan(self, length: int, attention: Attention = FULL, prompt: int = 0) -> Plan:
+        """Steps and blocks for a canvas of `length` masks after a prompt of `prompt` tokens.
 
         Raises:
             HyperParameterError: if blocks or steps do not divide as LLaDA's decoding needs.
         """
-        steps = self.steps or length
-        block = self.block_length or length
-        if not ORDERS[self.order].blocks and block != length:
-            raise HyperParameterError(f"order {self.order!r} knows no blocks: leave block_length out (got {block} for a canvas of {length})")
-        if length % block:
-            raise HyperParameterError(f"block_length {block} does not divide the canvas of {length} masks")
-        blocks = length // block
-        if steps % blocks:
-            raise HyperParameterError(f"{steps} steps do not spread evenly over {blocks} blocks; make steps a multiple of {blocks}")
-        return Plan(length, steps, block, steps // blocks)
+        sizes = self._blocks(length, attention, prompt)
+        steps, free = self.steps, self.pace == "linear" or attention.block is not None
+        if steps is not None and steps % len(sizes) and not free:
+            blocks = len(sizes)
+            raise HyperParameterError(
+                f"{steps} steps do not spread evenly over {blocks} blocks; make steps a multiple of {blocks}"
+            )
+        each = max(sizes) if steps is None else math.ceil(steps / len(sizes))
+        starts = itertools.accumulate(sizes[:-1], initial=0)
+        turns = [Turn(start, n, k) for start, n in zip(starts, sizes) for k in self._counts(n, max(sizes), each)]
+        return Plan(length, each * len(sizes), self.block_length or attention.block or length, tuple(turns))
+
+    def _blocks(self, length: int, attention: Attention, prompt: int) -> tuple[int, ...]:
+        """Sizes of the blocks that are written one after the other."""
+        block, whole = self.block_length or attention.block or length, attention.block
+        if whole is None:
+            if self.pace == "even" and length % block and ORDERS[self.order].blocks:
+                raise HyperParameterError(f"block_length {block} does not divide the canvas of {length} masks")
+            sizes = Attention(block, edges="canvas").blocks(0, length)
+        else:
+            if whole % block:
+                raise HyperParameterError(f"block_length {block} does not divide the model's blocks of {whole} tokens")
+            sizes = replace(attention, block=block).blocks(prompt, length)
+        if not ORDERS[self.order].blocks and len(sizes) > 1:
+            raise HyperParameterError(
+                f"order {self.order!r} knows no blocks: leave block_length out (got {block} for a canvas of {length}); "
+                "a block-causal model needs an order that knows them"
+            )
+        return sizes
+
+    def _counts(self, size: int, whole: int, steps: int) -> list[int]:
+        """How many slots of a block are committed at each of its steps.
+
+        Args:
+            whole: the size of the largest block.
+        """
+        if self.pace == "linear":
+            return _linear(size, steps)
+        base, extra = divmod(whole, steps)
+        counts = [base + (i < extra) for i in range(steps)]
+        if size == whole:
+            return counts
+        needed = next(i for i, total in enumerate(itertools.accumulate(counts), 1) if total >= size)
+        return counts[:needed]
+
+
+def _linear(size: int, steps: int) -> list[int]:
+    """dLLM's counts: what is still masked times 1 - s/t, rounded half to even, with t falling from 1 to 0; none where it is 0."""
+    times = torch.tensor([i / steps for i in range(steps, -1, -1)])
+    masked = 1 - (1 - times)  # the share that is masked at each time, in float32 as theirs
+    left, counts = size, []
+    for later, now in zip(masked[1:], masked[:-1]):
+        counts.append(min(round(left * (1 - (later / now).item())), left))
+        left -= counts[-1]
+    return [n for n in counts if n]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One step of a plan: `count` of the `size` slots from `start` on are committed."""
+
+    start: int
+    size: int
+    count: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A decode of one canvas: `steps` in all, `steps_per_block` for each block of `block` slots."""
+    """A decode of one canvas.
+
+    Attributes:
+        length: slots.
+        steps: denoising steps, as `DecodeConfig.steps` means them.
+        block: slots of a block.
+        turns: what each step does; Dream's orders read only how many there are.
+    """
 
     length: int
     steps: int
     block: int
-    steps_per_block: int
+    turns: tuple[Turn, ...]
 
 
 @dataclass(frozen=True)
@@ -170,6 +249,7 @@ class _Canvas:
     ids: Tensor
     mask: Tensor
     at: Tensor
+    starts: Tensor
     plans: list[Plan]
     masked: Tensor = field(init=False)
     tokens: Tensor = field(init=False)
@@ -213,13 +293,29 @@ def decode(
     generator = generator or torch.Generator().manual_seed(config.seed)
     lengths = [config.canvas or n for n in lengths]
     _check(adapter, prompts, lengths)
-    state = _lay_out(adapter, prompts, [config.plan(n) for n in lengths])
+    sight = adapter.attention if adapter.masked else FULL  # an autoregressive model's canvas is one block, written leftmost first
+    state = _lay_out(adapter, prompts, [config.plan(n, sight, len(p)) for p, n in zip(prompts, lengths)])
     if given is not None:
         _reveal(adapter, state, given)
-    for step in range(max((p.steps for p in state.plans), default=0)):
-        rows = torch.tensor([r for r, p in enumerate(state.plans) if step < p.steps], device=state.ids.device)
-        _denoise(adapter, state, rows, step, config, generator)
+    place, step = [0] * len(prompts), 0  # the turn that each row has come to
+    while going := [r for r, plan in enumerate(state.plans) if place[r] < len(plan.turns)]:
+        turns = [state.plans[r].turns[place[r]] for r in going]
+        _denoise(adapter, state, torch.tensor(going, device=state.ids.device), turns, step, config, generator)
+        for r in going:
+            place[r] = _next(state, r, place[r], config)
+        step += 1
     return [Trajectory(*(getattr(state, name)[r, :n].cpu() for name in ("tokens", "step", "confidence", "one_step"))) for r, n in enumerate(lengths)]
+
+
+def _next(state: _Canvas, row: int, place: int, config: DecodeConfig) -> int:
+    """The turn after this one; with a threshold, a block that is full sooner than planned ends there."""
+    turns = state.plans[row].turns
+    turn = turns[place]
+    place += 1
+    if config.threshold is not None and not state.masked[row, turn.start : turn.start + turn.size].any():
+        while place < len(turns) and turns[place].start == turn.start:
+            place += 1
+    return place
 
 
 def _check(adapter: Adapter, prompts: Sequence[Tensor], lengths: Sequence[int]) -> None:
@@ -237,7 +333,7 @@ def _lay_out(adapter: Adapter, prompts: Sequence[Tensor], plans: list[Plan]) -> 
     ids, mask = right_padded(rows, adapter.ids.pad, adapter.device)
     starts = torch.tensor([len(p) for p in prompts], device=ids.device)
     at = starts[:, None] + torch.arange(max(p.length for p in plans), device=ids.device)
-    return _Canvas(ids, mask, at.clamp(max=ids.shape[1] - 1), plans)
+    return _Canvas(ids, mask, at.clamp(max=ids.shape[1] - 1), starts, plans)
 
 
 def _reveal(adapter: Adapter, state: _Canvas, given: Sequence[Tensor]) -> None:
@@ -254,15 +350,25 @@ def _reveal(adapter: Adapter, state: _Canvas, given: Sequence[Tensor]) -> None:
         state.tokens[row, : len(shown)][known] = shown[known]
 
 
-def _denoise(adapter: Adapter, state: _Canvas, rows: Tensor, step: int, config: DecodeConfig, generator: torch.Generator) -> None:
+def _denoise(
+    adapter: Adapter,
+    state: _Canvas,
+    rows: Tensor,
+    turns: list[Turn],
+    step: int,
+    config: DecodeConfig,
+    generator: torch.Generator,
+) -> None:
     """One step for the rows that are not done."""
     order = ORDERS[config.order]
-    logits = adapter.token_logits(state.ids[rows], state.mask[rows], at=state.at[rows]).float()
+    logits = adapter.token_logits(state.ids[rows], state.mask[rows], at=state.at[rows], canvas=state.starts[rows]).float()
     probs, tokens, chosen = _choose(adapter, logits, config, order, generator)
     if step == 0:
         state.one_step[rows] = tokens
     scores = order.score(probs, chosen, generator)
-    commit = _select(state, rows, step, scores, config, order, generator)
+    commit = _select(state, rows, turns, step, scores, config)
+    if config.threshold is not None:
+        commit |= _open(state, rows, turns) & (chosen > config.threshold)
     at = state.at[rows]
     ids = state.ids[rows]
     ids.scatter_(1, at, torch.where(commit, tokens, ids.gather(1, at)))
@@ -294,32 +400,31 @@ def _choose(
     return probs, tokens, probs.gather(-1, tokens[..., None])[..., 0]
 
 
+def _open(state: _Canvas, rows: Tensor, turns: list[Turn]) -> Bool[Tensor, "rows slots"]:
+    """The masked slots of the block that each row writes in."""
+    masked = state.masked[rows]
+    start = torch.tensor([turn.start for turn in turns], device=masked.device)[:, None]
+    size = torch.tensor([turn.size for turn in turns], device=masked.device)[:, None]
+    slots = torch.arange(masked.shape[1], device=masked.device)
+    return masked & (slots >= start) & (slots < start + size)
+
+
 def _select(
-    state: _Canvas, rows: Tensor, step: int, scores: Tensor, config: DecodeConfig, order: Order, generator: torch.Generator
+    state: _Canvas, rows: Tensor, turns: list[Turn], step: int, scores: Tensor, config: DecodeConfig
 ) -> Bool[Tensor, "rows slots"]:
     """Which slots are committed at this step."""
-    masked = state.masked[rows].clone()
-    plans = [state.plans[r] for r in rows.tolist()]
-    slots = torch.arange(masked.shape[1], device=masked.device)
+    order, plans = ORDERS[config.order], [state.plans[r] for r in rows.tolist()]
+    masked = _open(state, rows, turns)
     if order.bernoulli:
         keep = torch.tensor([_dream_fraction(p, step, config.eps) for p in plans], device=masked.device)
         return masked & (scores < keep[:, None])
-    if order.blocks:
-        block = torch.tensor([step // p.steps_per_block * p.block for p in plans], device=masked.device)[:, None]
-        width = torch.tensor([p.block for p in plans], device=masked.device)[:, None]
-        masked &= (slots >= block) & (slots < block + width)
-        counts = [_llada_count(p, step) for p in plans]
-    else:
+    counts = [turn.count for turn in turns]
+    if not order.blocks:
         left = masked.sum(-1).tolist()
         counts = [int(n * _dream_fraction(p, step, config.eps)) for n, p in zip(left, plans)]
     ranked = scores.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = ranked.argsort(dim=-1)
     return masked & (rank < torch.tensor(counts, device=masked.device)[:, None])
-
-
-def _llada_count(plan: Plan, step: int) -> int:
-    base, extra = divmod(plan.block, plan.steps_per_block)
-    return base + (step % plan.steps_per_block < extra)
 
 
 def _dream_fraction(plan: Plan, step: int, eps: float) -> float:
@@ -339,6 +444,8 @@ def generate(
     steps: int | None = None,
     block_length: int | None = None,
     order: str = "low_confidence",
+    pace: str = "even",
+    threshold: float | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     do_sample: bool = False,
@@ -351,7 +458,8 @@ def generate(
 
     Args:
         max_length: prompt columns plus new tokens, where `max_new_tokens` is not given.
-        steps, block_length, order, top_k: see `DecodeConfig`.
+        steps, block_length, order, pace, threshold, top_k: see `DecodeConfig`. A model with blocks counted from the row's start
+            writes its last block to the end, and what goes beyond `max_new_tokens` is cut off.
         temperature: used if positive and sampling is not switched off; `do_sample=True` alone means 1.0.
         eos_token_id: if given, what follows the first such token becomes `pad_token_id`.
         use_cache: masked models have no exact cache; either value gives the same tokens.
@@ -368,13 +476,21 @@ def generate(
     heat = (1.0 if temperature is None else temperature) if do_sample else (temperature or 0.0)
     if generator is None and heat > 0:  # as elsewhere in torch: torch.manual_seed decides, and the next call draws anew
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, (1,))))
-    config = DecodeConfig(max_new_tokens, steps, block_length, order, heat, top_k=top_k)
+    config = DecodeConfig(None, steps, block_length, order, pace, threshold, heat, top_k=top_k)
     shown = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     prompts = [row[keep].cpu() for row, keep in zip(input_ids, shown)]
-    done = decode(adapter, prompts, [max_new_tokens] * len(prompts), config, generator)
-    new = torch.stack([t.tokens for t in done]).to(input_ids.device)
+    lengths = [_whole(adapter.attention, len(prompt), max_new_tokens) for prompt in prompts]
+    done = decode(adapter, prompts, lengths, config, generator)
+    new = torch.stack([t.tokens[:max_new_tokens] for t in done]).to(input_ids.device)
     if eos_token_id is not None:
         ends = torch.isin(new, torch.tensor(eos_token_id, device=new.device)).long()
         ended = ends.cumsum(-1) - ends > 0
         new = new.masked_fill(ended, adapter.ids.pad if pad_token_id is None else pad_token_id)
     return torch.cat([input_ids, new], dim=1)
+
+
+def _whole(attention: Attention, prompt: int, slots: int) -> int:
+    """As many slots as it takes for the last block to be whole, where blocks are counted from the row's start."""
+    if attention.block is None or attention.edges != "start":
+        return slots
+    return slots + -(prompt + slots) % attention.block

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from easyedit_mdm.editing.edit import Edit, LowRank, keeping
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
-from easyedit_mdm.editing.keys import Lower, key_columns, key_states, read_site
+from easyedit_mdm.editing.keys import Lower, SiteRows, key_columns, key_states, read_site
 from easyedit_mdm.editing.request import EditRequest
 from easyedit_mdm.editing.rome import card, check_modules, statistics, tokenise
 from easyedit_mdm.editing.rows import Fact
@@ -180,9 +180,9 @@ def _optimised(adapter: Adapter, site: Site, facts: list[Fact], hparams: BatchHy
 
 def outputs(adapter: Adapter, site: Site, facts: Sequence[Fact], hparams: ROMEMDMHyperParams, block: bool = True) -> Float[Tensor, "facts width"]:
     """The block's (or the site's) output at the subject's token of each bare prompt, with no slot revealed."""
-    rows = [torch.cat([fact.contexts[0].ids, key_states(adapter, fact, hparams)[0][0]]) for fact in facts]
+    rows = SiteRows.of((fact.contexts[0], key_states(adapter, fact, hparams)[0].tails[0]) for fact in facts)
     name = adapter.spec.paths.block.format(site.layer) if block else None
-    return read_site(adapter, site, rows, [fact.contexts[0].site for fact in facts], hparams.max_rows, name)[1]
+    return read_site(adapter, site, rows, hparams.max_rows, name)[1]
 
 
 def check_requests(requests: Sequence[EditRequest]) -> None:

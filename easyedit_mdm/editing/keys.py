@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from easyedit_mdm.denoising import schedule
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
+from easyedit_mdm.editing.plans import Plan
+from easyedit_mdm.editing.request import Prompt
 from easyedit_mdm.editing.rows import Fact
 from easyedit_mdm.editing.value import fact_generator
 from easyedit_mdm.models import Adapter
@@ -57,21 +58,65 @@ class KeyColumns:
 Lower = dict[int, tuple[int, Tensor]]
 
 
-def key_states(adapter: Adapter, fact: Fact, hparams: ROMEMDMHyperParams) -> tuple[list[Tensor], Float[Tensor, " states"]]:
-    """The target's slots, as tokens, in every state under which the key is read, and each state's weight."""
+@dataclass(frozen=True)
+class KeyStates:
+    """The states under which a fact's key is read after some of its context prefixes.
+
+    Attributes:
+        contexts: the prefixes, by number.
+        tails: the target's slots, as tokens, in every state; nothing is revealed in the first.
+        weights: weight of each state.
+    """
+
+    contexts: tuple[int, ...]
+    tails: list[Int[Tensor, " slots"]]
+    weights: Float[Tensor, " states"]
+
+
+def key_states(adapter: Adapter, fact: Fact, hparams: ROMEMDMHyperParams) -> list[KeyStates]:
+    """The states under which the key is read; the first holds those of the bare prompt."""
     if not adapter.masked:
-        return [fact.target], torch.ones(1)
+        return [KeyStates(tuple(range(len(fact.contexts))), [fact.target], torch.ones(1))]
     name = "full_mask" if hparams.key_states == "full_mask" else "enumerate"
-    states = schedule(name, len(fact.target), hparams.max_states).draw(0, fact_generator(fact, hparams.seed))
-    return [torch.where(revealed, fact.target, adapter.ids.slot) for revealed in states.revealed], states.weights
+    plan, slot = Plan.of(adapter, fact, name, hparams.max_states), adapter.ids.slot
+    return [
+        KeyStates(contexts, [torch.where(shown, fact.target, slot) for shown in states.revealed], states.weights)
+        for contexts, states in plan.draw(0, fact_generator(fact, hparams.seed))
+    ]
+
+
+@dataclass
+class SiteRows:
+    """Rows that are read at one position each.
+
+    Attributes:
+        rows: prompts with the target's slots behind them.
+        at: where each is read.
+        canvas: where its slots begin.
+    """
+
+    rows: list[Tensor]
+    at: list[int]
+    canvas: list[int]
+
+    @classmethod
+    def of(cls, prompts: Iterable[tuple[Prompt, Tensor]]) -> SiteRows:
+        """A row for each prompt and the slots behind it, read at the subject's token."""
+        pairs = list(prompts)
+        rows = [torch.cat([prompt.ids, tail]) for prompt, tail in pairs]
+        return cls(rows, [prompt.site for prompt, _ in pairs], [len(prompt.ids) for prompt, _ in pairs])
+
+
+def _key_rows(fact: Fact, states: Sequence[KeyStates]) -> Iterator[tuple[Prompt, Tensor]]:
+    for some in states:
+        yield from ((fact.contexts[c], tail) for tail in some.tails for c in some.contexts)
 
 
 @torch.no_grad()
 def read_site(
     adapter: Adapter,
     site: Site,
-    rows: Sequence[Tensor],
-    at: Sequence[int],
+    read: SiteRows,
     max_rows: int,
     output_of: str | None = None,
     lower: Lower | None = None,
@@ -79,22 +124,25 @@ def read_site(
     """Input of the site and output of a module of the same layer (the site by default) at one position of each row, in float32.
 
     Args:
+        read: the rows.
         lower: what earlier calls with the same rows have computed, and this one leaves to later ones.
     """
     module, watched = adapter.module(site.name), adapter.module(output_of or site.name)
-    if not adapter.masked:  # what comes later changes nothing at that position
+    rows, at = read.rows, read.at
+    if adapter.attention.causal:  # what comes later changes nothing at that position
         rows = [row[: place + 1] for row, place in zip(rows, at)]
     passes = list(similar([len(row) for row in rows], max_rows))
     keys: list[Tensor] = []
     outputs: list[Tensor] = []
     for number, some in enumerate(passes):
         ids, mask = right_padded([rows[i] for i in some], adapter.ids.pad, adapter.device)
+        canvas = torch.tensor([read.canvas[i] for i in some], device=ids.device)
         start, hidden = (0, None) if lower is None else lower.get(number, (0, None))
         if lower is not None and start < site.layer:
-            hidden = adapter.hidden_before(site.layer, ids, mask, start=start, hidden=hidden)
+            hidden = adapter.hidden_before(site.layer, ids, mask, start=start, hidden=hidden, canvas=canvas)
             start, _ = lower[number] = site.layer, hidden
         with reading_input(module) as entering, reading_output(watched) as leaving:
-            adapter.hidden_before(site.layer + 1, ids, mask, start=start, hidden=hidden)
+            adapter.hidden_before(site.layer + 1, ids, mask, start=start, hidden=hidden, canvas=canvas)
         index, places = torch.arange(len(some)), torch.tensor([at[i] for i in some])
         for values, into in ((entering[0], keys), (leaving[0], outputs)):
             into.append(values[index.to(values.device), places.to(values.device)].float())
@@ -102,43 +150,64 @@ def read_site(
     return torch.cat(keys)[back.to(keys[0].device)], torch.cat(outputs)[back.to(outputs[0].device)]
 
 
+def _by_group(
+    values: Float[Tensor, "rows width"], states: Sequence[KeyStates]
+) -> list[Float[Tensor, "states some width"]]:
+    """What was read in the rows of `_key_rows`, apart again."""
+    sizes = [len(some.tails) * len(some.contexts) for some in states]
+    parts = values.split(sizes)
+    return [part.view(len(some.tails), len(some.contexts), -1) for part, some in zip(parts, states)]
+
+
 def read_keys(adapter: Adapter, site: Site, fact: Fact, hparams: ROMEMDMHyperParams) -> Keys:
-    """Keys under the prompt followed by the target's slots, in the states of `key_states`, and the values with nothing revealed."""
-    tails, weights = key_states(adapter, fact, hparams)
-    rows = [torch.cat([p.ids, tail]) for tail in tails for p in fact.contexts]
-    keys, values = read_site(adapter, site, rows, [p.site for p in fact.contexts] * len(tails), hparams.max_rows)
-    n = len(fact.contexts)  # the first state of every schedule is the one with nothing revealed
-    by_state = keys.view(len(tails), n, -1)
-    return Keys(torch.einsum("s,sci->ci", weights.to(keys.device), by_state), values[:n])
+    """Keys in the states of `key_states`, averaged over them, and the values with nothing revealed."""
+    states = key_states(adapter, fact, hparams)
+    keys, values = read_site(adapter, site, SiteRows.of(_key_rows(fact, states)), hparams.max_rows)
+    means = [
+        torch.einsum("s,sci->ci", some.weights.to(each.device), each)
+        for some, each in zip(states, _by_group(keys, states))
+    ]
+    order = torch.tensor([c for some in states for c in some.contexts]).argsort()
+    firsts = torch.cat([each[0] for each in _by_group(values, states)])
+    return Keys(torch.cat(means)[order.to(keys.device)], firsts[order.to(values.device)])
 
 
-def key_columns(adapter: Adapter, site: Site, facts: Sequence[Fact], hparams: ROMEMDMHyperParams, lower: Lower | None = None) -> KeyColumns:
+def key_columns(
+    adapter: Adapter, site: Site, facts: Sequence[Fact], hparams: ROMEMDMHyperParams, lower: Lower | None = None
+) -> KeyColumns:
     """One key a fact, or one a state (`key_states: per_state`), each averaged over the context prefixes.
 
     `key_average: single` is the plain mean over prefixes; `easyedit` takes the mean of the bare prompt's key and of the
     mean of the others, as EasyEdit's MEMIT, which averages by kind of context, comes to. `lower`: see `read_site`.
     """
-    rows, at, weights = [], [], []
-    for fact in facts:
-        tails, shares = key_states(adapter, fact, hparams)
-        weights.append(shares)
-        rows += [torch.cat([p.ids, tail]) for tail in tails for p in fact.contexts]
-        at += [p.site for _ in tails for p in fact.contexts]
-    keys, _ = read_site(adapter, site, rows, at, hparams.max_rows, lower=lower)
-    columns, owner, column_weights, start = [], [], [], 0
-    for i, (fact, shares) in enumerate(zip(facts, weights)):
-        n = len(shares) * len(fact.contexts)
-        each = _mean_over_contexts(keys[start : start + n].double().view(len(shares), len(fact.contexts), -1), hparams.key_average)
-        start += n
+    states = [key_states(adapter, fact, hparams) for fact in facts]
+    rows = SiteRows.of(pair for fact, some in zip(facts, states) for pair in _key_rows(fact, some))
+    keys, _ = read_site(adapter, site, rows, hparams.max_rows, lower=lower)
+    read = iter(_by_group(keys, [group for some in states for group in some]))
+    columns, owner, weights = [], [], []
+    for i, some in enumerate(states):
+        means = [_over_contexts(next(read).double(), group, facts[i], hparams.key_average) for group in some]
+        each, heavy = torch.cat([mean for mean, _ in means]), torch.cat([weight for _, weight in means])
         if hparams.key_states != "per_state":
-            each, shares = (shares.to(each)[:, None] * each).sum(0, keepdim=True), torch.ones(1)
+            each, heavy = (heavy.to(each)[:, None] * each).sum(0, keepdim=True), torch.ones(1)
         columns.append(each)
         owner += [i] * len(each)
-        column_weights.append(shares)
-    return KeyColumns(torch.cat(columns).T, torch.tensor(owner), torch.cat(column_weights))
+        weights.append(heavy)
+    return KeyColumns(torch.cat(columns).T, torch.tensor(owner), torch.cat(weights))
 
 
-def _mean_over_contexts(keys: Float[Tensor, "states contexts inner"], average: str) -> Float[Tensor, "states inner"]:
-    if average == "single" or keys.shape[1] == 1:
-        return keys.mean(1)
-    return (keys[:, 0] + keys[:, 1:].mean(1)) / 2
+def _over_contexts(
+    keys: Float[Tensor, "states some inner"], group: KeyStates, fact: Fact, average: str
+) -> tuple[Float[Tensor, "states inner"], Float[Tensor, " states"]]:
+    """Each state's key, averaged over the prefixes that the state stands after, and what it weighs among the fact's keys."""
+    apart = average != "single" and len(fact.contexts) > 1  # the bare prompt by itself
+    others = len(fact.contexts) - apart
+    bare = apart and 0 in group.contexts
+    if bare and len(group.contexts) == len(fact.contexts):
+        return (keys[:, 0] + keys[:, 1:].mean(1)) / 2, group.weights
+    if not bare:
+        share = len(group.contexts) / others * (0.5 if apart else 1.0)
+        return keys.mean(1), group.weights * share
+    rest = (len(group.contexts) - 1) / others / 2
+    mean = (keys[:, 0] / 2 + keys[:, 1:].sum(1) / others / 2) / (0.5 + rest)
+    return mean, group.weights * (0.5 + rest)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from easyedit_mdm.denoising.states import Schedule, States
+from easyedit_mdm.denoising.states import Schedule, Slots, States
 from easyedit_mdm.editing.rows import Fact
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
@@ -22,37 +22,39 @@ def rolled_out(
     site: Site,
     facts: dict[int, Fact],
     deltas: Sequence[Tensor],
-    plans: Sequence[Schedule],
+    plans: Sequence[Schedule] | Mapping[int, Schedule],
     rights: Float[Tensor, "facts inner"] | None = None,
 ) -> dict[int, States]:
     """For each fact (by number) its N states, from nothing revealed to one slot left; at most `plans[i].most` of them, spread evenly.
 
-    A step commits the slot whose best token has the highest probability (LLaDA's `low_confidence`): its right token, or the
-    model's own. All facts go through the model together: as many passes as the longest target has tokens. `rights`: see
-    `easyedit_mdm.editing.value.optimise`.
+    A step commits the slot whose best token has the highest probability (LLaDA's `low_confidence`) among those of the open
+    block: its right token, or the model's own. All facts go through the model together: as many passes as the longest target
+    has tokens. `rights`: see `easyedit_mdm.editing.value.optimise`.
     """
     revealed = {i: torch.zeros(len(f.target), dtype=torch.bool) for i, f in facts.items()}
     shown = {i: f.target.clone() for i, f in facts.items()}
-    met: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in facts}
+    blocks = {i: Slots(adapter.attention.blocks(len(f.contexts[0].ids), len(f.target))) for i, f in facts.items()}
+    met: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {i: [] for i in facts}
     for step in range(max((len(f.target) for f in facts.values()), default=0)):
         going = [i for i in facts if step < len(facts[i].target)]
         given = [facts[i] for i in going], [revealed[i] for i in going], [shown[i] for i in going], [deltas[i] for i in going]
         through = None if rights is None else rights[going]
         for i, probabilities in zip(going, _slots(adapter, site, *given, through)):
-            met[i].append((revealed[i].clone(), shown[i].clone()))
+            scored = ~revealed[i] & torch.tensor(blocks[i].inside(step))
+            met[i].append((revealed[i].clone(), scored, shown[i].clone()))
             best, token = probabilities.max(-1)
-            slot = int(best.masked_fill(revealed[i], -1).argmax())
+            slot = int(best.masked_fill(~scored, -1).argmax())
             revealed[i][slot] = True
             if plans[i].rolled == "own":
                 shown[i][slot] = token[slot]
     return {i: _spread(met[i], plans[i].most) for i in facts}
 
 
-def _spread(met: list[tuple[Tensor, Tensor]], most: int) -> States:
+def _spread(met: list[tuple[Tensor, Tensor, Tensor]], most: int) -> States:
     """Some of the states met, each as heavy as any other."""
     kept = [met[k] for k in torch.linspace(0, len(met) - 1, min(len(met), most)).round().int().tolist()]
-    revealed = torch.stack([r for r, _ in kept])
-    return States(revealed, ~revealed, torch.full((len(kept),), 1 / len(kept)), torch.stack([s for _, s in kept]))
+    revealed, scored, shown = (torch.stack(column) for column in zip(*kept))
+    return States(revealed, scored, torch.full((len(kept),), 1 / len(kept)), shown)
 
 
 def _slots(
@@ -73,5 +75,5 @@ def _slots(
     where = torch.tensor([f.contexts[0].site for f in facts])
     module, added = adapter.module(site.name), torch.stack(list(deltas))
     with adding_at(module, where, added) if rights is None else writing_through(module, rights, added):
-        probabilities = adapter.token_logits(ids, mask, at=at).float().softmax(-1).cpu()
+        probabilities = adapter.token_logits(ids, mask, at=at, canvas=start.to(ids.device)).float().softmax(-1).cpu()
     return [row[: len(tail)] for row, tail in zip(probabilities, tails)]

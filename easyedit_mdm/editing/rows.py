@@ -36,6 +36,7 @@ class Rows:
 
     Attributes:
         ids, mask: the padded rows.
+        canvas: where the target's slots begin, for each row.
         site: where delta is added, for each row.
         at: positions that are read.
         tokens: the right token at each of them.
@@ -48,6 +49,7 @@ class Rows:
 
     ids: Int[Tensor, "rows length"]
     mask: Int[Tensor, "rows length"]
+    canvas: Int[Tensor, " rows"]
     site: Int[Tensor, " rows"]
     at: Int[Tensor, "rows slots"]
     tokens: Int[Tensor, "rows slots"]
@@ -81,7 +83,8 @@ class Rows:
         source = source.clamp(0, self.ids.shape[1] - 1)
         mask = self.mask.gather(1, source) * inside
         ids = torch.where(mask.bool(), self.ids.gather(1, source), pad)
-        return replace(self, ids=ids, mask=mask, site=self.site + shift, at=self.at + shift[:, None])
+        canvas, site, at = self.canvas + shift, self.site + shift, self.at + shift[:, None]
+        return replace(self, ids=ids, mask=mask, canvas=canvas, site=site, at=at)
 
     def chunks(self, most: int, by_rest: bool = False) -> Iterator[tuple[Int[Tensor, " some"], int, int]]:
         """Rows of similar length, up to `most` at a time, as (numbers of the rows, columns they need, slots they need): little of a pass is padding.
@@ -99,13 +102,21 @@ class Rows:
         return (self.turn < 0) | (step % self.period == self.turn)
 
 
-def build_rows(adapter: Adapter, facts: dict[int, Fact], states: dict[int, States], kl_position: str, dealt: bool = False) -> Rows:
+def build_rows(
+    adapter: Adapter,
+    facts: dict[int, Fact],
+    states: dict[int, list[tuple[tuple[int, ...], States]]],
+    kl_position: str,
+    dealt: bool = False,
+) -> Rows:
     """Rows for some facts (by number), each in its states: contexts x states, and one anchor row a fact.
 
     In a causal model a row ends with the last token that a prediction is read from.
 
-    `dealt`: state s stands in context c only at the steps t with (c + t) mod states = s, and weighs what the states of a
-    step weigh together.
+    Args:
+        states: of each fact, beside the numbers of the contexts that they stand after; each context comes once.
+        dealt: state s stands in context c only at the steps t with (c + t) mod states = s, and weighs what the states of a
+            step weigh together.
     """
     columns: dict[str, list] = {name: [] for name in Rows.__dataclass_fields__ if name not in ("mask", "reach")}
     slots = max(len(f.target) for f in facts.values())
@@ -114,25 +125,25 @@ def build_rows(adapter: Adapter, facts: dict[int, Fact], states: dict[int, State
         """One row; slots it does not have are read at its first and weigh nothing."""
         fill = slots - len(read)
         padded = [torch.nn.functional.pad(values, (0, fill)) for values in (right, weight)]
-        row = (torch.cat([prompt.ids, tail]), prompt.site, read + [read[0]] * fill, *padded, fact, anchor, turn, period)
+        row = (torch.cat([prompt.ids, tail]), len(prompt.ids), prompt.site, read + [read[0]] * fill, *padded, fact, anchor, turn, period)
         for name, value in zip(columns, row):
             columns[name].append(value)
 
     for i, fact in facts.items():
-        n, period = len(fact.target), len(states[i].weights)
-        for s, (revealed, scored, weight) in enumerate(zip(states[i].revealed, states[i].scored, states[i].weights)):
-            own = states[i].shown
-            shown = fact.target if own is None else own[s]
-            tail = torch.where(revealed, shown, adapter.ids.slot) if adapter.masked else fact.target[:-1]
-            share = scored.float() * ((1.0 if dealt else weight) / scored.sum() / len(fact.contexts))
-            for c, prompt in enumerate(fact.contexts):
-                start = len(prompt.ids)
-                turn = (s - c) % period if dealt else -1
-                add(i, prompt, tail, list(range(start, start + n)), fact.target, share, False, turn, period)
+        for contexts, group in states[i]:
+            period = len(group.weights)
+            for s, (revealed, scored, weight) in enumerate(zip(group.revealed, group.scored, group.weights)):
+                shown = fact.target if group.shown is None else group.shown[s]
+                tail = torch.where(revealed, shown, adapter.ids.slot) if adapter.masked else fact.target[:-1]
+                share = scored.float() * ((1.0 if dealt else weight) / scored.sum() / len(fact.contexts))
+                for c in contexts:
+                    prompt, turn = fact.contexts[c], (s - c) % period if dealt else -1
+                    read = list(range(len(prompt.ids), len(prompt.ids) + len(fact.target)))
+                    add(i, prompt, tail, read, fact.target, share, False, turn, period)
         filler = torch.tensor([adapter.ids.slot])
-        read = len(fact.anchor.ids) if kl_position == "slot" else fact.anchor.site + 1
-        anchor, tail = (fact.anchor, filler) if adapter.masked else (replace(fact.anchor, ids=fact.anchor.ids[:read]), filler[:0])
-        add(i, anchor, tail, [read], filler, torch.zeros(1), True, -1, 1)
+        stop = len(fact.anchor.ids) if kl_position == "slot" else fact.anchor.site + 1
+        anchor, tail = (fact.anchor, filler) if adapter.masked else (replace(fact.anchor, ids=fact.anchor.ids[:stop]), filler[:0])
+        add(i, anchor, tail, [stop], filler, torch.zeros(1), True, -1, 1)
     batch, mask = right_padded(columns.pop("ids"), adapter.ids.pad, adapter.device)
     tensors = {name: (torch.stack(v) if isinstance(v[0], Tensor) else torch.tensor(v)).to(adapter.device) for name, v in columns.items()}
     return Rows(ids=batch, mask=mask, **tensors)

@@ -25,8 +25,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from easyedit_mdm.denoising.states import Schedule, schedule
+from easyedit_mdm.denoising import States
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
+from easyedit_mdm.editing.plans import Plan
 from easyedit_mdm.editing.rollout import rolled_out
 from easyedit_mdm.editing.rows import Fact, Rows, build_rows
 from easyedit_mdm.errors import OptimisationError
@@ -102,9 +103,9 @@ def _optimise(
     hparams: ROMEMDMHyperParams,
     rights: Float[Tensor, "facts inner"] | None = None,
 ) -> list[Optimised]:
-    plans = [_schedule_for(adapter, fact, hparams) for fact in facts]
+    plans = [Plan.of(adapter, fact, hparams.state_schedule, hparams.max_states) for fact in facts]
     deltas = [torch.zeros_like(v, requires_grad=True) for v in initial]
-    done = [Optimised(d, schedule=_name(p)) for d, p in zip(deltas, plans)]
+    done = [Optimised(d, schedule=p.used) for d, p in zip(deltas, plans)]
     recent: list[deque[float]] = [deque(maxlen=1 if hparams.early_stop_on == "drawn" else p.cycle) for p in plans]
     optimizer = torch.optim.Adam(deltas, lr=hparams.v_lr)
     rates = _rates(optimizer, hparams)
@@ -136,15 +137,6 @@ def _rates(optimizer: torch.optim.Optimizer, hparams: ROMEMDMHyperParams) -> tor
     if hparams.v_lr_schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, hparams.v_num_grad_steps - 1))
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-
-
-def _schedule_for(adapter: Adapter, fact: Fact, hparams: ROMEMDMHyperParams) -> Schedule:
-    # an autoregressive model has one state a target: each slot sees the slots on its left
-    return schedule(hparams.state_schedule if adapter.masked else "full_mask", len(fact.target), hparams.max_states)
-
-
-def _name(plan: Schedule) -> str:
-    return plan.used if plan.used == plan.name else f"{plan.used} (asked for {plan.name})"
 
 
 def _record(losses: Tensor, active: list[int], done: list[Optimised], recent: list[deque], hparams: ROMEMDMHyperParams, step: int) -> list[int]:
@@ -196,7 +188,7 @@ class Below:
     def logits(self, adapter: Adapter, layer: int, rows: Rows) -> Float[Tensor, "rows slots vocab"]:
         """The logits at the columns that the rows are read at."""
         if self.prefix is None:
-            return adapter.token_logits(rows.ids, rows.mask, at=rows.at, layer=layer, hidden=self.hidden)
+            return adapter.token_logits(rows.ids, rows.mask, at=rows.at, layer=layer, hidden=self.hidden, canvas=rows.canvas)
         return logits_after(adapter, self.prefix, self.hidden, rows.mask, rows.at)
 
 
@@ -212,7 +204,7 @@ class _Forward:
         adapter: Adapter,
         site: Site,
         facts: Sequence[Fact],
-        plans: list[Schedule],
+        plans: list[Plan],
         hparams: ROMEMDMHyperParams,
         rights: Float[Tensor, "facts inner"] | None = None,
     ):
@@ -265,9 +257,8 @@ class _Forward:
 
     def _build(self, step: int, active: list[int], deltas: list[Tensor]) -> tuple[list[int], Rows, Tensor]:
         """All rows of some facts. Kept where the rows are, whatever device the lower layers are on."""
-        rolled = {i: self.facts[i] for i in active if self.plans[i].rolled}
-        states = {i: self.plans[i].draw(step, self.generators[i]) for i in active if i not in rolled}
-        states |= rolled_out(self.adapter, self.site, rolled, deltas, self.plans, self.rights)
+        states = {i: self.plans[i].draw(step, self.generators[i]) for i in active if not self.plans[i].rolled}
+        states |= self._rolled([i for i in active if self.plans[i].rolled], deltas)
         rows = build_rows(self.adapter, {i: self.facts[i] for i in active}, states, self.hparams.kl_position, self.plans[active[0]].dealt)
         module = self.adapter.module(self.site.name)
         through = self.rights if self.above else None  # otherwise the site runs at every step, and is hooked there
@@ -278,12 +269,23 @@ class _Forward:
                 part = rows.take(chunk).cut(length, slots)
                 reading: AbstractContextManager[list[Tensor]] = nullcontext([]) if through is None else reading_input(module)
                 with reading as entering:
-                    hidden = self.adapter.hidden_before(self.layer, part.ids, part.mask).to(rows.ids.device)
+                    hidden = self.adapter.hidden_before(self.layer, part.ids, part.mask, canvas=part.canvas).to(rows.ids.device)
                 below = hidden.new_zeros(*rows.ids.shape, hidden.shape[-1]) if below is None else below
                 below[chunk, :length] = hidden
                 if through is not None and reach is not None:  # what enters the edited map lies below the edit, and stays
                     reach[chunk, :length] = reach_of(entering[0], through[part.fact.to(through.device)]).to(reach.device)
         return list(active), rows, cast(Tensor, below)  # there is at least the anchor's row
+
+    def _rolled(self, facts: list[int], deltas: list[Tensor]) -> dict[int, list[tuple[tuple[int, ...], States]]]:
+        """The states that the model comes through after each group's first prefix."""
+        found: dict[int, list[tuple[tuple[int, ...], States]]] = {i: [] for i in facts}
+        for number in range(max((len(self.plans[i].groups) for i in facts), default=0)):
+            some = {i: self.plans[i].groups[number] for i in facts if number < len(self.plans[i].groups)}
+            asked = {i: replace(self.facts[i], contexts=[self.facts[i].contexts[group.contexts[0]]]) for i, group in some.items()}
+            schedules = {i: self.plans[i].schedules[number] for i in some}
+            for i, states in rolled_out(self.adapter, self.site, asked, deltas, schedules, self.rights).items():
+                found[i].append((some[i].contexts, states))
+        return found
 
     def _chunk(self, rows: Rows, below: Below, deltas: Float[Tensor, "active width"], place: Tensor) -> Float[Tensor, " active"]:
         """NLL and KL of some rows, added up by fact."""

@@ -90,13 +90,14 @@ def _teacher_forced(adapter: Adapter, prompts: Sequence[str], answers: Sequence[
 @torch.no_grad()
 def _any_order(adapter: Adapter, prompt: Int[Tensor, " _"], target: Int[Tensor, " _"]) -> float:
     """Mean, over states as `enumerate` weighs them, of the share of masked slots whose best token is the right one."""
-    states = schedule("enumerate", len(target), _MAX_STATES).draw(0, torch.Generator().manual_seed(0))
+    blocks = adapter.attention.blocks(len(prompt), len(target))
+    states = schedule("enumerate", blocks, _MAX_STATES).draw(0, torch.Generator().manual_seed(0))
     rows = [torch.cat([prompt, torch.where(shown, target, adapter.ids.slot)]) for shown in states.revealed]
     batch, mask = right_padded(rows, adapter.ids.pad, adapter.device)
     at = (len(prompt) + torch.arange(len(target))).expand(len(rows), -1).to(batch.device)
-    right = adapter.token_logits(batch, mask, at=at).argmax(-1).cpu() == target
-    hidden = ~states.revealed
-    return float((states.weights * (right & hidden).sum(1) / hidden.sum(1)).sum())
+    canvas = torch.full((len(rows),), len(prompt), device=batch.device)
+    right = adapter.token_logits(batch, mask, at=at, canvas=canvas).argmax(-1).cpu() == target
+    return float((states.weights * (right & states.scored).sum(1) / states.scored.sum(1)).sum())
 
 
 def given_k(adapter: Adapter, prompt: str, answer: str, seed: int = 0) -> list[bool]:

@@ -48,14 +48,18 @@ def score_prompts(adapter: Adapter, prompts: Sequence[str], answers: Sequence[st
         at_once = [_share(path.one_step[: len(t)], t) for path, t in zip(paths, targets)]
     else:
         at_once = teacher_forced(adapter, ids, targets)
-    return [_score(adapter, path, t, once, config) for path, t, once in zip(paths, targets, at_once)]
+    scored = zip(paths, targets, at_once, map(len, ids))
+    return [_score(adapter, path, t, once, config, prompt) for path, t, once, prompt in scored]
 
 
-def _score(adapter: Adapter, path: Trajectory, target: Int[Tensor, " n"], one_step: float, config: DecodeConfig) -> dict[str, Any]:
+def _score(
+    adapter: Adapter, path: Trajectory, target: Int[Tensor, " n"], one_step: float, config: DecodeConfig, prompt: int
+) -> dict[str, Any]:
+    """What is said of one path, after a prompt of `prompt` tokens."""
     n = len(target)
     written = path.tokens[:n]
     first = path.first_committed()
-    plan = config.plan(len(path.tokens)) if adapter.masked else None
+    plan = config.plan(len(path.tokens), adapter.attention, prompt) if adapter.masked else None
     settings = replace(config, canvas=len(path.tokens), steps=plan.steps if plan else len(path.tokens), block_length=plan.block if plan else None)
     return {
         "token_acc": _share(written, target),

@@ -70,3 +70,6 @@ class Attention:
         kind = "full" if self.block is None else "causal" if self.causal else f"block-causal of {self.block}"
         edges = ", from the canvas" if self.block and not self.causal and self.edges == "canvas" else ""
         return kind + edges + (", causal context" if self.context == "causal" and not self.causal else "")
+
+
+FULL, CAUSAL = Attention(), Attention(1)

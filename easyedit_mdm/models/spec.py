@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from easyedit_mdm.errors import CheckpointError, ModelError
-from easyedit_mdm.models.attention import Attention
+from easyedit_mdm.models.attention import CAUSAL, FULL, Attention
 
 Config = Mapping[str, Any]
 
@@ -89,7 +89,7 @@ class FamilySpec:
             raise CheckpointError(f"block={block!r} was given, but a {self.name} model is causal: leave it out")
         try:
             found = self.attention(config) if callable(self.attention) else self.attention
-            found = found or Attention(None if self.masked else 1)
+            found = found or (FULL if self.masked else CAUSAL)
             return found if block is None else replace(found, block=block)
         except ModelError as error:
             raise CheckpointError(f"{self.name}: {error}; the block's size is what the loader was given, or config.json says") from error
