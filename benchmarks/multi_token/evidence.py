@@ -41,6 +41,7 @@ class Runs:
     def __init__(self, folder: Path = RESULTS):
         self.folder = folder
         self._read: dict[tuple[str, str], list[Line]] = {}
+        self._series: dict[tuple[str, str, str], list[Line]] = {}
 
     def lines(self, command: str, model: str, known: bool = True) -> list[Line]:
         """The lines of a command, by default of facts that the model knew before; [] if it was not run."""
@@ -55,8 +56,11 @@ class Runs:
 
     def series(self, model: str, method: str, arm: str) -> list[Line]:
         """One arm on the test split."""
-        rows = self.lines("best" if arm == "best" else "run", model)
-        return [row for row in rows if (row["method"], row["arm"]) == (method, arm)]
+        key = (model, method, arm)
+        if key not in self._series:
+            rows = self.lines("best" if arm == "best" else "run", model)
+            self._series[key] = [row for row in rows if (row["method"], row["arm"]) == (method, arm)]
+        return self._series[key]
 
     def arms(self, model: str, method: str) -> list[str]:
         """The arms that a model was run with on the test split, but for the null control."""

@@ -122,7 +122,7 @@ def figure(runs: Runs, path: Path) -> None:
             axes[i][j].grid(alpha=0.3)
     axes[-1][0].legend(fontsize=8, loc="lower left")
     drawn.supxlabel("tokens of the target")
-    drawn.supylabel("whole target right (N steps, but where one step is said)")
+    drawn.supylabel("whole target right (N steps)")
     drawn.tight_layout()
     drawn.savefig(path, metadata={"Date": None})
     pyplot.close(drawn)

@@ -172,7 +172,7 @@ def confirmatory(runs: Runs) -> str:
 
 
 def halves(runs: Runs) -> str:
-    """The protocol's test on the first 60 subjects, which were reported before the rest were run, and on the rest."""
+    """The test on the first 60 subjects, which were reported before the rest were run, and on the rest."""
     rows = []
     for pair in PAIRS:
         plain, aware = (runs.series(pair.masked, pair.method, arm) for arm in ("plain", "aware"))
@@ -513,7 +513,7 @@ def known(runs: Runs) -> str:
         (m, *(len({r["subject"] for r in runs.lines("run", m, known=k)}) for k in (True, False)))
         for m in MODELS
     ]
-    return ", ".join(f"{m.removeprefix('twin-')} {knows} of {every}" for m, knows, every in counts)
+    return ", ".join(f"{m.removeprefix('twin-')} {knows}/{every}" for m, knows, every in counts)
 
 
 def failed(runs: Runs) -> int:

@@ -1,4 +1,4 @@
-"""The ladder of honesty: the same edit, judged by measures that leak less and less of the answer. Defined in docs/metrics.md."""
+"""The ladder of honesty: one edit, judged by measures that leak different things. Defined in docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ Rung = dict[str, float | bool]
 
 
 def ladder(adapter: Adapter, prompts: Sequence[str], answers: Sequence[str], config: DecodeConfig = DecodeConfig()) -> list[dict[str, Rung]]:
-    """Every rung for each prompt: `{rung: {"token_acc", "exact"}}`, from the most lenient to the strictest.
+    """Every rung for each prompt: `{rung: {"token_acc", "exact"}}`. Their order is not one of strictness.
 
     - `teacher_forced`: causal: each token after the right ones before it (EasyEdit's). Masked, its any-order analogue: each
       still-masked slot in states that show right tokens elsewhere (all states, or one for each number of them beyond 31).
-    - `one_step`: all N masks committed at once (masked models).
+      Exact there implies exact in every other way of filling the N masks, so long as all states are asked.
+    - `one_step`: parallel commit, all N masks committed at once (masked models).
     - `multi_step`: exactly N masks, N steps; causal: N greedy tokens.
     - `canvas8`, `canvas16`, `canvas32`: a longer canvas; exact if nothing but the answer stands before the end of the text.
       Left out where the answer does not fit.
@@ -60,7 +61,7 @@ def ladder(adapter: Adapter, prompts: Sequence[str], answers: Sequence[str], con
 
 
 def mirage_gap(rungs: dict[str, Rung]) -> float:
-    """Exact match on the first rung minus exact match on the last: what the lenient measure promises and the strict one does not keep."""
+    """Exact match on the first rung minus exact match on the last. In masked models it can be negative."""
     return float(rungs[FIRST]["exact"]) - float(rungs[LAST]["exact"])
 
 
