@@ -22,6 +22,7 @@ _LAZY = {
     "ROMEMDMHyperParams": "easyedit_mdm.editing",
     "make_edit": "easyedit_mdm.api",
     "make_edits": "easyedit_mdm.api",
+    "Session": "easyedit_mdm.session",
     "score_prompts": "easyedit_mdm.evaluation",
     "register": "easyedit_mdm.host",
     "BaseEditor": "easyedit_mdm.host",

@@ -19,6 +19,10 @@ class UnknownNameError(EasyEditMDMError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class NameTakenError(EasyEditMDMError, ValueError):
+    """A name (schedule, order, family, method) under which something else is registered already."""
+
+
 class HostNotFoundError(EasyEditMDMError, ImportError):
     """EasyEdit could not be found."""
 

@@ -200,15 +200,15 @@ def test_every_method_through_the_editor(joined, world, method):
 
 def test_alphaedit_history_belongs_to_the_editor(joined, world):
     """Sequential edits of one editor know each other; another editor starts afresh; restored edits are forgotten."""
-    from easyedit_mdm.host.joining import _HISTORY
-
     editor, other = batch_editor(joined, "AlphaEdit_MDM"), batch_editor(joined, "AlphaEdit_MDM")
-    history = getattr(editor.hparams, _HISTORY)
     arguments = {k: v for k, v in call(world, 2).items() if k in ("prompts", "subject", "target_new")}
     editor.edit(**arguments, keep_original_weight=True, verbose=False)
+    history = editor.hparams.model_name.session.history
     assert len(history) == 1, "each edit was taken back before the next"
     editor.edit(**arguments, **({"sequential_edit": True} if HEAD else {"keep_original_weight": False}), verbose=False)
-    assert len(history) == 2 and len(getattr(other.hparams, _HISTORY)) == 0
+    assert editor.hparams.model_name.session.history is history
+    assert len(history) == 2
+    assert other.hparams.model_name.session is None
 
 
 def test_easyedits_memit_on_our_statistics(joined, world, monkeypatch, tmp_path):

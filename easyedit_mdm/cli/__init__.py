@@ -266,6 +266,12 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--data-file", help="a file outside the folder's usual names")
     bench.add_argument("--limit", type=int, help="cases, drawn by the seed (default: all)")
     bench.add_argument("--seed", type=int, default=0)
+    bench.add_argument(
+        "--mode",
+        default="each",
+        help="each: one fact at a time (default); batch: several together; sequential: batch after batch in one model",
+    )
+    bench.add_argument("--batch-size", type=int, help="facts a batch (default: all for batch, 1 for sequential)")
     bench.add_argument("--out", required=True, help="run file (.jsonl)")
     bench.add_argument("--resume", action="store_true", help="go on with a run that was cut off")
     bench.add_argument("--label", help="what to call the run in reports")
@@ -606,6 +612,8 @@ def _bench(args: argparse.Namespace, rest: list[str]) -> int:
         args.light,
         args.device,
         not args.no_fluency,
+        args.mode,
+        args.batch_size,
     )
     bench(
         config,

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
-from easyedit_mdm.errors import UnknownNameError
+from easyedit_mdm.errors import NameTakenError, UnknownNameError
 
 T = TypeVar("T")
 
@@ -28,16 +28,40 @@ class Registry(Generic[T]):
     def __init__(self, kind: str):
         self.kind = kind
         self._things: dict[str, T] = {}
+        self._watchers: list[Callable[[str, T], None]] = []
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that adds a thing under `name`."""
+        """Decorator that adds a thing under `name`.
+
+        Raises:
+            NameTakenError: if another thing has that name.
+        """
 
         def add(thing: T) -> T:
             """The decorator."""
-            self._things[name] = thing
+            if self._things.setdefault(name, thing) is not thing:
+                raise NameTakenError(f"the {self.kind} {name!r} is registered already: choose another name, or unregister it")
+            for watcher in self._watchers:
+                watcher(name, thing)
             return thing
 
         return add
+
+    def unregister(self, name: str) -> T:
+        """Take a thing out again.
+
+        Raises:
+            UnknownNameError: if there is none of that name.
+        """
+        thing = self[name]
+        del self._things[name]
+        return thing
+
+    def watch(self, watcher: Callable[[str, T], None]) -> None:
+        """Call `watcher(name, thing)` for everything that is registered, now and later."""
+        for name, thing in self._things.items():
+            watcher(name, thing)
+        self._watchers.append(watcher)
 
     def __getitem__(self, name: str) -> T:
         if name in self._things:

@@ -36,7 +36,8 @@ class GuardConfig:
     """Thresholds; None leaves a figure out. Where the defaults come from is told in docs/edits.md.
 
     Attributes:
-        norm_ratio: the most that ||dW|| / ||W|| may be in any weight (Frobenius norms).
+        norm_ratio: the most that ||dW|| / ||W|| may be in any weight (Frobenius norms), of one edit and of all edits of a
+            sequence together.
         condition: the largest condition number of the second moments, with their ridge.
         denominator: the least that the closed form may divide by, next to what it could have been: |k . u| / ||k|| of a rank-one
             method, smallest over largest pivot of a batched one's system.
@@ -97,8 +98,15 @@ def update_figures(edit: Edit, model: nn.Module) -> dict[str, float | None]:
 def reasons(figures: Mapping[str, float | None], config: GuardConfig) -> list[str]:
     """What lies past a threshold, in words; empty if all is well."""
     found = []
-    for name, wrong in (("norm_ratio", "above"), ("condition", "above"), ("perplexity_ratio", "above"), ("denominator", "below")):
-        value, limit = figures.get(name), getattr(config, name)
+    limits = {"norm_ratio_all": config.norm_ratio, **dataclasses.asdict(config)}
+    for name, wrong in (
+        ("norm_ratio", "above"),
+        ("norm_ratio_all", "above"),
+        ("condition", "above"),
+        ("perplexity_ratio", "above"),
+        ("denominator", "below"),
+    ):
+        value, limit = figures.get(name), limits[name]
         if value is not None and limit is not None and not (value <= limit if wrong == "above" else value >= limit):
             found.append(f"{name} {value:.3g} is {wrong} {limit:.3g}")
     return found

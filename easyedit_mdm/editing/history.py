@@ -45,6 +45,11 @@ class History:
         self._edits.append((_state(adapter, weights), {name: value.cpu() for name, value in keys.items()}))
 
 
+    def latest(self) -> dict[str, Tensor]:
+        """The keys that were added last, by site; empty if there are none."""
+        return dict(self._edits[-1][1]) if self._edits else {}
+
+
 def _state(adapter: Adapter, weights: Sequence[str]) -> str:
     parameters = dict(adapter.named_parameters())
     return " ".join(tensor_sha256(parameters[name]) for name in weights)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.editing.guard import GuardConfig, held_out, reasons, update_figures
-from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.errors import CollapseError
 from easyedit_mdm.evaluation.perplexity import perplexity
 from easyedit_mdm.models import Adapter
@@ -20,8 +19,8 @@ class CollapseGuard:
     """Applies edits to one model and watches what they do to it.
 
     Args:
-        adapter: the model, as it is before the first edit: the perplexity that later edits are held against is taken then, so that
-            a sequence of edits cannot ruin the model in small steps.
+        adapter: the model, as it is before the first edit. The perplexity and the weights that later edits are held against
+            are those of then, so that a sequence of edits cannot ruin the model in small steps.
         config: the thresholds.
     """
 
@@ -29,6 +28,7 @@ class CollapseGuard:
         self.adapter, self.config = adapter, config
         self._before: float | None = None
         self._texts: list[str] | None = None
+        self._weights: dict[str, Tensor] = {}  # as they were before the first edit, of those that were edited
 
     def apply(self, edit: Edit, force: bool = False) -> dict[str, Any]:
         """Apply an edit, unless that would ruin the model.
@@ -45,6 +45,7 @@ class CollapseGuard:
             EditError: if the edit does not fit.
         """
         figures: dict[str, float | None] = update_figures(edit, self.adapter)
+        figures["norm_ratio_all"] = self._norm_ratio_of_all(edit)
         self._judge(edit, figures, force, "refused; no weight was changed")
         if self.config.perplexity_ratio is None:
             edit.apply(self.adapter)
@@ -75,6 +76,17 @@ class CollapseGuard:
             )
         return record
 
+    def _norm_ratio_of_all(self, edit: Edit) -> float:
+        """||W_after - W_first|| / ||W_first||, the worst over the edit's weights: what all edits of the sequence come to."""
+        weights = dict(self.adapter.native.named_parameters(remove_duplicate=False))
+        worst = 0.0
+        for change in edit.changes:
+            now = weights[change.name].detach()
+            first = self._weights.setdefault(change.name, now.clone())
+            moved = (now - first).float() + change.dense().to(now.device)
+            worst = max(worst, float(moved.norm() / first.float().norm().clamp(min=1e-30)))
+        return worst
+
     def _baseline(self, edit: Edit) -> float:
         if self._before is None:
             self._before = self._perplexity(edit)
@@ -88,20 +100,3 @@ class CollapseGuard:
         except OverflowError:
             return math.inf
         return math.inf if math.isnan(value) else value
-
-
-def apply_guarded(adapter: Adapter, edit: Edit, hparams: ROMEMDMHyperParams) -> dict[str, Tensor]:
-    """Apply an edit, through the guard if the hyperparameters set one.
-
-    Returns:
-        the original weights, by the changes' names.
-
-    Raises:
-        CollapseError: if the guard stops it; the weights are those of before.
-        EditError: if the edit does not fit.
-    """
-    config = hparams.guard_config()
-    if config is None:
-        return edit.apply(adapter)
-    CollapseGuard(adapter, config).apply(edit)
-    return edit.originals(adapter)

@@ -15,11 +15,12 @@ import torch
 
 from easyedit_mdm.api import wrap_model
 from easyedit_mdm.denoising import DecodeConfig
-from easyedit_mdm.editing import METHODS, Edit, EditRequest, History
+from easyedit_mdm.editing import METHODS
+from easyedit_mdm.editing.edit import identity
 from easyedit_mdm.editing.hparams import find_hparams, read_yaml
+from easyedit_mdm.editing.methods import Method
 from easyedit_mdm.errors import HyperParameterError, MissingPackageError
 from easyedit_mdm.evaluation.fluency import ngram_counts
-from easyedit_mdm.evaluation.guard import apply_guarded
 from easyedit_mdm.host.evaluation import LOCALITY_GROUP, edit_quality, meta, multi_step, public
 from easyedit_mdm.host.finding import Host
 from easyedit_mdm.host.importing import host_module, import_easyedit
@@ -28,8 +29,8 @@ from easyedit_mdm.host.on_cpu import CudaMeansCpu
 from easyedit_mdm.host.statistics import join_statistics
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import is_known
+from easyedit_mdm.session import Session
 
-_HISTORY = "_easyedit_mdm_history"  # an editor's own, kept on its own copy of the hyperparameters: all that it hands to a method
 _OUR_WORDS = "_easyedit_mdm_words"
 _EDITOR_CALLS = ("__init__", "edit", "batch_edit", "edit_dataset", "edit_requests", "normal_edit", "generate_edit")
 
@@ -56,22 +57,23 @@ def register(home: str | Path | None = None) -> Joined:
     table = host_module("util.alg_dict").ALG_DICT
     editor = host_module("editors.editor")
     if not hasattr(editor.BaseEditor, "_easyedit_mdm"):
-        for name in METHODS:
-            table[name] = _apply_function(name, host.form)
         _join_editor(editor, host)
         _join_evaluation(editor)
         _join_fluency()
         _join_batching()
         join_statistics()
-        for name in {METHODS[name].stands_for for name in METHODS}:
-            _join_hparams(name)
+        METHODS.watch(functools.partial(_join_method, table, host.form))  # later ones too
         editor.BaseEditor._easyedit_mdm = True
     return Joined(host, editor.BaseEditor)
 
 
-def _apply_function(name: str, form: str) -> Callable[..., tuple[Any, dict[str, torch.Tensor]]]:
-    method = METHODS[name]
+def _join_method(table: dict[str, Any], form: str, name: str, method: Method) -> None:
+    """A method in EasyEdit's table, its hyperparameters wherever a runner reads those of the method that it stands for."""
+    table[name] = _apply_function(name, form)
+    _join_hparams(method.stands_for)
 
+
+def _apply_function(name: str, form: str) -> Callable[..., tuple[Any, dict[str, torch.Tensor]]]:
     def apply(
         model: Any,
         tok: Any,
@@ -88,8 +90,11 @@ def _apply_function(name: str, form: str) -> Callable[..., tuple[Any, dict[str, 
         """
         if copy:
             model = _deepcopy(model)
-        facts = [EditRequest.of(r) for r in ([requests] if isinstance(requests, Mapping) else requests)]
-        originals = _edit(wrap_model(model, tok), method, facts, hparams, getattr(hparams, _HISTORY, None))
+        adapter = wrap_model(model, tok)
+        listed = [dict(r) for r in ([requests] if isinstance(requests, Mapping) else requests)]
+        originals: dict[str, torch.Tensor] = {}
+        for edit in _session(adapter, hparams).edit(listed):
+            originals = {**edit.originals(adapter), **originals}  # of several edits of a weight, the first one's
         wanted = return_orig_weights and (form == "head" or keep_original_weight)
         return model, originals if wanted else {}
 
@@ -100,21 +105,14 @@ def _apply_function(name: str, form: str) -> Callable[..., tuple[Any, dict[str, 
 _deepcopy = copy.deepcopy
 
 
-def _edit(adapter: Adapter, method: Any, facts: list[EditRequest], hparams: Any, history: History | None) -> dict[str, torch.Tensor]:
-    """Make and apply the edits; if one fails, those before it are taken back."""
-    made: list[Edit] = []
-    originals: dict[str, torch.Tensor] = {}
-    try:
-        for group in [facts] if method.batchable else [[f] for f in facts]:
-            made.append(method.edit(adapter, group, hparams, history))
-            for name, value in apply_guarded(adapter, made[-1], hparams).items():
-                originals.setdefault(name, value)
-    except BaseException:
-        for edit in reversed(made):
-            if edit.is_applied(adapter):
-                edit.revert(adapter)
-        raise
-    return originals
+def _session(adapter: Adapter, hparams: Any) -> Session:
+    """The editor's own session, which lasts as long as the editor; a new one where the model is not its editor's."""
+    name = hparams.model_name
+    if not isinstance(name, LoadedName) or identity(name.model) is not identity(adapter):
+        return Session(adapter, hparams)
+    if name.session is None or identity(name.session.model) is not identity(adapter):
+        name.session = Session(adapter, hparams)
+    return name.session
 
 
 def _join_editor(editor: Any, host: Host) -> None:
@@ -126,7 +124,6 @@ def _join_editor(editor: Any, host: Host) -> None:
         if hparams is not None and is_ours_to_load(hparams.model_name, hparams.alg_name):
             hparams = copy.copy(hparams)
             hparams.model_name = load_named(hparams)
-            setattr(hparams, _HISTORY, History())
             if host.form == "wheel":
                 hparams.device = _wheel_device(hparams.device)
         init(self, hparams, *args, **kwargs)
@@ -224,12 +221,15 @@ def _join_hparams(stands_for: str) -> None:
     if theirs is None:
         return
     original = theirs.from_hparams.__func__
+    if hasattr(original, "_easyedit_mdm"):
+        return
 
     def from_hparams(cls: type, path: Any) -> Any:
         alg_name = _alg_name(path)
         ours = alg_name is not None and alg_name in METHODS
         return METHODS[str(alg_name)].hparams.from_hparams(path) if ours else original(cls, path)
 
+    vars(from_hparams)["_easyedit_mdm"] = True
     theirs.from_hparams = classmethod(from_hparams)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ Undo = Callable[[], None]
 
 def easyedits_method(
     alg_name: str, hparams_file: str | Path, home: str | Path | None = None
-) -> tuple[Adapter, dict[str, Any], Callable[[Mapping[str, Any]], Undo]]:
+) -> tuple[Adapter, dict[str, Any], Callable[[Sequence[Mapping[str, Any]]], Undo]]:
     """One of EasyEdit's methods on the model that its own hyperparameter file names.
 
     Returns:
-        the model; the hyperparameters; a function that edits the model for one request (`prompt`, `subject`, `target_new`,
-        `case_id`, `ground_truth`) and returns one that takes the edit back.
+        the model; the hyperparameters; a function that edits the model for some requests together (`prompt`, `subject`,
+        `target_new`, `case_id`, `ground_truth`) and returns one that takes the edit back.
 
     Raises:
         HyperParameterError: if EasyEdit does not know the method.
@@ -44,11 +44,11 @@ def easyedits_method(
         editor = joined.editor_class.from_hparams(hparams)
     adapter = wrap_model(editor.model, editor.tok, name=str(hparams.model_name))
 
-    def edit(request: Mapping[str, Any]) -> Undo:
+    def edit(requests: Sequence[Mapping[str, Any]]) -> Undo:
         """EasyEdit's function, as its editor calls it."""
         with contextlib.redirect_stdout(io.StringIO()):
             _, originals = table[alg_name](
-                editor.model, editor.tok, [dict(request)], editor.hparams, copy=False, return_orig_weights=True, keep_original_weight=True
+                editor.model, editor.tok, [dict(r) for r in requests], editor.hparams, copy=False, return_orig_weights=True, keep_original_weight=True
             )
         return lambda: _put_back(editor.model, originals)
 

@@ -10,6 +10,7 @@ from easyedit_mdm.api import load_model
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.errors import CheckpointError, ModelError
 from easyedit_mdm.models.loading import detect, read_config, weight_files
+from easyedit_mdm.session import Session
 from easyedit_mdm.twins import TWINS
 
 # the methods for which EasyEdit pads on the right (editors/editor.py); it pads on the left for the others
@@ -24,11 +25,12 @@ class LoadedName(str):
 
     model: Any
     tokenizer: Any
+    session: Session | None
 
     def __new__(cls, name: str, model: Any = None, tokenizer: Any = None) -> LoadedName:
-        """The name, with its model and tokenizer attached."""
+        """The name, with its model and tokenizer attached, and the session in which the editor edits it."""
         self = super().__new__(cls, name)
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.session = model, tokenizer, None
         return self
 
     def __iter__(self) -> Iterator[Any]:

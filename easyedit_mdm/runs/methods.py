@@ -1,20 +1,23 @@
-"""Methods as the bench sees them: a model, and edits of it that can be taken back. EasyEdit's own come from `host.methods`."""
+"""Methods as the bench sees them: a model, and edits of it that can be taken back.
+
+EasyEdit's own come from `host.methods`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from easyedit_mdm.api import load_model, make_edit
+from easyedit_mdm.api import load_model
 from easyedit_mdm.data.cases import BenchCase
 from easyedit_mdm.editing import METHODS, ROMEMDMHyperParams
 from easyedit_mdm.errors import HyperParameterError
-from easyedit_mdm.evaluation.guard import apply_guarded
 from easyedit_mdm.models import Adapter
+from easyedit_mdm.session import Session
 
 Undo = Callable[[], None]
 
@@ -26,21 +29,28 @@ class BenchMethod:
     Attributes:
         adapter: the model that is edited and judged.
         settings: the hyperparameters, for the header.
-        edit: edits the model for one case; returns figures of the edit and a function that takes it back.
+        edit: edits the model for some cases together; returns figures of the edit for each case, and a function that takes
+            the edit back.
         decode: decode settings of its hyperparameters, as a mapping.
+        session: the session in which it edits, for one of our methods; None for EasyEdit's own.
     """
 
     adapter: Adapter
     settings: dict[str, Any]
-    edit: Callable[[BenchCase], tuple[dict[str, Any], Undo]]
+    edit: Callable[[Sequence[BenchCase]], tuple[list[dict[str, Any]], Undo]]
     decode: dict[str, Any]
+    session: Session | None = None
 
 
-# (name, hyperparameter file) -> the model, its hyperparameters, and a function from a request to what takes its edit back
-Others = Callable[[str, str | Path], tuple[Adapter, dict[str, Any], Callable[[dict[str, Any]], Undo]]]
+# (name, hyperparameter file) -> the model, its hyperparameters, and a function from requests to what takes their edit back
+Others = Callable[
+    [str, str | Path], tuple[Adapter, dict[str, Any], Callable[[Sequence[dict[str, Any]]], Undo]]
+]
 
 
-def bench_method(alg_name: str, hparams_file: str | Path, device: str | None = None, others: Others | None = None) -> BenchMethod:
+def bench_method(
+    alg_name: str, hparams_file: str | Path, device: str | None = None, others: Others | None = None
+) -> BenchMethod:
     """Load the model that a hyperparameter file names, and the method.
 
     Args:
@@ -52,19 +62,25 @@ def bench_method(alg_name: str, hparams_file: str | Path, device: str | None = N
     if alg_name in METHODS:
         return ours(*load_ours(alg_name, hparams_file, device))
     if others is None:
-        raise HyperParameterError(f"method {alg_name!r} is not one of ours ({', '.join(METHODS)}), and EasyEdit was not asked for")
-    return _others(*others(alg_name, hparams_file))
+        raise HyperParameterError(
+            f"method {alg_name!r} is not one of ours ({', '.join(METHODS)}), and EasyEdit was not asked for"
+        )
+    adapter, settings, apply = others(alg_name, hparams_file)
 
-
-def _others(adapter: Adapter, settings: dict[str, Any], apply: Callable[[dict[str, Any]], Undo]) -> BenchMethod:
-    def edit(case: BenchCase) -> tuple[dict[str, Any], Undo]:
+    def edit(cases: Sequence[BenchCase]) -> tuple[list[dict[str, Any]], Undo]:
         """Nothing is known of what such a method does."""
-        return {}, apply({**case.request(), "case_id": case.case_id, "ground_truth": case.ground_truth or "<|endoftext|>"})
+        asked = [
+            {**case.request(), "case_id": case.case_id, "ground_truth": case.ground_truth or "<|endoftext|>"}
+            for case in cases
+        ]
+        return [{} for _ in cases], apply(asked)
 
     return BenchMethod(adapter, settings, edit, {})
 
 
-def load_ours(alg_name: str, hparams_file: str | Path, device: str | None = None) -> tuple[Adapter, ROMEMDMHyperParams]:
+def load_ours(
+    alg_name: str, hparams_file: str | Path, device: str | None = None
+) -> tuple[Adapter, ROMEMDMHyperParams]:
     """The hyperparameters of one of our methods, and the model that they name.
 
     Raises:
@@ -72,19 +88,32 @@ def load_ours(alg_name: str, hparams_file: str | Path, device: str | None = None
         UnknownNameError: for a method that is not ours.
     """
     hparams = METHODS[alg_name].hparams.from_hparams(hparams_file)
-    where = device or (str(hparams.device) if hparams.device is not None else None) or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_model(hparams.model_name, device=where, dtype=hparams.dtype, mask_id=hparams.mask_id), hparams
+    asked = device or (str(hparams.device) if hparams.device is not None else None)
+    where = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(hparams.model_name, device=where, dtype=hparams.dtype, mask_id=hparams.mask_id)
+    return model, hparams
 
 
 def ours(adapter: Adapter, hparams: ROMEMDMHyperParams) -> BenchMethod:
-    """One of our methods on a model."""
+    """One of our methods on a model, in a session of its own."""
+    session = Session(adapter, hparams)
 
-    def edit(case: BenchCase) -> tuple[dict[str, Any], Undo]:
-        """Make and apply."""
-        made = make_edit(adapter, case.request(), hparams)
-        apply_guarded(adapter, made, hparams)
-        fact = made.card["facts"][0]
-        seen = {"guard": made.card["guard"]["figures"]} if hparams.guard is not None else {}
-        return {k: fact[k] for k in ("steps", "forwards", "schedule")} | seen, lambda: made.revert(adapter)
+    def edit(cases: Sequence[BenchCase]) -> tuple[list[dict[str, Any]], Undo]:
+        """Make and apply, in one edit if the method can."""
+        before = len(session.edits)
+        made = session.edit([case.request() for case in cases])
+        figures = [
+            {k: fact[k] for k in ("steps", "forwards", "schedule")}
+            | ({} if session.guard is None else {"guard": one.card["guard"]["figures"]})
+            for one in made
+            for fact in one.card["facts"]
+        ]
 
-    return BenchMethod(adapter, hparams.to_dict(), edit, hparams.decode)
+        def undo() -> None:
+            """These edits, the last first."""
+            while len(session.edits) > before:
+                session.undo()
+
+        return figures, undo
+
+    return BenchMethod(adapter, hparams.to_dict(), edit, hparams.decode, session)

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, replace
@@ -21,14 +22,18 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from easyedit_mdm.common.files import append_line, explained, write_text
+from easyedit_mdm.common.files import append_line, explained, replacing, write_text
 from easyedit_mdm.common.fingerprints import model_fingerprint
+from easyedit_mdm.common.locks import only_writer
+from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.data.cases import BenchCase, Loaded, load_cases
 from easyedit_mdm.denoising import DecodeConfig
 from easyedit_mdm.editing import METHODS
-from easyedit_mdm.errors import DataError, EasyEditMDMError, EditError
+from easyedit_mdm.errors import DataError, EasyEditMDMError, EditError, HyperParameterError
+from easyedit_mdm.runs.batches import WATCHED, Batches, run_batches
 from easyedit_mdm.runs.judge import Judge, history, kept
 from easyedit_mdm.runs.methods import BenchMethod, Others, bench_method
+from easyedit_mdm.session import MODES
 from easyedit_mdm.statistics import cache_folder, text_source
 from easyedit_mdm.twins import TWINS
 from easyedit_mdm.version import __version__
@@ -62,6 +67,8 @@ class BenchConfig:
     light: bool = False
     device: str | None = None
     fluency: bool = True
+    mode: str = "each"
+    batch_size: int | None = None
 
 
 def bench(config: BenchConfig, out: str | Path, resume: bool = False, others: Others | None = None) -> int:
@@ -83,25 +90,75 @@ def bench(config: BenchConfig, out: str | Path, resume: bool = False, others: Ot
             recorded with its error, and the run goes on.
     """
     path = Path(out)
+    _check_mode(config)
     if path.exists() and not resume:
         raise DataError(f"{path} exists: give another --out, or --resume to go on with it")
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    method = bench_method(config.alg_name, config.hparams, config.device, others)
-    loaded = load_cases(config.dataset, config.data_dir, config.data_file, config.limit, config.seed, method.adapter.tokenizer)
-    judge = judge_of(config, method)
-    header = header_of(config, method, loaded, judge)
     rank, world = _place()
+    if world > 1 and config.mode != "each":
+        raise HyperParameterError(f"--mode {config.mode} runs in one process, and there are {world}: start it without a launcher")
     mine = path if world == 1 else path.with_name(f"{path.name}.part-{rank}-of-{world}")
-    cases = loaded.cases[rank::world]
-    if not (world > 1 and path.exists() and _is_whole(path, header, loaded.cases)):
-        run_cases(mine, header, cases, method, judge, resume)
+    with only_writer(mine):
+        method = bench_method(config.alg_name, config.hparams, config.device, others)
+        loaded = _loaded(config, config.limit, method)
+        judge = judge_of(config, method)
+        header = header_of(config, method, loaded, judge)
+        if config.mode != "each":
+            _run_in_batches(path, header, loaded.cases, method, judge, config, resume)
+        elif not (world > 1 and path.exists() and _is_whole(path, header, loaded.cases)):
+            run_cases(mine, header, loaded.cases[rank::world], method, judge, resume)
     if world > 1:
         _wait()
         if rank == 0:
             _merge(path, header, loaded.cases, world)
         _wait()
     return len(loaded.cases)
+
+
+def _check_mode(config: BenchConfig) -> None:
+    if config.mode not in MODES:
+        raise HyperParameterError(f"--mode {config.mode!r} is not one of {', '.join(MODES)}{did_you_mean(config.mode, MODES)}")
+    if config.batch_size is not None and (config.mode == "each" or config.batch_size < 1):
+        raise HyperParameterError(f"--batch-size {config.batch_size}: at least 1, and with --mode batch or sequential")
+
+
+def _loaded(config: BenchConfig, limit: int | None, method: BenchMethod) -> Loaded:
+    return load_cases(config.dataset, config.data_dir, config.data_file, limit, config.seed, method.adapter.tokenizer)
+
+
+def _run_in_batches(
+    path: Path,
+    header: dict[str, Any],
+    cases: list[BenchCase],
+    method: BenchMethod,
+    judge: Judge,
+    config: BenchConfig,
+    resume: bool,
+) -> None:
+    """Write the run file of a run in batches, or go on with the one that is there."""
+    size = config.batch_size or (len(cases) if config.mode == "batch" else 1)
+    plan = Batches(size, config.mode == "sequential", _untouched(config, cases, method))
+    header = {**header, "batches": {"size": size, "untouched": [case.case_id for case in plan.untouched]}}
+    done = _prepare(path, header, resume)
+    whole = done if done == len(cases) else done // size * size
+    if whole < done:  # a batch is written in one piece, but a disk may have filled up in the middle of it
+        _keep_lines(path, 1 + whole)
+    if _case_ids(path) != [case.case_id for case in cases[:whole]]:
+        raise DataError(f"{path} does not hold the first {whole} cases of this run in order: start another file")
+    before = Kept(header["model"]["fingerprint"], judge)
+    run_batches(path, whole, cases, method, judge, lambda case: before.get(method.adapter, case), plan)
+
+
+def _untouched(config: BenchConfig, cases: list[BenchCase], method: BenchMethod) -> list[BenchCase]:
+    """Cases of the same data set that are not edited, about other subjects; none where all are edited."""
+    known, subjects = {case.case_id for case in cases}, {case.subject for case in cases}
+    others = [c for c in _loaded(config, None, method).cases if c.case_id not in known and c.subject not in subjects]
+    return random.Random(config.seed).sample(others, min(WATCHED, len(others)))
+
+
+def _keep_lines(path: Path, lines: int) -> None:
+    write_bytes = b"".join(path.read_bytes().splitlines(keepends=True)[:lines])
+    with replacing(path) as part:
+        part.write_bytes(write_bytes)
 
 
 def run_cases(path: Path, header: dict[str, Any], cases: list[BenchCase], method: BenchMethod, judge: Judge, resume: bool) -> None:
@@ -133,7 +190,7 @@ def run_case(case: BenchCase, method: BenchMethod, judge: Judge, before: Kept) -
         record["n_tokens"] = record["pre"]["multi_step"]["rewrite"]["n_tokens"]
         record["history"] = {"pre": history(adapter, case, judge.decode)}
         judged = time.perf_counter()
-        record["edit"], undo = method.edit(case)
+        (record["edit"],), undo = method.edit([case])
         edited = time.perf_counter()
         try:
             record["post"] = judge.judge(adapter, case)
@@ -206,6 +263,7 @@ def header_of(config: BenchConfig, method: BenchMethod, loaded: Loaded, judge: J
         "version": __version__,
         "label": config.label or " ".join(filter(None, (name.rsplit("/", 1)[-1], config.alg_name, schedule))),
         "alg_name": config.alg_name,
+        "mode": config.mode,
         "hparams": json.loads(json.dumps(method.settings, default=str)),
         "model": {"name": name, "fingerprint": model_fingerprint(adapter.native), "paradigm": adapter.spec.paradigm, "family": adapter.spec.name},
         "dataset": {
@@ -220,6 +278,7 @@ def header_of(config: BenchConfig, method: BenchMethod, loaded: Loaded, judge: J
 
 def _as_now(found: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
     """The header of an earlier version's run, with the hyperparameters that have come since at their defaults: what it was run with."""
+    found = {"mode": "each", **found}  # the only one there was
     name, settings = str(found.get("alg_name")), found.get("hparams")
     if name not in METHODS or not isinstance(settings, dict):
         return found

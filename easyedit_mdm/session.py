@@ -1,0 +1,257 @@
+"""One editing session: a model, a method, and the edits that were made, in one object.
+
+EasyEdit's loop, the bench and a script all edit through it. It owns what a sequence of edits shares: the guard with the
+baseline that was measured before the first edit, the keys that later edits must not disturb (the history), and the stack of
+edits, from which any one can be taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from easyedit_mdm.common.fingerprints import tensor_sha256
+from easyedit_mdm.common.registry import did_you_mean
+from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, ROMEMDMHyperParams
+from easyedit_mdm.editing.methods import Method
+from easyedit_mdm.errors import EditError, HyperParameterError
+from easyedit_mdm.evaluation.guard import CollapseGuard
+from easyedit_mdm.models import Adapter
+
+MODES = ("each", "batch", "sequential")
+Request = EditRequest | dict
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of a sequence did.
+
+    Attributes:
+        number: of the step, from 0.
+        requests: the facts that were edited in it.
+        edits: one edit of all of them, or, for a method that writes one fact at a time, one each.
+    """
+
+    number: int
+    requests: list[EditRequest]
+    edits: list[Edit]
+
+
+class Session:
+    """Edits of one model by one method.
+
+    Used as a context manager it takes every edit back at the end, unless `keep` was called.
+
+    Args:
+        model: as `load_model` returns it.
+        hparams: hyperparameters of the method (`load_hparams`); they name it.
+        guard: what watches the edits; by default the guard that the hyperparameters set, or none.
+
+    Example:
+        >>> from easyedit_mdm import Session, load_hparams, load_model
+        >>> model = load_model("twin-llada")
+        >>> fact = {"prompt": "Ann Lee lives in", "subject": "Ann Lee", "target_new": "Rome"}
+        >>> with Session(model, load_hparams("ROME_MDM/twin-llada")) as session:
+        ...     (edit,) = session.edit([fact])
+        ...     edit.is_applied(model)
+        True
+        >>> edit.is_applied(model)
+        False
+    """
+
+    def __init__(self, model: Adapter, hparams: ROMEMDMHyperParams, guard: CollapseGuard | None = None):
+        self.model, self.hparams, self.history = model, hparams, History()
+        config = hparams.guard_config()
+        self.guard = guard or (None if config is None else CollapseGuard(model, config))
+        self._stack: list[Edit] = []
+        self._kept = False
+
+    @property
+    def method(self) -> Method:
+        """The method that the hyperparameters name."""
+        return METHODS[self.hparams.alg_name]
+
+    @property
+    def edits(self) -> list[Edit]:
+        """The edits that the model carries, the oldest first; those that somebody else took back are not among them."""
+        while self._stack and not _holds(self.model, self._stack[-1]):
+            self._stack.pop()  # EasyEdit puts weights back by itself, the last ones first
+        return list(self._stack)
+
+    # ---- editing -----------------------------------------------------------------------------------------------
+    def edit(
+        self, requests: Sequence[Request], mode: str | None = None, batch_size: int | None = None
+    ) -> list[Edit]:
+        """Edit facts and keep the edits. If one fails, those of this call are taken back.
+
+        Args:
+            requests: facts with `prompt`, `subject` and `target_new`.
+            mode: `batch`: one edit of all facts. `sequential`: groups of `batch_size`, each edited in the model that the
+                earlier ones left. `each`: one edit a fact, all made for the model as it is now (their values are optimised
+                together, which is several times faster), then applied one after another. By default `batch` where the
+                method writes several facts at once, else `sequential`.
+            batch_size: facts a group, for `sequential`; 1 by default.
+
+        Raises:
+            HyperParameterError: for a mode that does not exist or that the method cannot do.
+            RequestError: for a fact that cannot be edited.
+            CollapseError: if the guard stops an edit.
+        """
+        facts = [EditRequest.of(request) for request in requests]
+        mode = mode or ("batch" if self.method.batchable else "sequential")
+        self._check(mode, batch_size, len(facts))
+        before = len(self.edits)
+        try:
+            if mode == "each":
+                for made in self.method.edit_each(self.model, facts, self.hparams):
+                    self.apply(made)
+            else:
+                for group in _groups(facts, len(facts) if mode == "batch" else batch_size or 1):
+                    self._edit_group(group)
+        except BaseException:
+            self._undo_down_to(before)
+            raise
+        return self._stack[before:]
+
+    def steps(
+        self, requests: Sequence[Request], mode: str = "each", batch_size: int | None = None
+    ) -> Iterator[Step]:
+        """Edit group by group; the body of the loop sees the model as each step left it.
+
+        Args:
+            mode: `each`: one fact a step, taken back before the next. `batch`: `batch_size` facts a step (all of them by
+                default), taken back before the next. `sequential`: `batch_size` facts a step (1 by default), kept, so that
+                later steps edit what earlier ones left.
+
+        Raises:
+            as `edit`.
+        """
+        facts = [EditRequest.of(request) for request in requests]
+        self._check(mode, batch_size, len(facts))
+        size = {"each": 1, "batch": batch_size or max(1, len(facts)), "sequential": batch_size or 1}[mode]
+        for number, group in enumerate(_groups(facts, size)):
+            before = len(self.edits)
+            try:
+                self._edit_group(group)
+                yield Step(number, group, self._stack[before:])
+            finally:
+                if mode != "sequential":
+                    self._undo_down_to(before)
+
+    def apply(self, edit: Edit) -> None:
+        """Apply an edit that was made or loaded before, through the guard, and put it on the stack.
+
+        Raises:
+            CollapseError: if the guard stops it.
+            EditError: if it does not fit the model.
+        """
+        if self.guard is None:
+            edit.apply(self.model)
+        else:
+            self.guard.apply(edit)
+        self._stack.append(edit)
+
+    def adopt(self, edit: Edit) -> None:
+        """Put an edit on the stack that has been applied to the model already.
+
+        Raises:
+            EditError: if the model does not carry it.
+        """
+        if not _holds(self.model, edit):
+            raise EditError("the model does not carry this edit: apply it first")
+        self._stack.append(edit)
+
+    # ---- taking back -------------------------------------------------------------------------------------------
+    def undo(self, edit: Edit | None = None) -> Edit:
+        """Take an edit back, the last one by default; later edits stay.
+
+        An edit below others is taken out by putting the weights back to before it, bit for bit, and applying the later
+        ones again: the result equals the edits without it, applied in order.
+
+        Returns:
+            the edit that was taken back.
+
+        Raises:
+            EditError: if the model carries no edit, or not this one, or the weights were changed otherwise.
+        """
+        stack = self.edits
+        if not stack:
+            raise EditError("there is no edit to take back in this session")
+        gone = stack[-1] if edit is None else edit
+        if not any(known is gone for known in stack):
+            raise EditError("this edit is not one that the model carries in this session; `edits` lists those that are")
+        at = next(i for i, known in enumerate(stack) if known is gone)
+        later = stack[at + 1 :]
+        self._undo_down_to(at)
+        try:
+            for other in later:
+                other.apply(self.model)
+                self._stack.append(other)
+        except BaseException:
+            self._undo_down_to(at)
+            for other in (gone, *later):
+                other.apply(self.model)
+                self._stack.append(other)
+            raise
+        return gone
+
+    def undo_all(self) -> None:
+        """Take all edits back, the last first; the weights are those of before, bit for bit."""
+        self._undo_down_to(0)
+
+    def keep(self) -> None:
+        """Leave the edits in the model when the `with` block ends."""
+        self._kept = True
+
+    def __enter__(self) -> Session:
+        """The session."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        """Take all edits back, unless they are to be kept."""
+        if not self._kept:
+            self.undo_all()
+
+    # ---- how ---------------------------------------------------------------------------------------------------
+    def _check(self, mode: str, batch_size: int | None, facts: int) -> None:
+        if mode not in MODES:
+            raise HyperParameterError(f"mode={mode!r} is not one of {', '.join(MODES)}{did_you_mean(mode, MODES)}")
+        if batch_size is not None and batch_size < 1:
+            raise HyperParameterError(f"batch_size={batch_size} must be at least 1")
+        if mode == "each" and batch_size not in (None, 1):
+            raise HyperParameterError(f"batch_size={batch_size}: mode each edits one fact at a time; use batch or sequential")
+        if mode == "batch" and not self.method.batchable and min(batch_size or facts, facts) > 1:
+            raise HyperParameterError(
+                f"{self.method.name} writes one fact at a time: use mode sequential or each, or a method such as MEMIT_MDM"
+            )
+
+    def _edit_group(self, group: list[EditRequest]) -> None:
+        parts = [group] if self.method.batchable else [[fact] for fact in group]
+        before = len(self._stack)
+        try:
+            for part in parts:
+                self.apply(self.method.edit(self.model, part, self.hparams, self.history))
+        except BaseException:
+            self._undo_down_to(before)
+            raise
+
+    def _undo_down_to(self, number: int) -> None:
+        while len(self.edits) > number:
+            self._stack[-1].revert(self.model)
+            self._stack.pop()
+
+
+def _holds(model: Adapter, edit: Edit) -> bool:
+    """Whether the weights are those that the edit left."""
+    weights = dict(model.native.named_parameters())
+    return edit.is_applied(model) and all(
+        tensor_sha256(weights[name]) == left for name, left in edit.edited_hashes(model).items()
+    )
+
+
+def _groups(facts: list[EditRequest], size: int) -> Iterator[list[EditRequest]]:
+    for start in range(0, len(facts), max(1, size)):
+        yield facts[start : start + size]

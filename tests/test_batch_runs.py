@@ -1,0 +1,142 @@
+"""Runs in batches: together or in sequence, scored after every batch, and the same file after a kill in the middle."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_bench import alike, lines
+
+from easyedit_mdm.cli import main
+from easyedit_mdm.editing.hparams import find_hparams
+from easyedit_mdm.errors import DataError, FileError, HyperParameterError
+from easyedit_mdm.report.summaries import read_run, summary
+from easyedit_mdm.runs import batches
+from easyedit_mdm.runs import run as running
+from easyedit_mdm.runs.batches import batches_file, edits_folder, read_batches
+from easyedit_mdm.runs.run import BenchConfig, bench
+
+pytestmark = pytest.mark.end_to_end
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    """Kept evaluations and statistics stay in the test's folder."""
+    monkeypatch.setenv("EASYEDIT_MDM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Five facts of the twins' world, two a batch, with few optimiser steps."""
+    monkeypatch.setattr(running, "WATCHED", 12)
+
+    def make(method: str, mode: str, **changes) -> BenchConfig:
+        text = find_hparams(f"{method}/twin-llama").read_text()
+        lines_ = [line for line in text.splitlines() if not line.startswith(("v_num_grad_steps", "context_templates"))]
+        file = tmp_path / f"{method}.yaml"
+        file.write_text("\n".join([*lines_, "v_num_grad_steps: 3", 'context_templates: ["{}"]', "mom2_n_tokens: 2000"]))
+        given = {"limit": 5, "light": True, "mode": mode, "batch_size": 2, **changes}
+        return BenchConfig(method, str(file), "twins_validation", **given)
+
+    return make
+
+
+def test_batches_are_taken_back(config, tmp_path):
+    """Three batches of five facts: a line a case, scores after each batch, untouched facts among them, the model as before."""
+    path = tmp_path / "run.jsonl"
+    assert bench(config("MEMIT_MDM", "batch"), path) == 5
+    header, *cases = lines(path)
+    assert header["mode"] == "batch"
+    assert header["batches"]["size"] == 2
+    assert [case["batch"] for case in cases] == [0, 0, 1, 1, 2]
+    assert all("post" in case and "locality_kept" in case["post"] for case in cases)
+    watched = list(read_batches(path))
+    assert [w["batch"] for w in watched] == [0, 1, 2]
+    assert [len(w["last"]["exact"]) for w in watched] == [2, 2, 1]
+    assert all("first" not in w for w in watched), "a batch that was taken back is not asked for"
+    assert all(len(w["untouched"]["kept"]) == len(header["batches"]["untouched"]) > 10 for w in watched)
+    edited = {case["subject"] for case in cases}
+    assert len(edited) > 1
+    assert summary(read_run(path))["measures"]["success"]["n"] == 5
+    assert not edits_folder(path).exists()
+
+
+@pytest.mark.parametrize(("method", "mode"), [("MEMIT_MDM", "sequential"), ("AlphaEdit_MDM", "sequential"), ("MEMIT_MDM", "batch")])
+def test_killed_in_the_middle(config, tmp_path, monkeypatch, method, mode):
+    """After a kill in the second batch the resumed run is the uninterrupted one; finished batches are not made again."""
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    bench(config(method, mode), whole)
+    real, calls = batches.append_line, []
+
+    def killed(stream, path, line):
+        calls.append(path)
+        if len(calls) == 4:  # the second batch's edits are kept and its scores written, its cases not
+            raise KeyboardInterrupt
+        real(stream, path, line)
+
+    monkeypatch.setattr(batches, "append_line", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bench(config(method, mode), cut)
+    assert len(lines(cut)) == 1 + 2
+    monkeypatch.setattr(batches, "append_line", real)
+    made = []
+    edit = batches._edit
+    monkeypatch.setattr(batches, "_edit", lambda m, group, folder: made.append(len(group)) or edit(m, group, folder))
+    bench(config(method, mode), cut, resume=True)
+    assert made == [2, 1]
+    assert lines(cut) == alike(lines(whole))
+    assert lines(batches_file(cut)) == alike(lines(batches_file(whole)))
+    if mode == "sequential":
+        assert [w["edited"] for w in read_batches(cut)] == [2, 4, 5]
+        assert all(len(w["first"]["exact"]) == 2 for w in read_batches(cut))
+
+
+def test_one_fact_at_a_time_in_sequence(config, tmp_path):
+    """ROME_MDM edits one fact after another; `batch` is refused for it, with what to do."""
+    path = tmp_path / "run.jsonl"
+    bench(config("ROME_MDM", "sequential", batch_size=None, limit=2), path)
+    assert [case["batch"] for case in lines(path)[1:]] == [0, 1]
+    assert len(list(edits_folder(path).iterdir())) == 2
+    with pytest.raises(HyperParameterError, match="writes one fact at a time"):
+        bench(config("ROME_MDM", "batch"), tmp_path / "other.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mode", "bacth"], "did you mean 'batch'"),
+        (["--batch-size", "2"], "with --mode batch or sequential"),
+        (["--mode", "batch", "--batch-size", "0"], "at least 1"),
+    ],
+)
+def test_modes_that_make_no_sense(tmp_path, capsys, arguments, message):
+    """One line with the value, before a model is loaded."""
+    out = ["--out", str(tmp_path / "x.jsonl")]
+    asked = ["bench", "--alg", "MEMIT_MDM", "--hparams", "MEMIT_MDM/twin-llama", "--dataset", "twins_validation"]
+    assert main([*asked, *out, *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_two_writers(config, tmp_path):
+    """A second run with the same file is refused, and names the first; the file is the first one's alone."""
+    from easyedit_mdm.common.locks import only_writer
+
+    path = tmp_path / "run.jsonl"
+    with only_writer(path), pytest.raises(FileError, match=r"is being written by process \d+"):
+        bench(config("MEMIT_MDM", "batch"), path)
+    assert not path.exists()
+    bench(config("MEMIT_MDM", "batch", limit=2), path)
+
+
+def test_a_file_of_batches_that_does_not_fit(config, tmp_path):
+    """Lines are missing from NAME.batches.jsonl: said, and nothing is overwritten."""
+    path = tmp_path / "run.jsonl"
+    bench(config("MEMIT_MDM", "batch"), path)
+    text = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(text[:3]))
+    batches_file(path).write_text("")
+    with pytest.raises(DataError, match="start another run"):
+        bench(config("MEMIT_MDM", "batch"), path, resume=True)
+    assert json.loads(path.read_text().splitlines()[0])["mode"] == "batch"
