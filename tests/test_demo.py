@@ -7,11 +7,45 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import pytest
+
 from easyedit_mdm.cli import main
 
+ALONE = {"meta", "br", "hr", "img", "link", "input"}  # elements without an end tag
 
+
+class Page(HTMLParser):
+    """Reads a page; fails where tags do not match, and keeps what is fetched from elsewhere, and the text of each class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[tuple[str, str]] = []
+        self.fetched: list[str] = []
+        self.texts: dict[str, list[str]] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note it, and what it fetches."""
+        told = dict(attrs)
+        if tag not in ALONE:
+            self.open.append((tag, told.get("class") or ""))
+        self.fetched += [str(told[name]) for name in ("src", "href", "data", "action") if name in told]
+        self.fetched += [tag] if tag in ("link", "script", "iframe") else []
+
+    def handle_endtag(self, tag: str) -> None:
+        """It ends what was opened last."""
+        assert self.open and self.open.pop()[0] == tag, f"</{tag}> at {self.getpos()}"
+
+    def handle_data(self, data: str) -> None:
+        """Keep it under the class of its element."""
+        if self.open:
+            self.texts.setdefault(self.open[-1][1], []).append(data.strip())
+            if self.open[-1][0] == "style":
+                self.fetched += [word for word in ("@import", "url(") if word in data]
+
+
+@pytest.mark.end_to_end
 def test_demo(tmp_path):
-    """Exit status 0, all claims hold, under the time; the report is complete and the page self-contained."""
+    """Exit status 0 and all claims hold; the report is complete and the page whole and self-contained."""
     command = [sys.executable, "-m", "easyedit_mdm.cli", "demo", "--out", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -21,17 +55,34 @@ def test_demo(tmp_path):
     for name in ("before", "after"):
         frames = report["shown"]["denoising"][name]
         assert {c["state"] for c in frames[0]} == {"masked"} and "masked" not in {c["state"] for c in frames[-1]}
-    assert " ".join(c["text"] for c in report["shown"]["denoising"]["after"][-1]) == report["shown"]["target"]
-    page = (tmp_path / "out" / "demo.html").read_text()
-    assert "http" not in page and report["shown"]["target"].split()[0] in page
-    HTMLParser().feed(page)
-    assert not (tmp_path / "logs").exists(), "EasyEdit's logs stay out of the user's folder"
+    written = [c["text"] for c in report["shown"]["denoising"]["after"][-1]]
+    assert " ".join(written) == report["shown"]["target"]
+    text = (tmp_path / "out" / "demo.html").read_text()
+    page = Page()
+    page.feed(text)
+    page.close()
+    assert page.open == [] and page.fetched == [] and "http" not in text
+    assert page.texts["target"] == [report["shown"]["target"]] and page.texts["old"] == [report["shown"]["was"]]
+    assert len(page.texts["yes"]) == 5 and "no" not in page.texts
+    assert set(written) <= set(page.texts["cell kept"] + page.texts["cell new"])
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}, "EasyEdit's logs stay out of the user's folder"
     assert "step 0" in done.stdout and report["shown"]["target"].split()[0] in done.stdout
 
 
 def test_command_line(capsys, tmp_path):
-    """Errors of ours are one line on stderr and status 2; `hook` prints a folder; unknown arguments are refused."""
+    """Errors of ours are one message on stderr and status 2; `hook` prints a folder."""
     assert main(["run", str(tmp_path / "none.py"), "--alg", "ROME_MDM"]) == 2
-    assert "no script" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith("easyedit-mdm: ") and "no script" in told.err and "Traceback" not in told.err
     assert main(["hook"]) == 0
     assert "autoload" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["demo --out {}", "doctor --json {}", "hook", "stats --model twin-llada --dataset twins --layers 0 --out {}"])
+def test_unknown_arguments_are_refused(capsys, tmp_path, command):
+    """Whatever the command: status 2, all of them named, and nothing is done."""
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.format(out).split(), "--nonsense", "3"])
+    assert stopped.value.code == 2 and "unknown arguments: --nonsense 3" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

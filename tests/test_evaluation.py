@@ -91,7 +91,12 @@ def test_fluency(twin_llada):
     by_hand = sum(w * -sum(p * math.log2(p) for p in ps) for w, ps in ((2 / 3, two), (4 / 3, three))) / 2
     assert ngram_entropy("a b a") == pytest.approx(by_hand)
     assert ngram_entropy("") == ngram_entropy("one") == 0
-    assert fluency(twin_llada, "The river is", 30) == fluency(twin_llada, "The river is", 30)
+    written = [fluency(twin_llada, "The river is", 30, seed)["ngram_entropy"] for seed in (0, 0, 1)]
+    assert written[0] == written[1] != written[2] and all(2 < entropy < math.log2(64) for entropy in written)
+    full = " the" * (twin_llada.max_positions - 4)
+    assert fluency(twin_llada, full, 30)["ngram_entropy"] < 1, "four words are written where there is room for four"
+    with pytest.raises(RequestError, match=f"fills all {twin_llada.max_positions} positions"):
+        fluency(twin_llada, full + " the the the the", 30)
 
 
 def test_right_padded():

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import pytest
 import torch
 
 from easyedit_mdm import decode
+from easyedit_mdm.denoising import log_likelihood
 from easyedit_mdm.editing.request import target_ids
 from easyedit_mdm.errors import RequestError
 from easyedit_mdm.evaluation.judgements import counterfact_scores, preference
 from easyedit_mdm.evaluation.ladder import _any_order, given_k, ladder, mirage_gap
+from easyedit_mdm.twins.benchmark import split_facts
 
 MASKED = {"teacher_forced", "one_step", "multi_step", "canvas8", "canvas16", "canvas32", "random", "left_to_right", "steps_half", "in_context"}
-
-
-def own_words(model, prompt: str, n: int) -> str:
-    """What the model itself writes in N masks: an answer on which multi_step is right."""
-    path = decode(model, [torch.tensor(model.tokenizer(prompt)["input_ids"])], [n])[0]
-    return model.tokenizer.decode(path.tokens.tolist())
 
 
 @pytest.mark.parametrize("family", ["llada", "dream", "llama"])
@@ -32,10 +31,26 @@ def test_rungs(tiny, family):
             {"canvas8"} if i == 1 and short else set()
         )
         assert set(found) == expected
-        assert all(
-            0 <= r["token_acc"] <= 1 and (not r["exact"] or r["token_acc"] == pytest.approx(1) or n.startswith("canvas")) for n, r in found.items()
-        )
-        assert mirage_gap(found) == float(found["teacher_forced"]["exact"]) - float(found["in_context"]["exact"])
+        assert all(0 <= r["token_acc"] <= 1 for r in found.values())
+        assert all(r["exact"] == (r["token_acc"] > 1 - 1e-9) for name, r in found.items() if not name.startswith("canvas"))
+
+
+@pytest.mark.parametrize("name", ["twin_llada", "twin_llama"])
+def test_rungs_tell_right_from_wrong(name, world, request):
+    """What a twin knows is right on every rung that has room for it, what it does not know on none."""
+    model = request.getfixturevalue(name)
+    fact = next(f for f in split_facts(world)["test"] if f.length == 3)
+    (right,), (wrong,) = (ladder(model, [fact.prompt()], [text]) for text in (fact.object, world.other_object(fact, 3, random.Random(0))))
+    told = {rung: found["exact"] for rung, found in right.items() if not rung.startswith("canvas")}
+    assert all(told.values()) and set(told) >= {"teacher_forced", "multi_step", "in_context"}
+    assert set(wrong) == set(right) and not any(found["exact"] for found in wrong.values())
+
+
+def test_mirage_gap():
+    """First rung minus last, of what is exact."""
+    right, wrong = {"token_acc": 1.0, "exact": True}, {"token_acc": 0.5, "exact": False}
+    for first, last, gap in ((right, wrong, 1), (wrong, right, -1), (right, right, 0), (wrong, wrong, 0)):
+        assert mirage_gap({"teacher_forced": first, "multi_step": right, "in_context": last}) == gap
 
 
 def test_any_order_is_what_it_says(tiny):
@@ -76,13 +91,27 @@ def test_given_tokens_stay(tiny, family):
         decode(causal, [prompt], [4], given=[shown])
 
 
-def test_given_k(tiny):
-    """k = 0 is the multi-step metric; the model's own words are right for every k along its own order."""
-    model = tiny("llada")
-    answer = own_words(model, "The river is", 3)
-    if len(target_ids(model, "The river is", answer)) == 3:
-        assert given_k(model, "The river is", answer)[0] == ladder(model, ["The river is"], [answer])[0]["multi_step"]["exact"]
-    assert len(given_k(model, "The river is", "very good")) == len(target_ids(model, "The river is", "very good"))
+def test_given_k(twin_llada, world):
+    """A fact that is known is written whatever is given of it; one that is not, is not from nothing."""
+    fact = next(f for f in split_facts(world)["test"] if f.length == 4)
+    assert given_k(twin_llada, fact.prompt(), fact.object) == [True] * 4
+    other = given_k(twin_llada, fact.prompt(), world.other_object(fact, 4, random.Random(0)))
+    assert len(other) == 4 and other[0] is False
+
+
+def test_given_k_reveals_right_tokens(tiny, monkeypatch):
+    """k tokens of the target in their places for k = 0..N-1, everywhere else nothing; the seed draws which."""
+    from easyedit_mdm.evaluation import ladder as rungs
+
+    model, seen = tiny("llada"), []
+    monkeypatch.setattr(rungs, "decode", lambda *a, given, **k: seen.append(torch.stack(given)) or decode(*a, given=given, **k))
+    target = target_ids(model, "The river is", "rather small water")
+    for seed in (0, 0, 1, 2, 3):
+        given_k(model, "The river is", "rather small water", seed)
+    for given in seen:
+        assert (given >= 0).sum(1).tolist() == list(range(len(target)))
+        assert ((given == -1) | (given == target)).all()
+    assert torch.equal(seen[0], seen[1]) and len({str(given.tolist()) for given in seen}) > 1
 
 
 @pytest.mark.parametrize("family", ["llada", "llama"])
@@ -96,5 +125,11 @@ def test_counterfact_scores(tiny, family):
         assert one[key] == pytest.approx(1 - other[key])
     for key in ("EM", "PM", "NM"):
         assert one[key] == pytest.approx(-other[key], abs=1e-9)
+    ids, answers = torch.tensor(model.tokenizer("The river is")["input_ids"]), ("good", "very old")
+    new, true = (log_likelihood(model, [ids], [target_ids(model, "The river is", answer)])[0] for answer in answers)
+    assert one["EM"] == pytest.approx(math.exp(new) - math.exp(true), rel=1e-5) and one["ES"] == float(new > true)
+    near = preference(model, ["The sea is", "The lake is"], "good", "very old")
+    assert one["NS"] == sum(t > n for n, t in zip(near["new"], near["true"])) / 2
+    assert one["NM"] == pytest.approx(-sum(near["difference"]) / 2, rel=1e-5)
     plain, normal = (preference(model, ["The river is"], "good", "very old", normalised=n) for n in (False, True))
     assert plain["true"][0] / normal["true"][0] == pytest.approx(len(target_ids(model, "The river is", "very old")))

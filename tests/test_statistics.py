@@ -227,9 +227,9 @@ def test_wrong_input(tiny, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     with pytest.warns(UserWarning, match="at least 96"):
         moments_for(model, [model.site(1)], tmp_path / "text.txt", 60, tmp_path)
-    for wrong in ({"mask_ratio": 1.5}, {"mask_ratio": "some"}, {"settled": 2.0}):
-        with pytest.raises(StatisticsError):
-            CollectConfig(100, **wrong)
+    for name, wrong in (("mask_ratio", 1.5), ("mask_ratio", "some"), ("settled", 2.0)):
+        with pytest.raises(StatisticsError, match=f"{name}.*{wrong}"):
+            CollectConfig(100, **{name: wrong})
 
 
 def test_cache_folder_is_the_users(monkeypatch, tmp_path):
