@@ -73,7 +73,8 @@ def load_ours(alg_name: str, hparams_file: str | Path, device: str | None = None
     """
     hparams = METHODS[alg_name].hparams.from_hparams(hparams_file)
     where = device or (str(hparams.device) if hparams.device is not None else None) or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_model(hparams.model_name, device=where, dtype=hparams.dtype, mask_id=hparams.mask_id), hparams
+    said = {"mask_id": hparams.mask_id, "block": hparams.block}
+    return load_model(hparams.model_name, device=where, dtype=hparams.dtype, **said), hparams
 
 
 def ours(adapter: Adapter, hparams: ROMEMDMHyperParams) -> BenchMethod:
