@@ -127,6 +127,20 @@ def tiny_config(family: str, vocabulary: int) -> dict:
             "activation_type": "silu", "embedding_size": vocabulary, "d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 4,
             "mlp_hidden_size": 48, "mask_token_id": 1, "max_sequence_length": 128, "weight_tying": False,
         },
+        "stable-diffcoder": {
+            **common, **sizes, **masked, "architectures": ["StableDiffcoderForCausalLM"], "model_type": "llama",
+            "auto_map": {"AutoModelForCausalLM": "modeling_stable_diffcoder.StableDiffcoderForCausalLM"},
+        },
+        "mmada": {
+            **common, "architectures": ["MMadaModelLM"], "model_type": "mmada", "block_type": "llama", "layer_norm_type": "rms",
+            "rope": True, "activation_type": "silu", "embedding_size": vocabulary, "d_model": 32, "n_layers": 3, "n_heads": 4,
+            "n_kv_heads": 4, "mlp_hidden_size": 48, "mask_token_id": 1, "max_sequence_length": 128, "weight_tying": False,
+            "llm_vocab_size": vocabulary - 32, "codebook_size": 32, "new_vocab_size": vocabulary,
+        },
+        "illada": {
+            **common, **sizes, **masked, "architectures": ["ILLaDAForCausalLM"], "model_type": "illada", "layer_norm_eps": None,
+            "tie_word_embeddings": True,
+        },
         "dream": {**common, **sizes, "architectures": ["DreamModel"], "model_type": "Dream", "mask_token_id": 1},
         "llama": {**common, **sizes, "architectures": ["LlamaForCausalLM"], "model_type": "llama"},
         "qwen2": {**common, **sizes, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},

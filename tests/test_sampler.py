@@ -129,4 +129,4 @@ def test_settings_are_checked(tiny):
         decode(model, prompt, [200])
     with pytest.raises(RequestError, match="no tokens"):
         decode(model, prompt, [0])
-    assert set(DecodeConfig().record()) == {"canvas", "steps", "block_length", "order", "temperature", "eps", "top_k", "seed"}
+    assert set(DecodeConfig().record()) == {"canvas", "steps", "block_length", "order", "pace", "threshold", "temperature", "eps", "top_k", "seed"}

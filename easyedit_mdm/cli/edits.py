@@ -70,7 +70,8 @@ def new_edit(
     hparams = _hparams(hparams_file, model, guard)
     asked = [EditRequest.of(request) for request in requests]
     check_requests(asked)
-    adapter = load_model(hparams.model_name, device=_device(device, hparams), dtype=dtype or hparams.dtype, mask_id=hparams.mask_id)
+    where, said = _device(device, hparams), {"mask_id": hparams.mask_id, "block": hparams.block}
+    adapter = load_model(hparams.model_name, device=where, dtype=dtype or hparams.dtype, **said)
     decode_config = hparams.decode_config()
     before = _say(adapter, asked, decode_config)
     edit = _make(adapter, asked, hparams, guard)
@@ -244,7 +245,7 @@ def verify_edit(folder: str | Path, model: str | None = None, device: str | None
     if model is None:
         edit.apply(adapter)
     else:
-        adapter = load_model(model, dtype=edit.card["base"].get("dtype"), device=device or _any_device(), mask_id=_mask_id(edit))
+        adapter = load_model(model, dtype=edit.card["base"].get("dtype"), device=device or _any_device(), **_said(edit))
     report = verified(edit, adapter)
     if file is not None:
         write_json(file, report)
@@ -337,13 +338,14 @@ def _make(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyp
 def _open(edit: Edit, model: str | None, device: str | None) -> tuple[Adapter, list[Edit]]:
     """The model of an edit, in the dtype that the edit was made in, and the edits that its folder says it carries."""
     base = edit.card["base"]
-    adapter = load_model(model or str(base.get("name")), dtype=base.get("dtype"), device=device or _any_device(), mask_id=_mask_id(edit))
+    adapter = load_model(model or str(base.get("name")), dtype=base.get("dtype"), device=device or _any_device(), **_said(edit))
     return adapter, adopt_edits(adapter)
 
 
-def _mask_id(edit: Edit) -> int | None:
-    found = edit.card.get("hyperparameters", {}).get("mask_id")
-    return found if isinstance(found, int) else None
+def _said(edit: Edit) -> dict[str, int]:
+    """What an edit's hyperparameters said about its model that the checkpoint does not."""
+    settings = edit.card.get("hyperparameters", {})
+    return {name: settings[name] for name in ("mask_id", "block") if isinstance(settings.get(name), int)}
 
 
 def _any_device() -> str:

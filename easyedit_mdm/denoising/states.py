@@ -148,7 +148,8 @@ def _states(pairs: Sequence[tuple[list[bool], list[bool]]], weights: Sequence[fl
     return States(shown, scored, torch.full((n,), 1 / n) if weights is None else torch.tensor(weights))
 
 
-def _random_state(slots: Slots, k: int, generator: torch.Generator) -> tuple[list[bool], list[bool]]:
+def random_state(slots: Slots, k: int, generator: torch.Generator) -> tuple[list[bool], list[bool]]:
+    """A state with k tokens revealed: which slots show theirs, and which are read."""
     _, size, shown = slots.opened(k)
     return slots.at(k, torch.randperm(size, generator=generator)[:shown].tolist())
 
@@ -171,7 +172,7 @@ def cycle(slots: Slots, max_states: int = MAX_STATES) -> Schedule:
 
     def draw(step: int, generator: torch.Generator) -> States:
         """States of one step."""
-        return _states([_random_state(slots, step % length, generator)])
+        return _states([random_state(slots, step % length, generator)])
 
     return Schedule("cycle", "cycle", length == 1, length, draw)
 
@@ -184,7 +185,7 @@ def uniform(slots: Slots, max_states: int = MAX_STATES) -> Schedule:
     def draw(step: int, generator: torch.Generator) -> States:
         """States of one step."""
         k = int(torch.randint(length, (1,), generator=generator))
-        return _states([_random_state(slots, k, generator)])
+        return _states([random_state(slots, k, generator)])
 
     return Schedule("uniform", "uniform", length == 1, length, draw)
 
@@ -204,7 +205,7 @@ def stratified(slots: Slots, max_states: int = MAX_STATES) -> Schedule:
 
     def draw(step: int, generator: torch.Generator) -> States:
         """States of one step."""
-        return _states([_random_state(slots, k, generator) for k in counts])
+        return _states([random_state(slots, k, generator) for k in counts])
 
     return Schedule("stratified", "stratified", len(slots) == 1, 1, draw)
 
@@ -294,7 +295,7 @@ def _shuffled(
     """n states with k tokens revealed: without repetition as far as there are so many, in random order."""
     total = slots.ways(k)
     if total > 64 * n:  # too many to list: random ones hardly repeat
-        return [_random_state(slots, k, generator) for _ in range(n)]
+        return [random_state(slots, k, generator) for _ in range(n)]
     every = [slots.at(k, some) for some in _subsets(slots, k)]
     order = torch.randperm(total, generator=generator).tolist()
     return [every[order[i % total]] for i in range(n)]

@@ -55,6 +55,7 @@ class ROMEMDMHyperParams:
         decode: settings of the multi-step metric (`easyedit_mdm.denoising.DecodeConfig`).
         dtype: dtype to load the model in; None keeps the checkpoint's.
         mask_id: the mask token, where the checkpoint does not say.
+        block: tokens of a block of a block-causal model, where the checkpoint does not say (dLLM's `bd3lm` releases).
         device, model_parallel, max_length: read by EasyEdit's editor and its own metrics only.
         stats_dir: where statistics are kept; None means the user's cache folder.
         seed: of every random draw of an edit.
@@ -105,6 +106,7 @@ class ROMEMDMHyperParams:
     guard: dict[str, Any] | None = None
     decode: dict[str, Any] = field(default_factory=dict)
     mask_id: int | None = None
+    block: int | None = None
     seed: int = 0
 
     ALG_NAME: ClassVar[str] = "ROME_MDM"

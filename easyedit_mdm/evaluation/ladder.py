@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from easyedit_mdm.denoising import DecodeConfig, decode, schedule
+from easyedit_mdm.denoising.states import Slots, random_state
 from easyedit_mdm.evaluation.multi_step import score_prompts, teacher_forced
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.geometry import right_padded
@@ -41,7 +42,7 @@ def ladder(adapter: Adapter, prompts: Sequence[str], answers: Sequence[str], con
     Args:
         config: seed and temperature of the decoding.
     """
-    base = replace(config, canvas=None, steps=None, block_length=None, order="low_confidence", top_k=None)
+    base = DecodeConfig(temperature=config.temperature, eps=config.eps, seed=config.seed)
     scores = score_prompts(adapter, prompts, answers, base)
     out: list[dict[str, Rung]] = [{FIRST: rung} for rung in _teacher_forced(adapter, prompts, answers)]
     for rungs, score in zip(out, scores):
@@ -102,15 +103,12 @@ def _any_order(adapter: Adapter, prompt: Int[Tensor, " _"], target: Int[Tensor, 
 
 
 def given_k(adapter: Adapter, prompt: str, answer: str, seed: int = 0) -> list[bool]:
-    """Exact match given k revealed right tokens (a random set for each k), for k = 0..N-1; masked models only."""
+    """Exact match given k revealed right tokens (a random set for each k, block by block), for k = 0..N-1; masked models only."""
     target = target_ids(adapter, prompt, answer)
     generator = torch.Generator().manual_seed(seed)
-    given = []
-    for k in range(len(target)):
-        shown = torch.full((len(target),), -1)
-        some = torch.randperm(len(target), generator=generator)[:k]
-        shown[some] = target[some]
-        given.append(shown)
-    prompts = [torch.tensor(encode(adapter, prompt.rstrip()))] * len(given)
-    paths = decode(adapter, prompts, [len(target)] * len(given), DecodeConfig(), given=given)
+    ids = torch.tensor(encode(adapter, prompt.rstrip()))
+    slots = Slots(adapter.attention.blocks(len(ids), len(target)))
+    states = [random_state(slots, k, generator)[0] for k in range(len(target))]
+    given = [torch.where(torch.tensor(shown), target, -1) for shown in states]
+    paths = decode(adapter, [ids] * len(given), [len(target)] * len(given), DecodeConfig(), given=given)
     return [bool(torch.equal(path.tokens[: len(target)], target)) for path in paths]

@@ -9,7 +9,8 @@ from typing import Any
 from easyedit_mdm.api import load_model
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.errors import CheckpointError, ModelError
-from easyedit_mdm.models.loading import detect, read_config, weight_files
+from easyedit_mdm.models.loading import read_config, weight_files
+from easyedit_mdm.models.recognise import detect
 from easyedit_mdm.session import Session
 from easyedit_mdm.twins import TWINS
 
@@ -70,7 +71,8 @@ def load_named(hparams: Any) -> LoadedName:
         dtype = "float32"  # EasyEdit's default
     parallel = getattr(hparams, "model_parallel", False)
     options = {"device_map": "auto"} if parallel else {}
-    adapter = load_model(hparams.model_name, dtype=dtype, mask_id=getattr(hparams, "mask_id", None), **options)
+    said = {name: getattr(hparams, name, None) for name in ("mask_id", "block")}
+    adapter = load_model(hparams.model_name, dtype=dtype, **said, **options)
     if adapter.masked and alg_name not in METHODS:
         raise ModelError(
             f"{hparams.model_name} is a masked diffusion model, and EasyEdit's {alg_name} optimises a next-token loss that means nothing "

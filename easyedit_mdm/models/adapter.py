@@ -22,6 +22,7 @@ from easyedit_mdm.models.attention import Attention
 from easyedit_mdm.models.families import FAMILIES
 from easyedit_mdm.models.hooks import changing_output, frozen, reading_output
 from easyedit_mdm.models.native import Stack, check_attention, class_names
+from easyedit_mdm.models.recognise import family_of
 from easyedit_mdm.models.spec import FamilySpec
 
 Mask = Int[Tensor, "rows length"] | Bool[Tensor, "rows length"]
@@ -359,7 +360,7 @@ def adapt(
     """
     if isinstance(native, Adapter):
         return native
-    spec = FAMILIES[family] if family else _family_of(native)
+    spec = FAMILIES[family] if family else family_of(native)
     ids = special_ids(spec, vars(native.config) if native.config else {}, tokenizer, native.get_input_embeddings().weight.shape[0], mask_id)
     return Adapter(native, spec, ids, tokenizer, name or getattr(native.config, "_name_or_path", "") or spec.name, attention, shift)
 
@@ -368,17 +369,6 @@ def is_known(native: nn.Module) -> bool:
     """Whether `adapt` can wrap this model: an adapter, or a transformers class that a family computes with."""
     kinds = set().union(*(class_names(FAMILIES[name].native) for name in FAMILIES))
     return isinstance(native, Adapter) or type(native).__name__ in kinds
-
-
-def _family_of(native: nn.Module) -> FamilySpec:
-    kind = getattr(native.config, "model_type", "")
-    for name in FAMILIES:
-        if kind in FAMILIES[name].native_model_types:
-            return FAMILIES[name]
-    raise ModelError(
-        f"no adapter for a {type(native).__name__} (model_type {kind!r}). Known families: {', '.join(FAMILIES)}. "
-        "Masked models share their class with autoregressive ones: name the family, or load them with easyedit_mdm.load_model."
-    )
 
 
 def special_ids(spec: FamilySpec, config: dict[str, Any], tokenizer: Any, embeddings: int, mask_id: int | None = None) -> Ids:

@@ -19,6 +19,7 @@ from easyedit_mdm.errors import CheckpointError, EasyEditMDMError
 from easyedit_mdm.models.adapter import Adapter, special_ids
 from easyedit_mdm.models.families import FAMILIES
 from easyedit_mdm.models.native import build, tokenizer_classes
+from easyedit_mdm.models.recognise import detect
 from easyedit_mdm.models.spec import FamilySpec
 
 _MOST = {"n_positions": 1 << 14, "num_attention_heads": 1 << 12, "n_head": 1 << 12}  # the largest that are believed; GPT-2 squares its positions
@@ -144,24 +145,6 @@ def _is_shard(name: Any) -> bool:
     return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name and name.isprintable()
 
 
-def detect(config: Mapping[str, Any], files: Mapping[str, Path]) -> FamilySpec:
-    """The family, by `architectures[0]` and a key of the checkpoint (model_type alone is shared by unlike models).
-
-    Raises:
-        CheckpointError: if no family fits, saying which ones were close.
-    """
-    listed = config.get("architectures")
-    architecture = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else "?"
-    named = [FAMILIES[n] for n in FAMILIES if architecture in FAMILIES[n].architectures]
-    for spec in named:
-        if any(spec.native_name(key) == spec.native_name(spec.probe) for key in files):
-            return spec
-    if named:
-        raise CheckpointError(f"architecture {architecture} is known, but the checkpoint has no {named[0].probe!r}: another variant of it?")
-    known = sorted({a for n in FAMILIES for a in FAMILIES[n].architectures})
-    raise CheckpointError(f"architecture {architecture!r} is not known. Known: {', '.join(known)}. A new family is one file in models/families/.")
-
-
 def _dtype(dtype: str | torch.dtype | None, config: Mapping[str, Any]) -> torch.dtype:
     dtype = dtype or config.get("torch_dtype") or config.get("dtype") or torch.float32
     if isinstance(dtype, torch.dtype):
@@ -179,7 +162,7 @@ def _empty_model(spec: FamilySpec, config: Mapping[str, Any], tensors: int | Non
     _check_claims(spec, config, tensors)
     try:
         with init_empty_weights(include_buffers=False):
-            return build(spec.native, spec.native_config(config))
+            return build(spec.native, spec.native_config(config), spec.since)
     except EasyEditMDMError:
         raise
     except KeyError as error:

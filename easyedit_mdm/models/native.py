@@ -34,8 +34,11 @@ KeysAndValues = tuple[Float[Tensor, "rows heads columns size"], Float[Tensor, "r
 
 
 # ---- classes ---------------------------------------------------------------------------------------------------
-def native_classes(name: str) -> tuple[type, type]:
+def native_classes(name: str, since: str = "") -> tuple[type, type]:
     """The configuration class and the language-model class that transformers names after `name` ("Llama").
+
+    Args:
+        since: the first version that has them, for the message.
 
     Raises:
         IncompatibleVersionError: if the installed version has no such model.
@@ -46,7 +49,8 @@ def native_classes(name: str) -> tuple[type, type]:
     models = [getattr(transformers, f"{name}{head}", None) for head in _HEADS]
     model = next((m for m in models if m is not None), None)
     if config is None or model is None:
-        raise _incompatible(f"there is no {name} language model")
+        came = f": it came with transformers {since}, install that or a later one" if since else ""
+        raise _incompatible(f"there is no {name} language model{came}")
     return config, model
 
 
@@ -55,9 +59,12 @@ def class_names(name: str) -> set[str]:
     return {f"{name}{head}" for head in _HEADS}
 
 
-def build(name: str, settings: Mapping[str, Any]) -> Any:
-    """A model of class `name` from the keyword arguments of its configuration, with attention that takes additive masks."""
-    config_class, model_class = native_classes(name)
+def build(name: str, settings: Mapping[str, Any], since: str = "") -> Any:
+    """A model of class `name` from the keyword arguments of its configuration, with attention that takes additive masks.
+
+    `since`: see `native_classes`.
+    """
+    config_class, model_class = native_classes(name, since)
     return model_class(config_class(**settings, attn_implementation="sdpa"))
 
 

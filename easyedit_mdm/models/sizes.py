@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from easyedit_mdm.errors import CheckpointError
-from easyedit_mdm.models.families import FAMILIES
-from easyedit_mdm.models.loading import _dtype, _empty_model, _tied_names, detect, read_config, weight_files
-from easyedit_mdm.models.spec import FamilySpec
+from easyedit_mdm.models.loading import _dtype, _empty_model, _tied_names, read_config, weight_files
+from easyedit_mdm.models.recognise import by_architecture, detect
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ROWS, LENGTH, SLOTS = 64, 48, 8  # of one pass of the value optimisation: `max_rows` of the large models' files, a prefix with its prompt, a target
@@ -24,10 +22,25 @@ _DREAM: dict[str, Any] = {
     "architectures": ["DreamModel"], "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
     "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
 }  # fmt: skip
+_QWEN3: dict[str, Any] = {
+    "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 32768, "torch_dtype": "bfloat16",
+}  # fmt: skip
+_SDAR: dict[str, Any] = {
+    **_QWEN3, "architectures": ["SDARForCausalLM"], "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "tie_word_embeddings": False, "block_size": 4,
+}  # fmt: skip
+_A2D: dict[str, Any] = {
+    **_QWEN3, "architectures": ["A2DQwen3LMHeadModel"], "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "tie_word_embeddings": True,
+}  # fmt: skip
 # the sizes in the published config.json of the models that hyperparameter files ship for, for those who have not fetched them yet
 PUBLISHED: dict[str, dict[str, Any]] = {
     "GSAI-ML/LLaDA-8B-Base": _LLADA, "GSAI-ML/LLaDA-8B-Instruct": _LLADA, "GSAI-ML/LLaDA-1.5": _LLADA,
     "Dream-org/Dream-v0-Base-7B": _DREAM, "Dream-org/Dream-v0-Instruct-7B": _DREAM,
+    "Gen-Verse/MMaDA-8B-Base": {**_LLADA, "architectures": ["MMadaModelLM"], "vocab_size": 134656, "embedding_size": 134656},
+    "JetLM/SDAR-4B-Chat": _SDAR,
+    "Gen-Verse/TraDo-4B-Instruct": _SDAR,  # trained from SDAR; its own config.json was not seen
+    "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": _A2D, "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1": _A2D,
 }  # fmt: skip
 
 
@@ -76,11 +89,11 @@ def model_size(name_or_folder: str | Path) -> ModelSize:
     folder = _here(str(name_or_folder))
     if folder is None:
         config, files = PUBLISHED[str(name_or_folder)], None
-        spec = _by_architecture(config)
+        spec = by_architecture(config)[0]
     else:
         config = read_config(folder)
         files = weight_files(folder) if any(folder.glob("model*.safetensors*")) else None
-        spec = _by_architecture(config) if files is None else detect(config, files)
+        spec = by_architecture(config)[0] if files is None else detect(config, files)
     model = _empty_model(spec, config, _MOST_LAYERS if files is None else len(files))
     blocks = model.get_submodule(spec.paths.block.rsplit(".", 1)[0])
     down = tuple(model.get_submodule(spec.paths.down.format(0)).weight.shape)
@@ -111,13 +124,3 @@ def _here(name: str) -> Path | None:
         f"{name!r} is neither a folder, nor one of the package's twins, nor in the hub's cache on this machine, so its size is not known: "
         f"fetch its config.json first (hf download {name} config.json), or give its folder"
     )
-
-
-def _by_architecture(config: Mapping[str, Any]) -> FamilySpec:
-    """The family that a configuration names, where there are no weights to tell it by."""
-    listed = config.get("architectures")
-    found = [FAMILIES[n] for n in FAMILIES if isinstance(listed, list) and listed[:1] and listed[0] in FAMILIES[n].architectures]
-    if not found:
-        known = sorted({a for n in FAMILIES for a in FAMILIES[n].architectures})
-        raise CheckpointError(f"architecture {listed!r} is not known. Known: {', '.join(known)}. A new family is one file: docs/extending.md")
-    return found[0]

@@ -46,6 +46,9 @@ class FamilySpec:
             full for masked ones.
         mask_id: the mask token's id where neither user, config nor tokenizer names one.
         tokenizer: name of a transformers tokenizer class to fall back on where the folder names one that is not native.
+        since: the first version of transformers that has the native class, where it is younger than the oldest supported.
+        releases: published models of the family.
+        verified: what was held against what; it goes into docs/families.md.
         absolute_positions: the backbone adds learned positions to its input (GPT-2), so a stack that starts higher up must not.
     """
 
@@ -62,6 +65,9 @@ class FamilySpec:
     mask_id: int | None = None
     tokenizer: str = "PreTrainedTokenizerFast"
     absolute_positions: bool = False
+    since: str = ""
+    releases: str = ""
+    verified: str = ""
     native_model_types: tuple[str, ...] = ()
 
     def native_name(self, key: str) -> str:

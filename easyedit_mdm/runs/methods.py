@@ -90,8 +90,8 @@ def load_ours(
     hparams = METHODS[alg_name].hparams.from_hparams(hparams_file)
     asked = device or (str(hparams.device) if hparams.device is not None else None)
     where = asked or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(hparams.model_name, device=where, dtype=hparams.dtype, mask_id=hparams.mask_id)
-    return model, hparams
+    said = {"mask_id": hparams.mask_id, "block": hparams.block}
+    return load_model(hparams.model_name, device=where, dtype=hparams.dtype, **said), hparams
 
 
 def ours(adapter: Adapter, hparams: ROMEMDMHyperParams) -> BenchMethod:

@@ -22,7 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from easyedit_mdm.denoising import decode, log_likelihood
-from easyedit_mdm.denoising.likelihood import MOST_EXACT
+from easyedit_mdm.denoising.likelihood import MOST_STATES
+from easyedit_mdm.denoising.states import Slots
 from easyedit_mdm.errors import HyperParameterError, RequestError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.tracing.corruption import CORRUPTIONS, Corruption, fact_generator
@@ -217,7 +218,9 @@ def _revealed(adapter: Adapter, placed: Placed, config: TraceConfig, generator: 
     if not counts:
         raise RequestError(f"{placed.fact.answer!r} has {slots} tokens: none of revealed={config.revealed} leaves a slot to read")
     if config.reveal == "random":
-        order = torch.randperm(slots, generator=generator)
+        blocks = adapter.attention.blocks(len(placed.ids), slots)
+        starts = [sum(blocks[:i]) for i in range(len(blocks))]
+        order = torch.cat([start + torch.randperm(size, generator=generator) for start, size in zip(starts, blocks)])
     else:
         order = decode(adapter, [placed.ids], [slots])[0].step.argsort() if max(counts) else torch.arange(slots)
     return [torch.zeros(slots, dtype=torch.bool).index_fill(0, order[:k], True) for k in counts]
@@ -239,7 +242,7 @@ def trace_state(runs: Runs, tick: Callable[[], Any] = lambda: None) -> StateTrac
         measured = _measured(runs, every, which.repeat(layers))
         effects[kind] = {name: values.view(layers, runs.tokens, samples).mean(2) - corrupted[name].mean() for name, values in measured.items()}
     clean = {name: float(values[0]) for name, values in _measured(runs, runs.clean, None).items()}
-    shown = [i for i in range(len(runs.placed.answer)) if i not in runs.read.tolist()]
+    shown = [i for i in range(len(runs.placed.answer)) if i not in runs.hidden.tolist()]
     return StateTrace(shown, clean, {name: float(values.mean()) for name, values in corrupted.items()}, effects)
 
 
@@ -251,7 +254,8 @@ def _measured(runs: Runs, answer: Answer, samples: Tensor | None) -> dict[str, F
 
 def whole_likelihood(adapter: Adapter, placed: Placed, corruption: Corruption) -> dict[str, Any]:
     """log p(answer | prompt), clean and as the mean over corrupted runs: causal, or any-order (exact), or beyond five tokens from left to right."""
-    method = "causal" if not adapter.masked else "exact" if len(placed.answer) <= MOST_EXACT else "left_to_right"
+    slots = Slots(adapter.attention.blocks(len(placed.ids), len(placed.answer)))
+    method = "causal" if not adapter.masked else "exact" if slots.states <= MOST_STATES else "left_to_right"
     corrupted = []
     for sample in range(corruption.samples):
         with corruption.at(adapter, torch.tensor([sample])):

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from easyedit_mdm.denoising.states import Slots
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.hooks import changing_output, reading_output
 from easyedit_mdm.tracing.corruption import Corruption
@@ -72,13 +73,15 @@ class Runs:
     """All runs of one fact in one state.
 
     Args:
-        revealed: which slots of the answer show their token (masked models); slots that do not are read, all at once. An
-            autoregressive model reads all slots, each after the right tokens before it.
+        revealed: which slots of the answer show their token (masked models); those of the open block that do not are read, all at
+            once. An autoregressive model reads all slots, each after the right tokens before it.
         window: layers whose MLP or attention outputs are restored together.
         max_rows: rows of one forward pass; more are split, with the same result.
 
     Attributes:
+        hidden: the slots that show no token; in a model without blocks they are those that are read.
         read: the slots that are read.
+        slots: the answer's slots, by blocks.
         clean: the clean run's answer (one row).
         corrupted: the corrupted runs' (one row a sample).
     """
@@ -88,7 +91,10 @@ class Runs:
     ):
         self.adapter, self.placed, self.corruption, self.window, self.max_rows = adapter, placed, corruption, window, max_rows
         self.canvas = torch.where(revealed, placed.answer, adapter.ids.slot) if adapter.masked else placed.answer
-        self.read = (~revealed).nonzero().flatten() if adapter.masked else torch.arange(len(placed.answer))
+        self.slots = Slots(adapter.attention.blocks(len(placed.ids), len(placed.answer)))
+        self.hidden = (~revealed).nonzero().flatten() if adapter.masked else torch.arange(len(placed.answer))
+        inside = torch.tensor(self.slots.inside(int(revealed.sum())))
+        self.read = (~revealed & inside).nonzero().flatten() if adapter.masked else self.hidden
         self.clean = self._read_clean()
         self.corrupted = self._read_corrupted()
 
@@ -155,7 +161,8 @@ class Runs:
         with ExitStack() as stack:
             if samples is not None and hidden is None:
                 stack.enter_context(self.corruption.at(adapter, samples))
-            logits = adapter.token_logits(ids, None, at, layer=layer, hidden=hidden).float()
+            canvas = torch.full((len(ids),), len(self.placed.ids), device=ids.device)
+            logits = adapter.token_logits(ids, None, at, layer=layer, hidden=hidden, canvas=canvas).float()
         return self._said(logits, slots)
 
     def _said(self, logits: Float[Tensor, "rows slots vocab"], slots: Int[Tensor, " slots"]) -> Answer:

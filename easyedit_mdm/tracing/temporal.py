@@ -2,7 +2,8 @@
 
 As TimeROME-DLM's temporal indirect effect (arXiv 2606.12841): the subject is corrupted from step t on, one state is restored at step t
 alone, and denoising goes on. At every step the surest masked slot is written, with the token that the run itself prefers, right or
-wrong (LLaDA's low-confidence order at temperature 0). The final log-probability of the right object y is
+wrong (LLaDA's low-confidence order at temperature 0), in a block-causal model the surest of the open block. The final
+log-probability of the right object y is
 
     sum over the slots i masked at t of log p(y_i | prompt, canvas of this run at the step at which it writes slot i).
 
@@ -38,15 +39,20 @@ def final(runs: Runs, answer: Answer, samples: Int[Tensor, " rows"] | None) -> F
 
 
 def _go_on(runs: Runs, canvas: Int[Tensor, "rows slots"], samples: Int[Tensor, " rows"] | None) -> Float[Tensor, " rows"]:
-    """Denoise canvases of equally many masked slots to their end; returns what the right tokens got where they were due."""
+    """Denoise canvases of equally many masked slots to their end; returns what the right tokens got where they were due.
+
+    As many slots are revealed in one row as in another, so that the same block is open in all.
+    """
     total = torch.zeros(len(canvas), dtype=torch.float64)
     rows = torch.arange(len(canvas))
     masked = torch.zeros_like(canvas, dtype=torch.bool)
-    masked[:, runs.read] = True
+    masked[:, runs.hidden] = True
     masked &= canvas == runs.adapter.ids.mask
-    for _ in range(len(runs.read) - 1):
+    shown = canvas.shape[1] - len(runs.hidden)
+    for k in range(shown + 1, canvas.shape[1]):
         said = runs.answer(canvas, samples)
-        slot = said.sure.masked_fill(~masked, -1.0).argmax(1)
+        inside = torch.tensor(runs.slots.inside(k))
+        slot = said.sure.masked_fill(~(masked & inside), -1.0).argmax(1)
         total += said.right[rows, slot].double()
         canvas[rows, slot] = said.token[rows, slot]
         masked[rows, slot] = False

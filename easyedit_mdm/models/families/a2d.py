@@ -27,5 +27,8 @@ FAMILIES.register("a2d-qwen3")(
         native_config=native_config,
         attention=attention,
         tokenizer="Qwen2TokenizerFast",
+        since="4.51",
+        releases="dLLM's Qwen3-0.6B-diffusion-mdlm and -bd3lm",
+        verified="published code on a tiny checkpoint: logits to 1e-4, MDLMSampler and BD3LMSampler token for token",
     )
 )

@@ -25,5 +25,8 @@ FAMILIES.register("dream")(
         shift=True,
         mask_id=151666,
         tokenizer="Qwen2TokenizerFast",
+        releases="Dream-7B Base and Instruct, Dream-Coder-7B, DiffuCoder-7B",
+        verified="published code on a tiny checkpoint: logits to 1e-5, diffusion_generate token for token; Dream-Coder and "
+        "DiffuCoder read only (same class)",
     )
 )

@@ -39,6 +39,8 @@ FAMILIES.register("gpt2")(
         ),
         shift=True,
         tokenizer="GPT2TokenizerFast",
+        releases="GPT-2",
+        verified="EasyEdit's own ROME: same update",
         absolute_positions=True,
         native_model_types=("gpt2",),
     )

@@ -52,28 +52,29 @@ def native_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 _BLOCK, _LAYER = "model.transformer.blocks.{}.", "model.layers.{}."
 
-FAMILIES.register("llada")(
-    FamilySpec(
-        name="llada",
-        paradigm="masked",
-        architectures=("LLaDAModelLM", "LLaDAModel"),
-        probe="model.transformer.blocks.0.ff_proj.weight",
-        native="Llama",
-        native_config=native_config,
-        rename=(
-            (_BLOCK + "q_proj.", _LAYER + "self_attn.q_proj."),
-            (_BLOCK + "k_proj.", _LAYER + "self_attn.k_proj."),
-            (_BLOCK + "v_proj.", _LAYER + "self_attn.v_proj."),
-            (_BLOCK + "attn_out.", _LAYER + "self_attn.o_proj."),
-            (_BLOCK + "ff_proj.", _LAYER + "mlp.gate_proj."),
-            (_BLOCK + "up_proj.", _LAYER + "mlp.up_proj."),
-            (_BLOCK + "ff_out.", _LAYER + "mlp.down_proj."),
-            (_BLOCK + "attn_norm.", _LAYER + "input_layernorm."),
-            (_BLOCK + "ff_norm.", _LAYER + "post_attention_layernorm."),
-            ("model.transformer.wte.", "model.embed_tokens."),
-            ("model.transformer.ln_f.", "model.norm."),
-            ("model.transformer.ff_out.", "lm_head."),
-        ),
-        mask_id=126336,
-    )
+LLADA = FamilySpec(
+    name="llada",
+    paradigm="masked",
+    architectures=("LLaDAModelLM", "LLaDAModel"),
+    probe="model.transformer.blocks.0.ff_proj.weight",
+    native="Llama",
+    native_config=native_config,
+    rename=(
+        (_BLOCK + "q_proj.", _LAYER + "self_attn.q_proj."),
+        (_BLOCK + "k_proj.", _LAYER + "self_attn.k_proj."),
+        (_BLOCK + "v_proj.", _LAYER + "self_attn.v_proj."),
+        (_BLOCK + "attn_out.", _LAYER + "self_attn.o_proj."),
+        (_BLOCK + "ff_proj.", _LAYER + "mlp.gate_proj."),
+        (_BLOCK + "up_proj.", _LAYER + "mlp.up_proj."),
+        (_BLOCK + "ff_out.", _LAYER + "mlp.down_proj."),
+        (_BLOCK + "attn_norm.", _LAYER + "input_layernorm."),
+        (_BLOCK + "ff_norm.", _LAYER + "post_attention_layernorm."),
+        ("model.transformer.wte.", "model.embed_tokens."),
+        ("model.transformer.ln_f.", "model.norm."),
+        ("model.transformer.ff_out.", "lm_head."),
+    ),
+    mask_id=126336,
+    releases="LLaDA-8B Base and Instruct, LLaDA-1.5",
+    verified="published code on a tiny checkpoint: logits to 1e-5, generate.py token for token; LLaDA-1.5 read only (same class)",
 )
+FAMILIES.register("llada")(LLADA)

@@ -24,6 +24,8 @@ LLAMA = FamilySpec(
     native_config=native_config,
     shift=True,
     tokenizer="LlamaTokenizerFast",
+    releases="LLaMA, SmolLM2, TinyLlama",
+    verified="EasyEdit's own ROME: same update",
     native_model_types=("llama",),
 )
 FAMILIES.register("llama")(LLAMA)

@@ -31,6 +31,8 @@ QWEN2 = FamilySpec(
     native_config=native_config,
     shift=True,
     tokenizer="Qwen2TokenizerFast",
+    releases="Qwen2, Qwen2.5",
+    verified="EasyEdit's own ROME: same update",
     native_model_types=("qwen2",),
 )
 FAMILIES.register("qwen2")(QWEN2)

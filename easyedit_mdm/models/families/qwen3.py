@@ -30,6 +30,9 @@ QWEN3 = FamilySpec(
     native_config=native_config,
     shift=True,
     tokenizer="Qwen2TokenizerFast",
+    since="4.51",
+    releases="Qwen3 (dense)",
+    verified="transformers' own class; with SDAR's weights, SDAR's logits in blocks of one token",
     native_model_types=("qwen3",),
 )
 FAMILIES.register("qwen3")(QWEN3)

@@ -31,5 +31,9 @@ FAMILIES.register("sdar")(
         attention=attention,
         mask_id=151669,
         tokenizer="Qwen2TokenizerFast",
+        since="4.51",
+        releases="SDAR-1.7B, 4B, 8B (Chat); TraDo-4B, 8B",
+        verified="published code on a tiny checkpoint: logits to 1e-4, block_diffusion_generate (static, dynamic, sequential) "
+        "token for token; TraDo read only (said to be SDAR's class)",
     )
 )
