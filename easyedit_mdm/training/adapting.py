@@ -148,7 +148,7 @@ class _Training:
     def _done(self) -> bool:
         return self.state["planned"] is not None and self.state["tokens"] >= self.state["planned"]
 
-    def _steps(self) -> Iterator[tuple[Rows, Losses]]:
+    def _steps(self) -> Iterator[Losses]:
         while not self._done():
             began, step = time.monotonic(), self.state["step"]
             rows = self._rows(step)
@@ -171,7 +171,7 @@ class _Training:
                     "kl": float(loss.kl),
                 }
             )
-            yield rows, loss
+            yield loss
 
     def _share(self) -> float:
         return self.state["tokens"] / self.state["planned"] if self.state["planned"] else 0.0
