@@ -499,6 +499,9 @@ def _add_adapt(commands: Any) -> None:
     adapt.add_argument("--json", dest="file", help="with --gates: write them to this file")
     adapt.add_argument("--seed", type=int, default=0)
     adapt.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
+    adapt.add_argument(
+        "--save-seconds", type=float, default=300.0, help="seconds between checkpoints (default: 300)"
+    )
     adapt.set_defaults(command=_adapt)
 
 
@@ -713,7 +716,7 @@ def _adapt(args: argparse.Namespace, rest: list[str]) -> int:
     adapt_model(
         AdaptJob(
             args.model, Path(args.out), recipe, args.tokens, args.minutes, args.data_dir, args.text, args.samples, args.start_from, args.mask_token,
-            args.merged, device=args.device,
+            args.merged, device=args.device, save_seconds=args.save_seconds,
         )
     )  # fmt: skip
     return 0

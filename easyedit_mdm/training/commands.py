@@ -40,7 +40,8 @@ class AdaptJob:
         start_from: an adapter to begin with; its optimiser state is not known, so the optimiser starts anew.
         mask_token: the token that becomes the mask; see `easyedit_mdm.training.lora.mask_token_of`.
         merged: folder for the merged model.
-        gates: whether to measure the gates at the end, which needs `data_dir`.
+        gates: whether to measure the gates at the end, where it is not `text` that was trained on.
+        save_seconds: time between checkpoints.
     """
 
     model: str
@@ -55,6 +56,7 @@ class AdaptJob:
     mask_token: str | None = None
     merged: str | None = None
     gates: bool = True
+    save_seconds: float = 300.0
     device: str | None = None
 
 
@@ -85,7 +87,7 @@ def adapt_model(job: AdaptJob) -> dict[str, Any]:
         console.print(f"goes on from the adapter in {job.start_from}; the optimiser starts anew")
     held_out = HeldOut(rest, job.recipe.block_size, mask_id)
     card = card_of(job, base, mask_id)
-    state = train(student, tensors, corpus, held_out, job.recipe, Run(job.out, job.tokens, job.minutes), card)
+    state = train(student, tensors, corpus, held_out, job.recipe, Run(job.out, job.tokens, job.minutes, job.save_seconds), card)
     console.print(f"adapter: {job.out / 'adapter'}, curve: {job.out / 'curve.jsonl'}")
     del base, student, tensors
     if job.merged is not None:

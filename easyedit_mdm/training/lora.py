@@ -15,8 +15,9 @@ from easyedit_mdm.errors import CheckpointError, MissingPackageError, ModelError
 from easyedit_mdm.training.objective import Student
 
 PREFIX = "base_model.model."
-MASK_DELTA = PREFIX + "model.embed_tokens.token_adapter.trainable_tokens_delta"
+MASK_ROW = PREFIX + "model.embed_tokens.token_adapter.trainable_tokens_delta"  # the row itself, in spite of its name
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CARD = "masked_diffusion.json"  # not in adapter_config.json: peft warns of keys that it does not know
 
 
 def mask_token_of(tokenizer: Any, wanted: str | None = None) -> int:
@@ -78,7 +79,7 @@ def write_adapter(out: Path, student: Student, tensors: dict[str, Tensor], card:
     """Write an adapter that peft reads: LoRA's matrices and the mask token's row, in bfloat16.
 
     Args:
-        card: what goes into `masked_diffusion` of `adapter_config.json`, beside what peft reads; its `base` names the base model.
+        card: what the adapter makes of its base, for `masked_diffusion.json`; its `base` names the base model.
 
     Raises:
         FileError: if it cannot be written.
@@ -86,20 +87,20 @@ def write_adapter(out: Path, student: Student, tensors: dict[str, Tensor], card:
     config = student.model.peft_config["default"]
     out.mkdir(parents=True, exist_ok=True)
     ready = {name.replace(".default.", "."): value for name, value in tensors.items() if name != "mask_row"}
-    before = student.base.get_input_embeddings().weight[student.mask_id].float()
-    ready[MASK_DELTA] = (student.mask_row.detach() - before)[None]
+    ready[MASK_ROW] = student.mask_row[None]
     write_tensors(
         out / WEIGHTS,
         {name: value.detach().to(torch.bfloat16) for name, value in ready.items()},
         {"format": "pt"},
     )
     settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": card.get("base"), "r": config.r, "lora_alpha": config.lora_alpha,
-        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-        "target_modules": sorted(config.target_modules), "trainable_token_indices": {"embed_tokens": [student.mask_id]},
-        "masked_diffusion": card,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": card.get("base"),
+        "r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": 0.0, "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True, "target_modules": sorted(config.target_modules),
+        "trainable_token_indices": {"embed_tokens": [student.mask_id]},
     }  # fmt: skip
     write_json(out / CONFIG, settings, indent=2)
+    write_json(out / CARD, card, indent=2)
 
 
 def load_lora(folder: Path, student: Student, tensors: dict[str, Tensor]) -> None:
@@ -109,7 +110,7 @@ def load_lora(folder: Path, student: Student, tensors: dict[str, Tensor]) -> Non
         CheckpointError: if it belongs to another model or rank.
     """
     found, _ = read_adapter(folder)
-    delta = found.pop(MASK_DELTA)
+    row = found.pop(MASK_ROW)
     names = {name.replace(".default.", "."): name for name in tensors if name != "mask_row"}
     if set(found) != set(names) or any(
         found[short].shape != tensors[name].shape for short, name in names.items()
@@ -120,19 +121,19 @@ def load_lora(folder: Path, student: Student, tensors: dict[str, Tensor]) -> Non
     with torch.no_grad():
         for short, name in names.items():
             tensors[name].copy_(found[short])
-        student.mask_row.copy_(
-            student.base.get_input_embeddings().weight[student.mask_id].float() + delta[0].float()
-        )
+        student.mask_row.copy_(row[0])
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An adapter's tensors, by the names that peft writes, and its configuration.
+    """An adapter's tensors, by the names that peft writes, and its configuration, with the card as `masked_diffusion`.
 
     Raises:
         CheckpointError: if files are missing or broken.
     """
     tensors, _ = read_tensors(folder / WEIGHTS, CheckpointError, "a LoRA adapter")
-    return tensors, read_json(folder / CONFIG, CheckpointError, "a LoRA adapter's configuration")
+    settings = read_json(folder / CONFIG, CheckpointError, "a LoRA adapter's configuration")
+    card = read_json(folder / CARD, CheckpointError, "what easyedit-mdm adapt says about its adapter")
+    return tensors, {**settings, "masked_diffusion": card}
 
 
 def adapter_digest(folder: Path) -> str:

@@ -19,7 +19,7 @@ from easyedit_mdm.common.files import (
 )
 from easyedit_mdm.errors import CheckpointError
 from easyedit_mdm.models.loading import read_config, weight_files
-from easyedit_mdm.training.lora import MASK_DELTA, PREFIX, read_adapter
+from easyedit_mdm.training.lora import MASK_ROW, PREFIX, read_adapter
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
@@ -77,7 +77,7 @@ def masked_config(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[
     architecture = (base.get("architectures") or ["?"])[0]
     if not isinstance(card, dict) or "mask_token_id" not in card:
         raise CheckpointError(
-            "adapter_config.json has no section masked_diffusion: easyedit-mdm adapt did not write this adapter"
+            "the adapter does not say what it makes of its base: easyedit-mdm adapt did not write it"
         )
     if not str(architecture).endswith("ForCausalLM"):
         raise CheckpointError(
@@ -91,7 +91,7 @@ def masked_config(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[
 
 
 def _changes(tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What is added to each weight; for the embedding, to the mask's row."""
+    """What is added to each weight; for the embedding, what the mask's row becomes."""
     scale = settings["lora_alpha"] / settings["r"]
     found: dict[str, Tensor] = {}
     for name, right in tensors.items():
@@ -101,9 +101,9 @@ def _changes(tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> dict[st
             if left is None:
                 raise CheckpointError(f"the adapter has {name!r} and no lora_B beside it: get it again")
             found[f"{stem.removeprefix(PREFIX)}.weight"] = scale * left.float() @ right.float()
-    delta = tensors.get(MASK_DELTA)
-    if delta is not None:
-        found[EMBEDDING] = delta.float()
+    if MASK_ROW not in tensors:
+        raise CheckpointError("the adapter has no row for the mask token: get it again")
+    found[EMBEDDING] = tensors[MASK_ROW].float()
     return found
 
 
@@ -117,7 +117,7 @@ def _write_shard(
         value, change = ready[key], changes[key]
         if key == EMBEDDING:
             value = value.clone()
-            value[mask_id] = (value[mask_id].float() + change[0]).to(value.dtype)
+            value[mask_id] = change[0].to(value.dtype)
         elif value.shape != change.shape:
             raise CheckpointError(
                 f"{key!r} has shape {tuple(value.shape)}, the adapter's change {tuple(change.shape)}: another model's adapter"

@@ -91,16 +91,16 @@ def losses(
     states = student.hidden(rows).flatten(0, 1)
     count = int(taught * len(rows) + torch.rand((), generator=generator))
     asked = _Asked(rows, count, generator)
-    flat = Rows(**{name: value.flatten() for name, value in vars(rows).items()})
-    scored = (flat.targets >= 0).nonzero().flatten()
-    soft, sources = asked.places_of(flat, scored)
+    targets, weights = rows.targets.flatten(), rows.weights.flatten()
+    scored = (targets >= 0).nonzero().flatten()
+    soft, sources = asked.places_of(rows.teachers.flatten()[scored], scored)
     teacher = asked.log_probabilities(student, torch.cat([sources, asked.clean]))
     said = student.log_probabilities(torch.cat([states[scored - 1], states[asked.clean]]))
     slots, kept = said[: len(scored)], said[len(scored) :]
-    terms = -slots.gather(-1, flat.targets[scored][:, None])[:, 0]
+    terms = -slots.gather(-1, targets[scored][:, None])[:, 0]
     if len(sources):
         terms = terms.masked_scatter(soft, _kl(teacher[: len(sources)], slots[soft]))
-    masked = (terms * flat.weights[scored]).sum() / flat.weights.sum().clamp(
+    masked = (terms * weights[scored]).sum() / weights.sum().clamp(
         min=1
     )  # each block's weights sum to 1
     kl = _kl(teacher[len(sources) :], kept).mean() if len(asked.clean) else masked.new_zeros(())
@@ -121,12 +121,17 @@ class _Asked:
         self.clean = (clean & (number >= 0)[:, None]).flatten().nonzero().flatten()
 
     def places_of(
-        self, flat: Rows, scored: Int[Tensor, " slots"]
+        self, columns: Int[Tensor, " slots"], scored: Int[Tensor, " slots"]
     ) -> tuple[Bool[Tensor, " slots"], Int[Tensor, " places"]]:
-        """Which of the scored slots the teacher can speak of, and the flat places of the clean tokens before them."""
+        """Which of the scored slots the teacher can speak of, and the flat places of the clean tokens before them.
+
+        Args:
+            columns: `Rows.teachers` at the scored slots.
+            scored: their flat places.
+        """
         row = scored // self.length
-        soft = (flat.teachers[scored] >= 0) & (self._number[row] >= 0)
-        return soft, flat.teachers[scored[soft]] + row[soft] * self.length
+        soft = (columns >= 0) & (self._number[row] >= 0)
+        return soft, columns[soft] + row[soft] * self.length
 
     @torch.no_grad()
     def log_probabilities(
