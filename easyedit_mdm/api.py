@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from easyedit_mdm.common.yaml_files import find_hparams, read_yaml_file
 from easyedit_mdm.denoising import generate
 from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, ROMEMDMHyperParams
+from easyedit_mdm.editing.hparams import whose
+from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.models import Adapter, adapt, load_adapter
 from easyedit_mdm.models.loading import find_folder
 from easyedit_mdm.smollm2 import SMOLLM2, smollm2_folder
@@ -56,6 +59,23 @@ def with_decoder(adapter: Adapter) -> Adapter:
     if adapter.masked and adapter.decoder is None:
         adapter.decoder = generate
     return adapter
+
+
+def load_hparams(path: str | Path) -> ROMEMDMHyperParams:
+    """The hyperparameters of a YAML file, as the class of the method that it names (`alg_name`).
+
+    >>> load_hparams("MEMIT_MDM/twin-llada").alg_name  # a file that ships; any path will do
+    'MEMIT_MDM'
+
+    Raises:
+        HyperParameterError, UnknownNameError: as `ROMEMDMHyperParams.from_hparams`; if the file names no method, or
+            one of EasyEdit's.
+    """
+    file = read_yaml_file(find_hparams(path))
+    alg_name = file.values.get("alg_name")
+    if not isinstance(alg_name, str) or alg_name not in METHODS:
+        raise HyperParameterError(f"{file.where('alg_name')}: {whose(alg_name)}")
+    return METHODS[alg_name].hparams.from_dict(file)
 
 
 def make_edit(

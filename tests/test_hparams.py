@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
 
 from easyedit_mdm import ROMEMDMHyperParams
+from easyedit_mdm.api import load_hparams
 from easyedit_mdm.editing import METHODS
-from easyedit_mdm.editing.hparams import packaged_hparams
+from easyedit_mdm.editing.hparams import MainHyperParams, packaged_hparams
 from easyedit_mdm.errors import HyperParameterError, UnknownNameError
 from easyedit_mdm.twins import TWINS
 
@@ -45,8 +47,12 @@ def test_what_ships():
         ({"layers": [1, 2]}, HyperParameterError, "one layer"),
         ({"v_lr": float("nan")}, HyperParameterError, "v_lr=nan"),
         ({"v_num_grad_steps": 0}, HyperParameterError, "at least 1"),
-        ({"alg_name": "ROME"}, HyperParameterError, "alg_name is 'ROME'"),
+        ({"alg_name": "ROME"}, HyperParameterError, "alg_name is 'ROME', EasyEdit's own method"),
         ({"mom2_adjustment": True}, HyperParameterError, "mom2_dataset"),
+        ({"v_lr": "high"}, HyperParameterError, "v_lr='high' is not of the kind float"),
+        ({"seed": True}, HyperParameterError, "seed=True is not of the kind int"),
+        ({"layers": ["1"]}, HyperParameterError, "layers=.'1'. is not of the kind"),
+        ({"decode": {"steps": "4"}}, HyperParameterError, "decode setting steps='4' is not of the kind"),
         ({"context_templates": ["no hole"]}, HyperParameterError, "one {}"),
         ({"decode": {"ordre": "random"}}, HyperParameterError, "did you mean 'order'"),
         ({"decode": {"steps": 0}}, HyperParameterError, "steps=0"),
@@ -92,3 +98,59 @@ def test_fields_are_easyedits():
         "mom2_dataset alg_name device model_name stats_dir max_length model_parallel fp16"
     ).split()
     assert set(theirs) <= ours
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("v_lr: high", "line 4: hyperparameter v_lr='high' is not of the kind float"),
+        ("v_lr: -1", "line 4: v_lr=-1.0 must be a finite number"),
+        ("v_lr: 1" + "0" * 400, "line 4: hyperparameter v_lr=10"),
+        ("state_shedule: cycle", "line 4: unknown hyperparameter 'state_shedule'; did you mean 'state_schedule'"),
+        ("state_schedule: cicle", "line 4: state_schedule='cicle'.*did you mean 'cycle'"),
+        ("decode: {steps: x}", "line 4: decode setting steps='x'"),
+        ("guard: {norm_ration: 1}", "line 4: unknown guard setting 'norm_ration'; did you mean 'norm_ratio'"),
+        ("decode: &a [*a]", "alias .a is not read.*line 4"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b, *b]", "alias .a is not read.*line 5"),
+    ],
+)
+def test_errors_name_file_and_line(tmp_path, line, message):
+    """What is wrong in a file is told with its line; aliases, which make a few lines endless, are not followed."""
+    (tmp_path / "x.yaml").write_text(f"alg_name: ROME_MDM\nmodel_name: m\nlayers: [1]\n{line}\n")
+    with pytest.raises((HyperParameterError, UnknownNameError), match=message) as caught:
+        ROMEMDMHyperParams.from_hparams(tmp_path / "x.yaml")
+    assert str(tmp_path / "x.yaml") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_one_function_loads_every_method(method):
+    """`load_hparams` gives the class of the method that the file names, which copies and replaces as EasyEdit does."""
+    loaded = load_hparams(f"{method}/twin-llada")
+    assert type(loaded) is METHODS[method].hparams and loaded == type(loaded).from_hparams(f"{method}/twin-llada")
+    copied = copy.copy(loaded)
+    copied.model_name = "other"
+    assert loaded.model_name == "twin-llada" and dataclasses.replace(copied, seed=3).seed == 3
+    with pytest.raises(HyperParameterError, match="layers"):
+        dataclasses.replace(loaded, layers=[-1])
+
+
+def test_the_wrong_class_says_which_is_right(tmp_path):
+    """Another method's file; EasyEdit's own; a method that is nobody's; a misspelt name."""
+    with pytest.raises(HyperParameterError, match="use MEMITMDMHyperParams, or load_hparams"):
+        ROMEMDMHyperParams.from_hparams("MEMIT_MDM/twin-llada")
+    with pytest.raises(HyperParameterError, match="line 2: alg_name is 'ROME', EasyEdit's own method.*bench.*BaseEditor"):
+        load_hparams("ROME/twin-llama")
+    (tmp_path / "x.yaml").write_text("alg_name: ROMME_MDM\n")
+    with pytest.raises(HyperParameterError, match="line 1: alg_name is 'ROMME_MDM'; did you mean 'ROME_MDM'"):
+        load_hparams(tmp_path / "x.yaml")
+    with pytest.raises(HyperParameterError, match="did you mean 'ROME_MDM/twin-llama'") as caught:
+        load_hparams("ROME_MDM/twin-lama")
+    assert len(str(caught.value)) < 120
+
+
+def test_ten_fields_stand_out():
+    """What a user sets is one short group; every field stands in exactly one group and is told of in its docstring."""
+    assert len(dataclasses.fields(MainHyperParams)) - 3 == 10  # beside method, model and layers
+    groups = [c for c in ROMEMDMHyperParams.__mro__ if "HyperParams" in c.__name__ and c is not ROMEMDMHyperParams]
+    told = [f.name for c in groups for f in dataclasses.fields(c)]
+    assert sorted(told) == sorted(f.name for f in dataclasses.fields(ROMEMDMHyperParams))

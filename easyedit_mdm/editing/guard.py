@@ -6,7 +6,6 @@ norm of the update, and at the latest in perplexity, which `easyedit_mdm.evaluat
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,8 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from easyedit_mdm.common.kinds import misfit
-from easyedit_mdm.common.registry import did_you_mean
+from easyedit_mdm.common.kinds import checked
 from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.errors import HyperParameterError, StatisticsError
 from easyedit_mdm.statistics import text_source
@@ -67,16 +65,9 @@ class GuardConfig:
         Raises:
             HyperParameterError: for a setting that does not exist, or has no sense.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
         if not isinstance(settings, Mapping):
             raise HyperParameterError(f"guard={settings!r} must be a mapping of thresholds, {{}} for the defaults, or null for no guard")
-        for key in settings:
-            if key not in known:
-                raise HyperParameterError(f"guard setting {key!r} is not known{did_you_mean(str(key), known)} Known: {', '.join(known)}")
-        wrong = misfit(cls, settings)
-        if wrong is not None:
-            raise HyperParameterError(f"guard setting {wrong[0]}={settings[wrong[0]]!r} is not of the kind {wrong[1]}")
-        return cls(**settings)
+        return cls(**checked(cls, settings, "guard setting"))
 
 
 def update_figures(edit: Edit, model: nn.Module) -> dict[str, float | None]:
