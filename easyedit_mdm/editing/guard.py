@@ -6,6 +6,7 @@ norm of the update, and at the latest in perplexity, which `easyedit_mdm.evaluat
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
