@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import signal
 import sys
@@ -21,8 +22,9 @@ from easyedit_mdm import Edit, make_edit
 from easyedit_mdm.common.fingerprints import parameter_hashes
 from easyedit_mdm.common.signals import uninterrupted
 from easyedit_mdm.editing import LowRank
-from easyedit_mdm.editing import edit as editing
 from easyedit_mdm.editing.edit import Exact
+from easyedit_mdm.editing.edit import stack as editing
+from easyedit_mdm.editing.edit.stack import carried
 from easyedit_mdm.errors import EditError
 
 PACKAGE = str(Path(easyedit_mdm.__file__).parent)
@@ -100,6 +102,12 @@ class Oracle:
         self.first = {id(p): name for name, p in model.named_parameters()}
         self.base = parameter_hashes(model)
         self.stacks: dict[str, list[tuple[int, str]]] = {name: [] for name in self.base}
+        self.edits = edits_for(model)
+
+    @property
+    def order(self) -> list[int]:
+        """Numbers of the edits that are in the model, as it says itself."""
+        return [next(n for n, edit in enumerate(self.edits) if edit is known) for known in carried(self.model)]
 
     def names(self, edit: Edit) -> list[str]:
         """The weights of an edit by their first names."""
@@ -114,6 +122,18 @@ class Oracle:
         """Whether an edit is in the model."""
         return any(number == known for stack in self.stacks.values() for known, _ in stack)
 
+    def without(self, number: int, edit: Edit) -> None:
+        """The stacks as they are if an edit was never applied: a model of its own takes the others in order."""
+        order = [known for known in self.order if known != number]
+        other = Small(next(self.model.parameters()).dtype, len(self.base) < 3)
+        self.stacks = {name: [] for name in self.base}
+        for known in order:
+            again = Edit(self.edits[known].changes)
+            again.apply(other)
+            hashes = parameter_hashes(other)
+            for name in self.names(again):
+                self.stacks[name].append((known, hashes[name]))
+
     def check(self) -> None:
         """Every parameter is what it should be."""
         wanted = {name: stack[-1][1] if stack else self.base[name] for name, stack in self.stacks.items()}
@@ -123,11 +143,12 @@ class Oracle:
 OPERATIONS = st.one_of(
     st.tuples(st.just("apply"), st.integers(0, 9)),
     st.tuples(st.just("revert"), st.integers(0, 9)),
+    st.tuples(st.just("undo"), st.integers(0, 9)),
     st.tuples(st.just("compose"), st.integers(0, 9), st.integers(0, 9)),
     st.tuples(st.just("apply, broken"), st.integers(0, 9), st.integers(0, 2)),
     st.tuples(st.just("revert, broken"), st.integers(0, 9), st.integers(0, 2)),
 )
-count = {"sequences": 0, "composed": 0, "composed and applied": 0, "taken back": 0}
+count = {"sequences": 0, "undone": 0, "composed": 0, "composed and applied": 0, "taken back": 0}
 
 
 @settings(max_examples=SEQUENCES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -137,7 +158,8 @@ def sequences(dtype, tied, operations):
     """Any sequence leaves every weight where the edits that are still in it put it, and without them where it was."""
     count["sequences"] += 1
     model = Small(DTYPES[dtype], tied)
-    edits, oracle = edits_for(model), Oracle(model)
+    oracle = Oracle(model)
+    edits = oracle.edits
     for operation in operations:
         step(operation, edits, oracle)
         oracle.check()
@@ -160,7 +182,7 @@ def step(operation: tuple, edits: list[Edit], oracle: Oracle) -> None:
     before = parameter_hashes(model)
     try:
         with breaking:
-            (edit.apply if what.startswith("apply") else edit.revert)(model)
+            getattr(edit, what.split(",")[0])(model)
     except (EditError, Broken) as error:
         names = oracle.names(edit)
         if "broken" not in what:
@@ -171,7 +193,7 @@ def step(operation: tuple, edits: list[Edit], oracle: Oracle) -> None:
             assert oracle.applied(number) or len(set(names)) < len(names)
             assert oracle.applied(number) or "twice" in str(error)
         else:
-            assert not oracle.on_top(number, edit)
+            assert not (oracle.applied(number) if what == "undo" else oracle.on_top(number, edit))
         if not (what == "revert, broken" and isinstance(error, Broken)):
             assert parameter_hashes(model) == before
             return
@@ -185,6 +207,10 @@ def note(what: str, number: int, edit: Edit, oracle: Oracle) -> None:
     hashes = parameter_hashes(oracle.model)
     count["composed and applied"] += number >= 5 and what.startswith("apply")
     count["taken back"] += what.startswith("revert")
+    if what == "undo":
+        count["undone"] += any(oracle.stacks[name][-1][0] != number for name in oracle.names(edit))
+        oracle.without(number, edit)
+        return
     for name in oracle.names(edit):
         if what.startswith("apply"):
             oracle.stacks[name].append((number, hashes[name]))
@@ -195,7 +221,70 @@ def note(what: str, number: int, edit: Edit, oracle: Oracle) -> None:
 def test_any_sequence():
     """At least a thousand random ones, in three dtypes, with tied weights and without."""
     sequences()
-    assert count["sequences"] >= 1000 and min(count.values()) > 100, count
+    assert count["sequences"] >= 1000 and count.pop("undone") > 10 and min(count.values()) > 50, count
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_undo_in_the_middle_of_a_thousand(dtype):
+    """Without fact 17 the weights are those of the 999 others applied in order; without all, the base's."""
+    model, other = (Small(DTYPES[dtype], False) for _ in range(2))
+    base, generator = parameter_hashes(model), torch.Generator().manual_seed(2)
+    edits = []
+    for _ in range(1000):
+        factors = torch.randn(6, 3, generator=generator) * 0.1, torch.randn(3, 4, generator=generator)
+        edits.append(Edit([LowRank("a.weight", *factors)]))
+        edits[-1].apply(model)
+    kept = sum(len(entry.before) for entry in editing._entries(model))
+    assert kept == 2  # the weight before the first edit, and before the last
+    edits[16].undo(model)
+    rest = [edit for edit in edits if edit is not edits[16]]
+    for edit in rest:
+        Edit(edit.changes).apply(other)
+    assert parameter_hashes(model) == parameter_hashes(other) and carried(model) == rest
+    assert torch.equal(rest[500].originals(model)["a.weight"], carried(other)[500].originals(other)["a.weight"])
+    with pytest.raises(EditError, match="revert later edits first"):
+        rest[500].revert(model)
+    with pytest.raises(EditError, match="not applied"):
+        edits[16].undo(model)
+    for edit in [*rest[:5], *rest[:990:-1]]:  # from both ends
+        edit.undo(model)
+    for edit in reversed(carried(model)):
+        edit.revert(model)
+    assert parameter_hashes(model) == base and not carried(model)
+
+
+def test_what_somebody_else_changed_is_not_undone():
+    """Weights that are no longer what the edits left are left alone; those put back by others are known to be back."""
+    model = Small(torch.float32, False)
+    first, second = edits_for(model)[0], edits_for(model)[0]
+    weights = first.apply(model)
+    model.a.weight.data.copy_(weights["a.weight"])  # as EasyEdit does
+    assert carried(model) == []
+    first.apply(model)
+    with torch.no_grad():
+        model.a.weight[0, 0] += 1
+    second.apply(model)
+    now = parameter_hashes(model)
+    with pytest.raises(EditError, match=r"a\.weight has been changed since"):
+        first.undo(model)
+    assert parameter_hashes(model) == now
+    Edit([LowRank("a.weight", torch.ones(6, 1), torch.ones(1, 4))]).apply(model)
+    carried(model)[-1].revert(model)
+    second.revert(model)  # back to what somebody else made of it
+    with pytest.raises(EditError, match="not by an edit"):
+        first.revert(model)
+
+
+def test_a_copy_of_a_model_knows_its_edits():
+    """Applied, copied, taken back in both."""
+    model = Small(torch.bfloat16, False)
+    base, edit = parameter_hashes(model), edits_for(model)[3]
+    edit.apply(model)
+    other = copy.deepcopy(model)
+    edit.revert(model)
+    assert not edit.is_applied(other) and parameter_hashes(other) != base  # the copy carries a copy
+    carried(other)[0].revert(other)
+    assert parameter_hashes(other) == parameter_hashes(model) == base
 
 
 # ---- Ctrl-C ---------------------------------------------------------------------------------------------------------------------------
@@ -208,7 +297,7 @@ def interrupted_at(event: int, call: Callable[[], object], everywhere: bool = Fa
         how many there were, and whether `call` ended in KeyboardInterrupt.
     """
     seen = 0
-    watched = ("editing/edit.py", "common/signals.py")
+    watched = ("edit/stack.py", "edit/change.py", "edit/edit.py", "common/signals.py")
 
     def trace(frame, kind, _):
         nonlocal seen
@@ -257,6 +346,35 @@ def test_ctrl_c_at_any_bytecode_of_apply_and_revert():
         assert parameter_hashes(model) == (edited if edit.is_applied(model) else base), f"at bytecode {event} of {total}"
         finished += not edit.is_applied(model)
     assert 0 < finished < total and stopped > 200
+
+
+def test_ctrl_c_at_any_bytecode_of_undo():
+    """A real signal before each bytecode: the edit is out from under the later one, or still in."""
+    model = Small(torch.bfloat16, tied=False)
+    lower, upper = edits_for(model)[0], edits_for(model)[3]
+    upper.apply(model)
+    alone = parameter_hashes(model)
+    upper.revert(model)
+
+    def both() -> None:
+        """One on the other."""
+        for edit in (upper, lower):
+            if edit.is_applied(model):
+                edit.undo(model)
+        lower.apply(model)
+        upper.apply(model)
+
+    both()
+    whole = parameter_hashes(model)
+    total, _ = interrupted_at(0, lambda: lower.undo(model))
+    assert parameter_hashes(model) == alone and total > 200
+    finished = 0
+    for event in range(1, total + 1, 3):
+        both()
+        interrupted_at(event, lambda: lower.undo(model))
+        assert parameter_hashes(model) == (whole if lower.is_applied(model) else alone), f"at bytecode {event} of {total}"
+        finished += not lower.is_applied(model)
+    assert 0 < finished < total / 3
 
 
 @pytest.mark.parametrize("method", ["MEMIT_MDM", "AlphaEdit_MDM", "ROME_MDM"])

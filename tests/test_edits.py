@@ -14,10 +14,10 @@ from easyedit_mdm import Edit, load_model, make_edit
 from easyedit_mdm.cli import main
 from easyedit_mdm.common.fingerprints import model_fingerprint, parameter_hashes
 from easyedit_mdm.editing import LowRank
-from easyedit_mdm.editing.compose import conflicts
-from easyedit_mdm.editing.edit import Exact
-from easyedit_mdm.editing.export import write_model
-from easyedit_mdm.editing.folders import adopt_edits, write_edited
+from easyedit_mdm.editing.edit import Exact, carried
+from easyedit_mdm.editing.edit.compose import conflicts
+from easyedit_mdm.editing.edit.export import write_model
+from easyedit_mdm.editing.edit.folders import adopt_edits, write_edited
 from easyedit_mdm.errors import CheckpointError, DataError, EditError, FileError, HyperParameterError, RequestError
 from easyedit_mdm.models import FAMILIES
 
@@ -108,7 +108,13 @@ def test_edits_of_one_base_on_top_of_each_other(tiny, tmp_path):
     second.revert(model)
     first.revert(model)
     assert parameter_hashes(model) == before
-    some_edit(model, 7).apply(model)  # nobody holds it: what it replaced is gone
+    some_edit(model, 7).apply(model)  # nobody holds it but the model
+    first.apply(model)
+    first.revert(model)
+    carried(model)[0].revert(model)
+    assert parameter_hashes(model) == before
+    with torch.no_grad():
+        model.module("model.norm").weight[0] += 1
     with pytest.raises(EditError, match="another model"):
         first.apply(model)
 

@@ -27,8 +27,8 @@ from safetensors.torch import save, save_file
 from easyedit_mdm import Edit
 from easyedit_mdm.data.cases import load_cases
 from easyedit_mdm.editing import METHODS, LowRank
-from easyedit_mdm.editing.files import CARD, TENSORS, file_sha256
-from easyedit_mdm.editing.folders import adopt_edits
+from easyedit_mdm.editing.edit.files import CARD, TENSORS, file_sha256
+from easyedit_mdm.editing.edit.folders import adopt_edits
 from easyedit_mdm.editing.hparams import find_hparams, read_yaml
 from easyedit_mdm.errors import EasyEditMDMError
 from easyedit_mdm.models import load_adapter

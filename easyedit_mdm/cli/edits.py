@@ -22,10 +22,9 @@ from easyedit_mdm.data.cases import load_cases
 from easyedit_mdm.denoising import DecodeConfig, decode
 from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, ROMEMDMHyperParams
 from easyedit_mdm.editing.batch import check_requests
-from easyedit_mdm.editing.compose import compose, conflicts
-from easyedit_mdm.editing.export import to_peft, write_model
-from easyedit_mdm.editing.files import load
-from easyedit_mdm.editing.folders import adopt_edits, source_of, write_edited
+from easyedit_mdm.editing.edit.compose import compose, conflicts
+from easyedit_mdm.editing.edit.export import write_model
+from easyedit_mdm.editing.edit.folders import adopt_edits, source_of, write_edited
 from easyedit_mdm.editing.guard import GuardConfig
 from easyedit_mdm.editing.hparams import find_hparams, read_yaml
 from easyedit_mdm.editing.request import encode
@@ -126,7 +125,7 @@ def apply_edit(folder: str | Path, out: str | Path, model: str | None = None, de
         FileError: if `out` exists, or cannot be written.
     """
     _free(out)
-    edit = load(folder)
+    edit = Edit.load(folder)
     adapter, carried = _open(edit, model, device)
     if any(other.card["id"] == edit.card["id"] for other in carried):
         raise EditError(f"{model} carries this edit ({edit.card['id']}) already")
@@ -143,7 +142,7 @@ def revert_edit(folder: str | Path, model: str | Path, out: str | Path, device: 
         FileError: if `out` exists, or cannot be written.
     """
     _free(out)
-    edit = load(folder)
+    edit = Edit.load(folder)
     adapter, carried = _open(edit, str(model), device)
     mine = [other for other in carried if other.card["id"] == edit.card["id"]]
     if not mine:
@@ -166,7 +165,7 @@ def compose_edits(folders: Sequence[str | Path], out: str | Path, force: bool = 
         EditError: for edits of different base models, or contradictions, unless forced.
     """
     _free(out)
-    edits = [load(folder) for folder in folders]
+    edits = [Edit.load(folder) for folder in folders]
     one = compose(edits, force)
     one.save(out)
     console = Console()
@@ -195,7 +194,7 @@ def diff_edit(
         DataError: if the file of prompts cannot be read.
         EditError: for another base model.
     """
-    edit, asked = load(folder), [*prompts, *_lines(prompts_file)]
+    edit, asked = Edit.load(folder), [*prompts, *_lines(prompts_file)]
     report: dict[str, Any] = {"id": edit.card["id"], "weights": edit.diff(), "effect": []}
     if asked:
         adapter, carried = _open(edit, model, device)
@@ -238,7 +237,7 @@ def verify_edit(folder: str | Path, model: str | None = None, device: str | None
     Raises:
         EditError: if the files are broken.
     """
-    edit = load(folder)
+    edit = Edit.load(folder)
     if model is None or "edited" not in edit.card:
         adapter, _ = _open(edit, None, device)
         edit.card.setdefault("edited", edit.edited_hashes(adapter))  # a composed edit has not met its base model before
@@ -286,7 +285,7 @@ def export_edit(
     for out in (peft, merged):
         if out:
             _free(out)
-    edit = load(folder)
+    edit = Edit.load(folder)
     if merged is not None:
         adapter, carried = _open(edit, model, device)
         if not any(other.card["id"] == edit.card["id"] for other in carried):
@@ -294,7 +293,7 @@ def export_edit(
         write_model(adapter, source_of(adapter), merged)
         Console().print(f"{escape(str(merged))}: {escape(adapter.name)} with the edit, in the hub's format", highlight=False)
     if peft is not None:
-        to_peft(edit, peft)
+        edit.to_peft(peft)
         Console().print(f"{escape(str(peft))}: a LoRA adapter for {escape(str(edit.card['base'].get('name')))}", highlight=False)
 
 

@@ -18,7 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from easyedit_mdm.editing.edit import Edit, LowRank, keeping
+from easyedit_mdm.editing.edit.change import LowRank
+from easyedit_mdm.editing.edit.edit import Edit
+from easyedit_mdm.editing.edit.stack import keeping, write
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.keys import Lower, SiteRows, key_columns, key_states, read_site
 from easyedit_mdm.editing.request import EditRequest
@@ -138,7 +140,7 @@ def edit_batch(
             figures[str(site.layer)] = {
                 "residual": float((target - now).norm(dim=1).mean()), **moments[i].cheap_figures(hparams.mom2_eps), **system.figures
             }  # fmt: skip
-            Edit([changes[-1]]).apply(adapter)
+            write(adapter, Edit([changes[-1]]))
         if lower is not None:
             lower.clear()
         if finish is not None:

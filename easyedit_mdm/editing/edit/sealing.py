@@ -9,18 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
-from easyedit_mdm.editing.edit import Change, Edit, Exact, LowRank, carried, identity
+from easyedit_mdm.editing.edit.change import Change, Exact, LowRank
+from easyedit_mdm.editing.edit.stack import PlainEdit, carried, identity
 from easyedit_mdm.errors import EditError
 from easyedit_mdm.version import __version__
 
 
-def seal(edit: Edit, model: nn.Module, name: str | None = None) -> Edit:
-    """Write base model, versions, seed and the weights' figures into an edit's card; see `Edit.seal`."""
+def seal(edit: PlainEdit, model: nn.Module, name: str | None = None) -> None:
+    """Write into an edit's card what it belongs to: the base model's fingerprint, versions, and figures of each weight.
+
+    The base is the model as it is now, without this edit if it is applied. A card that names its base is left alone.
+
+    Raises:
+        EditError: if the edit does not fit the model.
+    """
     if "base" in edit.card:
-        return edit
+        return
     native, own = identity(model), edit.originals(model) if edit.is_applied(model) else {}
     weights = dict(native.named_parameters(remove_duplicate=False))
-    names = edit._names(native)
+    names = edit.names_in(native)
     spec = getattr(model, "spec", None)
     edit.card["base"] = {
         "name": name or getattr(model, "name", "") or type(native).__name__,
@@ -35,7 +42,6 @@ def seal(edit: Edit, model: nn.Module, name: str | None = None) -> Edit:
     edit.card.setdefault("seed", edit.card.get("hyperparameters", {}).get("seed"))
     edit.card["versions"] = versions()
     edit.card["norms"] = {row["weight"]: {k: row[k] for k in ("norm", "norm_ratio")} for row in weight_figures(edit, model)}
-    return edit
 
 
 def versions() -> dict[str, str]:
@@ -45,7 +51,7 @@ def versions() -> dict[str, str]:
     return {"easyedit_mdm": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
 
 
-def weight_figures(edit: Edit, model: nn.Module | None = None) -> list[dict[str, Any]]:
+def weight_figures(edit: PlainEdit, model: nn.Module | None = None) -> list[dict[str, Any]]:
     """A row a weight: `weight`, `kind` (low rank or exact), `rank`, `shape`, `norm` and `spectral` norm of the change, and
     `norm_ratio`, ||dW|| / ||W||, with a model (as it is without the edit) or from the card of a saved edit.
 
@@ -53,7 +59,7 @@ def weight_figures(edit: Edit, model: nn.Module | None = None) -> list[dict[str,
         EditError: if the edit does not fit the model.
     """
     rows = []
-    names = {} if model is None else edit._names(identity(model))
+    names = {} if model is None else edit.names_in(identity(model))
     for change in edit.changes:
         values = singular_values(change)
         norm, known = float(values.norm()), edit.card.get("norms", {}).get(change.name, {})
@@ -90,7 +96,7 @@ def _rank(values: Tensor) -> int:
     return int((values > values.max() * 1e-7).sum()) if len(values) else 0
 
 
-def _original(edit: Edit, model: nn.Module, name: str) -> Tensor:
+def _original(edit: PlainEdit, model: nn.Module, name: str) -> Tensor:
     if edit.is_applied(model):
         return edit.originals(model)[name]
     weights = dict(identity(model).named_parameters())

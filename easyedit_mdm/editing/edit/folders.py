@@ -18,9 +18,10 @@ from torch import Tensor
 
 from easyedit_mdm.common.files import read_json, read_tensors, write_json, write_tensors
 from easyedit_mdm.common.fingerprints import model_fingerprint
-from easyedit_mdm.editing.edit import Edit, adopt, carried
-from easyedit_mdm.editing.export import APPLIED, write_model
-from easyedit_mdm.editing.files import load, write_into
+from easyedit_mdm.editing.edit.edit import Edit
+from easyedit_mdm.editing.edit.export import APPLIED, write_model
+from easyedit_mdm.editing.edit.files import write_into
+from easyedit_mdm.editing.edit.stack import adopt, carried
 from easyedit_mdm.errors import EditError
 from easyedit_mdm.models import Adapter
 
@@ -31,7 +32,7 @@ def write_edited(adapter: Adapter, folder: str | Path) -> Path:
     """Write a model, with the record of the edits that it carries, as a new folder in the hub's format; without edits, just the model.
 
     Raises:
-        CheckpointError, FileError: see `easyedit_mdm.editing.export.write_model`.
+        CheckpointError, FileError: see `easyedit_mdm.editing.edit.export.write_model`.
         EditError: if the model was not loaded from a folder.
     """
     edits = carried(adapter)
@@ -93,7 +94,7 @@ def _entries(folder: Path, entries: Sequence[Any]) -> list[dict[str, Any]]:
 
 def _read(folder: Path, entry: dict[str, Any]) -> tuple[Edit, dict[str, Tensor], dict[str, str]]:
     place = folder / entry["folder"]
-    edit = load(place)
+    edit = Edit.load(place)
     if edit.card.get("id") != entry.get("id"):
         raise EditError(f"{place} holds edit {edit.card.get('id')}, {APPLIED} says {entry.get('id')}: get the folder again")
     return edit, read_tensors(place / "originals.safetensors", EditError, "the weights before an edit")[0], entry["edited"]

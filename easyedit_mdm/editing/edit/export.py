@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from easyedit_mdm.common.files import new_folder, opened_tensors, read_json, write_json, write_tensors
-from easyedit_mdm.editing.edit import Change, Edit, LowRank
+from easyedit_mdm.editing.edit.change import Change, LowRank
+from easyedit_mdm.editing.edit.stack import PlainEdit
 from easyedit_mdm.errors import CheckpointError, EditError, MissingPackageError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.loading import weight_files
@@ -21,7 +22,7 @@ APPLIED = "applied.json"
 _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
 
 
-def to_peft(edit: Edit, folder: str | Path) -> Path:
+def to_peft(edit: PlainEdit, folder: str | Path) -> Path:
     """Write a LoRA adapter whose product is the edit: `adapter_config.json` and `adapter_model.safetensors`.
 
     `PeftModel.from_pretrained(native, folder)` loads it, where `native` is the transformers model of the base: for a masked model

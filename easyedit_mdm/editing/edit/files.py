@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from easyedit_mdm.common.files import new_folder, read_json, read_tensors, write_json, write_tensors
-from easyedit_mdm.editing.edit import Change, Edit, Exact, LowRank
+from easyedit_mdm.editing.edit.change import Change, Exact, LowRank
+from easyedit_mdm.editing.edit.sealing import seal
+from easyedit_mdm.editing.edit.stack import PlainEdit
 from easyedit_mdm.errors import EditError
 
 TENSORS, CARD = "edit.safetensors", "edit.json"
@@ -26,7 +28,7 @@ _KINDS: dict[str, tuple[str, ...]] = {"low_rank": ("left", "right"), "exact": ("
 _WHAT = "an edit that easyedit-mdm saved"
 
 
-def save(edit: Edit, folder: str | Path, model: nn.Module | None = None) -> Path:
+def save(edit: PlainEdit, folder: str | Path, model: nn.Module | None = None) -> Path:
     """Write an edit into a new folder, whole or not at all.
 
     Args:
@@ -37,7 +39,7 @@ def save(edit: Edit, folder: str | Path, model: nn.Module | None = None) -> Path
         FileError: if the folder exists and is not empty, or cannot be written.
     """
     if model is not None:
-        edit.seal(model)
+        seal(edit, model)
     if "base" not in edit.card:
         raise EditError("this edit does not know its base model: save(folder, model) with the model that it was made for")
     folder = Path(folder)
@@ -46,7 +48,7 @@ def save(edit: Edit, folder: str | Path, model: nn.Module | None = None) -> Path
     return folder
 
 
-def write_into(edit: Edit, folder: Path) -> None:
+def write_into(edit: PlainEdit, folder: Path) -> None:
     """Both files, into a folder that exists."""
     changes = [compact(change) for change in edit.changes]
     write_tensors(folder / TENSORS, {f"{c.name}|{key}": value for c in changes for key, value in c.tensors.items()}, {"format": FORMAT})
@@ -77,8 +79,8 @@ def _rounded(value: Any) -> Any:
     return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def load(folder: str | Path) -> Edit:
-    """Read the folder of an edit.
+def read(folder: str | Path) -> tuple[list[Change], dict[str, Any]]:
+    """The changes and the card of an edit, from its folder.
 
     Raises:
         EditError: if a file is missing or broken, or the two do not belong together.
@@ -93,7 +95,7 @@ def load(folder: str | Path) -> Edit:
         odd = sorted(set(tensors) ^ wanted)[0]
         raise EditError(f"{folder / TENSORS} and {CARD} do not belong together: {odd!r} is in only one of them; get the edit again")
     changes = [_change(name, about, tensors, folder) for name, about in weights.items()]
-    return Edit(changes, {**{k: v for k, v in told.items() if k not in _OWN}, "id": told["tensors"]["sha256"][:16]})
+    return changes, {**{k: v for k, v in told.items() if k not in _OWN}, "id": told["tensors"]["sha256"][:16]}
 
 
 def file_sha256(path: Path) -> str:

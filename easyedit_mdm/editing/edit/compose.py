@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from easyedit_mdm.editing.edit import Change, Edit, Exact, LowRank
+from easyedit_mdm.editing.edit.change import Change, Exact, LowRank
+from easyedit_mdm.editing.edit.stack import PlainEdit
 from easyedit_mdm.errors import EditError
 
 OVERLAP = 0.9
+AnyEdit = TypeVar("AnyEdit", bound=PlainEdit)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Conflict:
         return f"edits {self.first + 1} and {self.second + 1}: {self.kind} at {self.what} ({self.detail})"
 
 
-def conflicts(edits: Sequence[Edit]) -> list[Conflict]:
+def conflicts(edits: Sequence[PlainEdit]) -> list[Conflict]:
     """Where edits are at odds with each other, pair by pair."""
     found = []
     for (i, first), (j, second) in combinations(enumerate(edits), 2):
@@ -48,7 +50,7 @@ def conflicts(edits: Sequence[Edit]) -> list[Conflict]:
     return found
 
 
-def compose(edits: Sequence[Edit], force: bool = False) -> Edit:
+def compose(edits: Sequence[AnyEdit], force: bool = False) -> AnyEdit:
     """One edit that changes the base model by the sum of what several change.
 
     The edits belong to one base model, or each to the model with those before it. Their sum is rounded to the weights' dtype
@@ -68,10 +70,10 @@ def compose(edits: Sequence[Edit], force: bool = False) -> Edit:
     for edit in edits:
         for change in edit.changes:
             by_name.setdefault(change.name, []).append(change)
-    return Edit([_added(name, changes) for name, changes in by_name.items()], _card(edits, found))
+    return type(edits[0])([_added(name, changes) for name, changes in by_name.items()], _card(edits, found))
 
 
-def _card(edits: Sequence[Edit], found: Sequence[Conflict]) -> dict[str, Any]:
+def _card(edits: Sequence[PlainEdit], found: Sequence[Conflict]) -> dict[str, Any]:
     methods = sorted({str(edit.card.get("method")) for edit in edits})
     card: dict[str, Any] = {
         "method": methods[0] if len(methods) == 1 else "several",
@@ -93,7 +95,7 @@ def _card(edits: Sequence[Edit], found: Sequence[Conflict]) -> dict[str, Any]:
     return card
 
 
-def _check_bases(edits: Sequence[Edit]) -> None:
+def _check_bases(edits: Sequence[PlainEdit]) -> None:
     """One base for all, or none is sealed; an edit may also stand on those before it, and then says so in `base.carries`.
 
     Raises:
@@ -109,8 +111,8 @@ def _check_bases(edits: Sequence[Edit]) -> None:
             )
 
 
-def _contradictions(first: Edit, second: Edit) -> list[tuple[str, str]]:
-    def table(edit: Edit) -> dict[tuple[str, str], str]:
+def _contradictions(first: PlainEdit, second: PlainEdit) -> list[tuple[str, str]]:
+    def table(edit: PlainEdit) -> dict[tuple[str, str], str]:
         """Targets by prompt and subject."""
         return {(" ".join(f["prompt"].lower().split()), f["subject"].strip().lower()): f["target_new"].strip() for f in edit.card.get("facts", [])}
 
@@ -119,7 +121,7 @@ def _contradictions(first: Edit, second: Edit) -> list[tuple[str, str]]:
             if (prompt, subject) in other and one[prompt, subject] != other[prompt, subject]]  # fmt: skip
 
 
-def _overlaps(first: Edit, second: Edit) -> list[tuple[str, str]]:
+def _overlaps(first: PlainEdit, second: PlainEdit) -> list[tuple[str, str]]:
     """Weights that both change, reading nearly the same input: the largest cosine between the spaces of inputs that they answer to."""
     others = {change.name: change for change in second.changes}
     found = []

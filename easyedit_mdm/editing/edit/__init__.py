@@ -1,0 +1,7 @@
+"""Edits: plain data in and out of a model (`change`, `stack`); sealed, saved, composed and exported (the other files)."""
+
+from easyedit_mdm.editing.edit.change import Change, Exact, LowRank
+from easyedit_mdm.editing.edit.edit import Edit
+from easyedit_mdm.editing.edit.stack import PlainEdit, carried, keeping
+
+__all__ = ["Change", "Edit", "Exact", "LowRank", "PlainEdit", "carried", "keeping"]

@@ -1,0 +1,394 @@
+"""An edit as plain data, and the stack of edits that a model carries.
+
+The stack is kept with the model. It says which edits are in it, in which order, and what each weight was before: W + D - D is
+not W in floating point, so weights are put back from copies, bit for bit. Copies are kept of each weight before the first
+edit and before the last one. What stood between is computed again from the factors, and compared by hash. So a thousand
+edits cost two copies, and any of them can be taken out. Ctrl-C never leaves weights and stack at odds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
+from easyedit_mdm.common.signals import uninterrupted
+from easyedit_mdm.editing.edit.change import Change, added
+from easyedit_mdm.errors import EditError, OptimisationError
+
+Result = TypeVar("Result")
+
+_STACK = "_easyedit_mdm_stack"  # an attribute of the transformers model, so that a copy of the model knows its edits too
+
+
+@dataclass(eq=False)
+class PlainEdit:
+    """The changes of an edit and its card, with what puts them into a model and takes them out.
+
+    Attributes:
+        changes: one change a weight.
+        card: facts, method, hyperparameters, and figures of the optimisation; once sealed or saved also the base model's
+            fingerprint, versions, seed and metrics.
+
+    Raises:
+        OptimisationError: if a change holds NaN or infinity.
+    """
+
+    changes: Sequence[Change]
+    card: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for change in self.changes:
+            if not all(value.isfinite().all() for value in change.tensors.values()):
+                raise OptimisationError(f"the update of {change.name} holds NaN or infinity; no weight was changed")
+
+    def apply(self, model: nn.Module) -> dict[str, Tensor]:
+        """Add the changes to the model's weights; after an exception or Ctrl-C the weights are those of before.
+
+        Returns:
+            the original weights, by the changes' names.
+
+        Raises:
+            EditError: if the edit is applied to this model already, was made for another one, a weight is missing, tied,
+                offloaded or of another shape, or the result does not fit its dtype. Nothing is changed then.
+        """
+        native = identity(model)
+        entries = _still_there(native)
+        if any(entry.edit is self for entry in entries):
+            raise EditError("this edit is already applied to this model: revert it first")
+        names = self.names_in(native)
+        self._check_base(native)
+        weights = dict(native.named_parameters())
+        before = {name: weights[name].detach().clone() for name in names.values()}
+        changes = {names[change.name]: change for change in self.changes}
+        after = {name: added(before[name], change) for name, change in changes.items()}
+        entry = Entry(self, changes, _hashes(before), _hashes(after), before)
+        try:
+            _settle(native, after, _pushed(entries, entry))
+            return {name: before[first] for name, first in names.items()}
+        except BaseException:
+            _settle(native, before, entries)
+            raise
+
+    def revert(self, model: nn.Module) -> None:
+        """Put the weights back that the edit replaced, bit for bit.
+
+        Raises:
+            EditError: if the edit is not applied to this model, or the weights have been changed since, by a later edit for
+                example (see `undo`); nothing is changed then.
+        """
+        entries = _entries(identity(model))
+        place = self._place(entries)
+        mine = entries[place].was
+        later = [name for name in mine if any(name in entry.was for entry in entries[place + 1 :])]
+        if later:
+            raise EditError(
+                f"{', '.join(later)} has been changed since this edit was applied: revert later edits first, or take this "
+                "one out from under them (undo)"
+            )
+        self.undo(model)
+
+    def undo(self, model: nn.Module) -> None:
+        """Take the edit out and leave the later ones in: the weights become those of applying the others in order.
+
+        Raises:
+            EditError: if the edit is not applied to this model, or something else than edits has changed its weights
+                since; nothing is changed then.
+        """
+        native = identity(model)
+        entries = _entries(native)
+        values, left = _without(native, entries, self._place(entries))
+        try:
+            _settle(native, values, left)
+        finally:
+            _settle(native, values, left)  # once more, should Ctrl-C have struck before the first had begun
+
+    def is_applied(self, model: nn.Module) -> bool:
+        """Whether `apply` has put this edit into the model and neither `revert` nor `undo` has taken it out."""
+        return any(entry.edit is self for entry in _entries(identity(model)))
+
+    def originals(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weights that this edit replaced in a model, by parameter name.
+
+        Raises:
+            EditError: if it is not applied.
+        """
+        entries = _entries(identity(model))
+        place = self._place(entries)
+        return {name: _before(entries, place, name) for name in entries[place].was}
+
+    def edited_hashes(self, model: nn.Module) -> dict[str, str]:
+        """SHA-256 of what the edit puts, or has put, into a model's weights, by parameter name.
+
+        Raises:
+            EditError: if it does not fit.
+        """
+        native = identity(model)
+        for entry in _entries(native):
+            if entry.edit is self:
+                return dict(entry.edited)
+        return _hashes(_sums(native, self))
+
+    def names_in(self, native: nn.Module) -> dict[str, str]:
+        """The parameters' first names (a tied weight has two), by the changes' own; every weight is checked.
+
+        Raises:
+            EditError: for one that does not fit.
+        """
+        weights = dict(native.named_parameters(remove_duplicate=False))
+        first = {id(value): name for name, value in native.named_parameters()}
+        names: dict[str, str] = {}
+        for change in self.changes:
+            weight = weights.get(change.name)
+            if weight is None or tuple(weight.shape) != change.shape:
+                found = "no such weight" if weight is None else tuple(weight.shape)
+                raise EditError(f"the edit does not fit this model: {change.name} should be {change.shape}, found {found}")
+            if weight.is_meta:
+                raise EditError(
+                    f"{change.name} is offloaded and cannot be edited in place: load it without offloading (device_map, max_memory)"
+                )
+            if not weight.is_floating_point():
+                raise EditError(
+                    f"{change.name} is {weight.dtype}, a quantised weight: load the model in bfloat16, float16 or float32"
+                )
+            if first[id(weight)] in names.values():
+                raise EditError(
+                    f"the edit changes {change.name} twice: it is tied to {first[id(weight)]}, or named twice"
+                )
+            names[change.name] = first[id(weight)]
+        return names
+
+    def _place(self, entries: tuple[Entry, ...]) -> int:
+        for place, entry in enumerate(entries):
+            if entry.edit is self:
+                return place
+        raise EditError("this edit is not applied to this model")
+
+    def _check_base(self, native: nn.Module) -> None:
+        """A sealed edit goes into the model that it was made for, which may carry other edits that are known.
+
+        Raises:
+            EditError: with both fingerprints.
+        """
+        wanted = self.card.get("base", {}).get("fingerprint")
+        if wanted is None:
+            return
+        now = model_fingerprint(native)
+        if wanted != now and wanted != model_fingerprint(native, below(native)):
+            base, found = self.card["base"], str(next(native.parameters()).dtype).removeprefix("torch.")
+            made = base.get("dtype")
+            hint = "" if made == found else f" It was made in {made}, and this model is in {found}: load it in the same dtype."
+            raise EditError(
+                f"this edit was made for another model: {base.get('name')}, fingerprint {wanted}; this one has {now}.{hint} "
+                "Give the base model that edit.json names, as it was."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """An edit in a model. All mappings are by the parameters' first names.
+
+    Attributes:
+        edit: the edit itself.
+        changes: what it adds to each weight.
+        was, edited: SHA-256 of each weight before the edit and with it.
+        before: the weights before it, as far as they are kept (see `_pushed`).
+        stored: they come from a folder. Another machine may have made them, and this one compute others: all are kept.
+    """
+
+    edit: PlainEdit
+    changes: Mapping[str, Change]
+    was: Mapping[str, str]
+    edited: Mapping[str, str]
+    before: Mapping[str, Tensor]
+    stored: bool = False
+
+
+def adopt(model: nn.Module, stack: Sequence[tuple[PlainEdit, Mapping[str, Tensor], Mapping[str, str]]]) -> None:
+    """Take a model that was loaded with edits in its weights for one to which they have been applied.
+
+    Args:
+        stack: in the order of application, each edit with the weights that it replaced and the hashes of what it put there,
+            by parameter name, as they were kept.
+
+    Raises:
+        EditError: if the weights are not those that the edits left; nothing is noted then.
+    """
+    native = identity(model)
+    now: dict[str, Tensor] = dict(native.named_parameters())
+    entries: list[Entry] = []
+    for edit, originals, edited in reversed(stack):
+        names = edit.names_in(native)
+        firsts = set(names.values())
+        wrong = [n for n in firsts if n not in originals or not _alike(originals[n], now[n])]
+        if wrong or set(originals) != firsts:
+            what = ", ".join(sorted(wrong)) or "there are more of them"
+            raise EditError(f"the originals that were kept do not belong to edit and model: {what}")
+        changed = sorted(n for n in firsts if edited.get(n) != tensor_sha256(now[n]))
+        if changed:
+            raise EditError(
+                f"{', '.join(changed)} has been changed since edit {edit.card.get('id')} was applied: it cannot be taken back"
+            )
+        before = {n: originals[n].to(now[n].device) for n in firsts}
+        changes = {names[change.name]: change for change in edit.changes}
+        entries.append(Entry(edit, changes, _hashes(before), dict(edited), before, stored=True))
+        now |= originals
+    _settle(native, {}, tuple(reversed(entries)))
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
+
+
+def keeping(model: nn.Module, names: list[str], work: Callable[[], Result]) -> Result:
+    """The result of `work`, with some weights put back after it, bit for bit, whatever it did and however it ended."""
+    weights = dict(identity(model).named_parameters(remove_duplicate=False))
+    originals = {name: weights[name].detach().clone() for name in names}
+    try:
+        try:
+            return work()
+        finally:
+            put(weights, originals)
+    finally:
+        put(weights, originals)  # once more, should Ctrl-C have struck before the first had begun
+
+
+def write(model: nn.Module, edit: PlainEdit) -> None:
+    """Put an edit into a model while `keeping` keeps its weights: nothing is noted of it.
+
+    Raises:
+        EditError: if it does not fit.
+    """
+    native = identity(model)
+    put(dict(native.named_parameters()), _sums(native, edit))
+
+
+def below(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model as they were before the edits that it carries, by name; only those that were replaced."""
+    found: dict[str, Tensor] = {}
+    for entry in _entries(identity(model)):
+        for name, value in entry.before.items():
+            found.setdefault(name, value)
+    return found
+
+
+def carried(model: nn.Module) -> list[PlainEdit]:
+    """The edits that a model carries, in order. Those whose weights somebody else has put back are forgotten."""
+    return [entry.edit for entry in _still_there(identity(model))]
+
+
+def identity(model: nn.Module) -> nn.Module:
+    """The model that holds the weights: two adapters of one model are the same model."""
+    return getattr(model, "native", model)
+
+
+def put(weights: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Copy values into weights; Ctrl-C waits until that is done."""
+    with uninterrupted():
+        for name, value in values.items():
+            weights[name].data.copy_(value)  # no decorator for no_grad: Ctrl-C in it would strike behind the caller's back
+
+
+def _entries(native: nn.Module) -> tuple[Entry, ...]:
+    return native.__dict__.get(_STACK, ())
+
+
+def _still_there(native: nn.Module) -> tuple[Entry, ...]:
+    """The entries, without those on top whose weights are again what they were before: EasyEdit puts weights back itself."""
+    entries, weights = _entries(native), dict(native.named_parameters())
+    while entries and entries[-1].was != entries[-1].edited and _holds(weights, entries[-1].was):
+        entries = entries[:-1]
+    native.__dict__[_STACK] = entries
+    return entries
+
+
+def _holds(weights: Mapping[str, Tensor], hashes: Mapping[str, str]) -> bool:
+    return all(tensor_sha256(weights[name]) == known for name, known in hashes.items())
+
+
+def _settle(native: nn.Module, values: Mapping[str, Tensor], entries: tuple[Entry, ...]) -> None:
+    """Put values into the weights and note the edits that they hold, both or neither."""
+    with uninterrupted():
+        put(dict(native.named_parameters()), values)
+        native.__dict__[_STACK] = entries
+
+
+def _sums(native: nn.Module, edit: PlainEdit) -> dict[str, Tensor]:
+    """What an edit would put into a model's weights as they are now."""
+    names, weights = edit.names_in(native), dict(native.named_parameters())
+    return {names[change.name]: added(weights[names[change.name]], change) for change in edit.changes}
+
+
+def _hashes(values: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: tensor_sha256(value) for name, value in values.items()}
+
+
+def _pushed(entries: tuple[Entry, ...], entry: Entry) -> tuple[Entry, ...]:
+    """The entries with one more on top.
+
+    Of the weights before the one that was on top, only those are kept that cannot be computed again: before the first
+    edit of a weight, and after something else than an edit has changed it.
+    """
+    found = list(entries)
+    for name in entry.was:
+        touching = [place for place, known in enumerate(found) if name in known.was][-2:]
+        if len(touching) < 2:
+            continue
+        lower, top = (found[place] for place in touching)
+        if lower.edited[name] == top.was[name] and not top.stored:
+            found[touching[1]] = replace(top, before={n: v for n, v in top.before.items() if n != name})
+    return (*found, entry)
+
+
+def _before(entries: tuple[Entry, ...], place: int, name: str) -> Tensor:
+    """A weight as it was before an edit: as it was kept, or from the nearest one kept below and the factors between.
+
+    Raises:
+        EditError: if the factors do not give it bit for bit.
+    """
+    touching = [entry for entry in entries[: place + 1] if name in entry.was]
+    start = max(number for number, entry in enumerate(touching) if name in entry.before)
+    value = touching[start].before[name]
+    for entry in touching[start:-1]:
+        value = added(value, entry.changes[name])
+    if tensor_sha256(value) != touching[-1].was[name]:
+        raise EditError(
+            f"{name} cannot be computed again bit for bit as it was before this edit (another number of threads, or another "
+            "device?): undo the edits from the first on, whose weights are kept"
+        )
+    return value
+
+
+def _without(native: nn.Module, entries: tuple[Entry, ...], place: int) -> tuple[dict[str, Tensor], tuple[Entry, ...]]:
+    """The weights that change if an edit is taken out, and the entries that are left.
+
+    Raises:
+        EditError: if something else than edits has changed these weights since.
+    """
+    gone, left = entries[place], entries[:place]
+    values, known = {name: _before(entries, place, name) for name in gone.was}, dict(gone.edited)
+    hashes = dict(gone.was)
+    changed: set[str] = set()
+    for entry in entries[place + 1 :]:
+        shared = [name for name in entry.was if name in values]
+        changed |= {name for name in shared if entry.was[name] != known[name]}
+        if not shared:
+            left = (*left, entry)
+            continue
+        before = {name: values[name] for name in shared}
+        known |= {name: entry.edited[name] for name in shared}
+        was = {**entry.was, **{name: hashes[name] for name in shared}}
+        values |= {name: added(values[name], entry.changes[name]) for name in shared}
+        hashes |= {name: tensor_sha256(values[name]) for name in shared}
+        edited = {name: hashes.get(name, known_hash) for name, known_hash in entry.edited.items()}
+        left = _pushed(left, replace(entry, was=was, edited=edited, before={**entry.before, **before}, stored=False))
+    weights = dict(native.named_parameters())
+    changed |= {name for name in values if tensor_sha256(weights[name]) != known[name]}
+    if changed:
+        raise EditError(
+            f"{', '.join(sorted(changed))} has been changed since this edit was applied, and not by an edit: put that back first"
+        )
+    return values, left
