@@ -48,6 +48,28 @@ def test_own_tokens_are_those_of_the_sampler(tiny, family):
     )
 
 
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_what_the_sampler_never_writes(tiny, family):
+    """A model that wants nothing but the mask token, and ids without a token: both decoders write what comes after those."""
+    model, facts = tiny(family), facts_of(tiny(family))
+
+    def wanting(logits):
+        """The forbidden ids, above all others."""
+        logits = logits.clone()
+        logits[..., model.vocabulary :] += 50
+        logits[..., model.ids.mask] += 100
+        return logits
+
+    with changing_output(model.module(model.spec.paths.head), wanting):
+        plans = [schedule("on_policy", len(t)) for t in TARGETS]
+        states = rolled_out(model, model.site(1), facts, [torch.zeros(32)] * 2, plans)
+        for i, fact in facts.items():
+            path = decode(model, [fact.contexts[0].ids], [len(fact.target)], DecodeConfig())[0]
+            last = states[i].revealed[-1]
+            assert last.sum() == len(fact.target) - 1 and torch.equal(states[i].shown[-1][last], path.tokens[last])
+            assert model.ids.mask not in states[i].shown[-1] and int(states[i].shown[-1].max()) < model.vocabulary
+
+
 def test_right_tokens_in_the_models_order(tiny):
     """confidence: the target's own tokens, one more from state to state, in an order that the value changes."""
     model, site = tiny("llada"), tiny("llada").site(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -13,8 +14,10 @@ from easyedit_mdm.denoising import SCHEDULES
 from easyedit_mdm.editing import METHODS, value
 from easyedit_mdm.editing.context import context_templates
 from easyedit_mdm.editing.keys import read_keys
+from easyedit_mdm.editing.plans import Plan
 from easyedit_mdm.editing.request import locate, target_ids
 from easyedit_mdm.editing.rome import tokenise
+from easyedit_mdm.editing.rows import build_rows
 from easyedit_mdm.editing.value import optimise
 from easyedit_mdm.errors import EditError, HyperParameterError, ModelError, OptimisationError, RequestError, StatisticsError
 from easyedit_mdm.models import FAMILIES
@@ -208,8 +211,53 @@ def test_clamp(tiny):
 def test_what_the_clamp_is_measured_by(tiny):
     """In an edit: by the norm of the site's own output for the bare prompt."""
     model, settings = tiny("llada"), hparams(clamp_norm_factor=0.25)
-    output = read_keys(model, model.site(1), tokenise(model, EditRequest.of(REQUEST), settings), settings).values[0]
+    output = read_keys(model, model.site(1), tokenise(model, EditRequest.of(REQUEST), settings), settings).initial
     assert make_edit(model, REQUEST, settings).card["delta_norm"] == pytest.approx(0.25 * float(output.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("average", ["single", "prompt"])
+def test_r_rome_reaches_its_value_with_averaged_states(tiny, average):
+    """(W + dW) k* is v_0 + delta, k* being a mean over states (and over prefixes)."""
+    model, request = tiny("llada"), EditRequest.of(REQUEST)
+    settings = hparams(alg_name="R-ROME_MDM", key_states="average", key_average=average)
+    site = model.site(1)
+    keys = read_keys(model, site, tokenise(model, request, settings), settings)
+    delta = METHODS["R-ROME_MDM"].values(model, [request], settings)[0].delta
+    make_edit(model, REQUEST, settings).apply(model)
+    reached = model.module(site.name).weight.detach() @ (keys.mean if average == "single" else keys.keys[0])
+    assert float((reached - keys.initial - delta).norm()) < 1e-4 * float(delta.norm())
+
+
+@pytest.mark.parametrize("family", ["llada", "llama"])
+@pytest.mark.parametrize("position", ["slot", "subject_last"])
+def test_where_the_kl_is_read(tiny, family, position):
+    """After "{subject} is a", or after the subject; a masked model reads at a slot, never at a token that is shown."""
+    model = tiny(family)
+    fact = tokenise(model, EditRequest.of(REQUEST), hparams())
+    rows = build_rows(model, {0: fact}, {0: Plan.of(model, fact, "full_mask").draw(0, torch.Generator())}, position)
+    (row,) = rows.anchor.nonzero()[:, 0].tolist()
+    at = int(rows.at[row, 0])
+    assert at == (len(fact.anchor.ids) if position == "slot" else fact.anchor.site + 1)
+    shown = rows.ids[row][rows.mask[row].bool()].tolist()
+    assert shown == fact.anchor.ids[:at].tolist() + [model.ids.slot] * model.masked
+
+
+@pytest.mark.parametrize("through", ["activation", "weights"])
+@pytest.mark.parametrize(("family", "name"), [("llada", s) for s in SCHEDULES] + [("llama", "full_mask"), ("gpt2", "full_mask")])
+def test_layer_passes(tiny, family, name, through):
+    """They are the rows that really went through each layer while the value was optimised."""
+    model, settings = tiny(family), hparams(state_schedule=name, v_num_grad_steps=3, optimise_through=through, max_rows=5)
+    requests = [EditRequest.of({**REQUEST, "target_new": target}) for target in ("red river", "of the")]
+    facts = [tokenise(model, request, settings) for request in requests]
+    seen, rights = [], torch.ones(2, model.module(model.site(1).name).weight.shape[1 - model.site(1).transposed])
+    with contextlib.ExitStack() as hooks:
+        for layer in range(model.layers):
+            block = model.module(model.spec.paths.block.format(layer))
+            hooks.enter_context(changing_output(block, lambda out: seen.append(len(out)) or out))
+        given = (rights * 1e-3,) if through == "weights" else ()
+        done = optimise(model, model.site(1), facts, torch.ones(2, 32), settings, *given)
+    assert sum(seen) == sum(d.layer_passes for d in done)
+    assert all(d.layer_passes > d.forwards for d in done)
 
 
 def test_one_key_everywhere(tiny):

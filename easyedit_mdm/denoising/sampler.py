@@ -378,21 +378,27 @@ def _denoise(
     state.masked[rows] = state.masked[rows] & ~commit
 
 
+def writable(adapter: Adapter, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
+    """Logits of what a decoder may write: minus infinity for the mask token and for ids without a token."""
+    logits = logits.clone()
+    if adapter.masked:
+        logits[..., adapter.ids.mask] = -torch.inf
+    logits[..., adapter.vocabulary :] = -torch.inf
+    return logits
+
+
 def _choose(
     adapter: Adapter, logits: Float[Tensor, "rows slots vocab"], config: DecodeConfig, order: Order, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities, a token for each slot, and that token's probability.
 
-    The mask token and ids without a token are never chosen, though they keep their share of the probability.
+    What may not be written (`writable`) is never chosen, though it keeps its share of the probability.
     """
     temperature, top_k = config.temperature, config.top_k or 0
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], torch.finfo(logits.dtype).min)
     probs = (logits if temperature == 0 or order.blocks else logits / temperature).softmax(-1)
-    pickable = logits.clone()
-    if adapter.masked:
-        pickable[..., adapter.ids.mask] = -torch.inf
-    pickable[..., adapter.vocabulary :] = -torch.inf
+    pickable = writable(adapter, logits)
     if temperature > 0:  # Gumbel's trick samples softmax(logits / temperature); float64, as LLaDA's authors found needed
         noise = torch.rand(pickable.shape, generator=generator, dtype=torch.float64, device=generator.device).to(pickable.device).clamp(min=1e-300)
         pickable = pickable.double() / temperature - (-noise.log()).log()

@@ -43,7 +43,7 @@ def optimise_at(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROME
     """Optimise a value for each request, all together, at the layer and with the settings of the hyperparameters, as an activation in any case."""
     site = check_modules(adapter, hparams)
     facts = [tokenise(adapter, request, hparams) for request in requests]
-    initial = torch.stack([read_keys(adapter, site, fact, hparams).values[0] for fact in facts])
+    initial = torch.stack([read_keys(adapter, site, fact, hparams).initial for fact in facts])
     deltas = torch.stack([outcome.delta for outcome in optimise(adapter, site, facts, initial, hparams)])
     return Activations(site, facts, deltas, deltas.norm(dim=1) / initial.norm(dim=1))
 

@@ -25,12 +25,14 @@ class Keys:
     """Keys and values of one fact at the site, in float32.
 
     Attributes:
-        keys: one a context prefix; the first is the bare prompt's.
-        values: the site's output for each, with nothing revealed.
+        keys: one a context prefix; the first is the bare prompt's. With `key_states: average` each is a mean over states.
+        values: what the site gives for each key: means over the same states.
+        initial: v_0, the site's output for the bare prompt with nothing revealed.
     """
 
     keys: Float[Tensor, "contexts inner"]
     values: Float[Tensor, "contexts width"]
+    initial: Float[Tensor, " width"]
 
     @property
     def mean(self) -> Float[Tensor, " inner"]:
@@ -160,16 +162,18 @@ def _by_group(
 
 
 def read_keys(adapter: Adapter, site: Site, fact: Fact, hparams: ROMEMDMHyperParams) -> Keys:
-    """Keys in the states of `key_states`, averaged over them, and the values with nothing revealed."""
+    """Keys in the states of `key_states`, and what the site makes of them, both averaged over the states."""
     states = key_states(adapter, fact, hparams)
     keys, values = read_site(adapter, site, SiteRows.of(_key_rows(fact, states)), hparams.max_rows)
-    means = [
-        torch.einsum("s,sci->ci", some.weights.to(each.device), each)
-        for some, each in zip(states, _by_group(keys, states))
-    ]
     order = torch.tensor([c for some in states for c in some.contexts]).argsort()
-    firsts = torch.cat([each[0] for each in _by_group(values, states)])
-    return Keys(torch.cat(means)[order.to(keys.device)], firsts[order.to(values.device)])
+
+    def averaged(read: Tensor) -> Tensor:
+        """A mean over states for each context prefix, in the order of the prefixes."""
+        groups = zip(states, _by_group(read, states))
+        means = [torch.einsum("s,sci->ci", some.weights.to(each.device), each) for some, each in groups]
+        return torch.cat(means)[order.to(read.device)]
+
+    return Keys(averaged(keys), averaged(values), values[0])
 
 
 def key_columns(

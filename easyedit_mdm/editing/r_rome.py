@@ -45,7 +45,7 @@ def r_rome(adapter: Adapter, requests: Sequence[EditRequest], hparams: RROMEMDMH
     def residual(keys: Keys, delta: Float[Tensor, " width"]) -> Float[Tensor, " width"]:
         """v* less what the key gives now."""
         now = keys.values.mean(0) if hparams.key_average == "single" else keys.values[0]
-        return keys.values[0] + delta - now
+        return keys.initial + delta - now
 
     return rank_one(adapter, requests, hparams, residual, values)
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from easyedit_mdm.denoising.sampler import writable
 from easyedit_mdm.denoising.states import Schedule, Slots, States
 from easyedit_mdm.editing.rows import Fact
 from easyedit_mdm.models import Adapter
@@ -28,8 +29,9 @@ def rolled_out(
     """For each fact (by number) its N states, from nothing revealed to one slot left; at most `plans[i].most` of them, spread evenly.
 
     A step commits the slot whose best token has the highest probability (LLaDA's `low_confidence`) among those of the open
-    block: its right token, or the model's own. All facts go through the model together: as many passes as the longest target
-    has tokens. `rights`: see `easyedit_mdm.editing.value.optimise`.
+    block: its right token, or the model's own. The best token is the best of those that the sampler may write. All facts go
+    through the model together: as many passes as the longest target has tokens. `rights`: see
+    `easyedit_mdm.editing.value.optimise`.
     """
     revealed = {i: torch.zeros(len(f.target), dtype=torch.bool) for i, f in facts.items()}
     shown = {i: f.target.clone() for i, f in facts.items()}
@@ -39,10 +41,11 @@ def rolled_out(
         going = [i for i in facts if step < len(facts[i].target)]
         given = [facts[i] for i in going], [revealed[i] for i in going], [shown[i] for i in going], [deltas[i] for i in going]
         through = None if rights is None else rights[going]
-        for i, probabilities in zip(going, _slots(adapter, site, *given, through)):
+        for i, logits in zip(going, _slots(adapter, site, *given, through)):
             scored = ~revealed[i] & torch.tensor(blocks[i].inside(step))
             met[i].append((revealed[i].clone(), scored, shown[i].clone()))
-            best, token = probabilities.max(-1)
+            token = writable(adapter, logits).argmax(-1)
+            best = logits.softmax(-1).gather(-1, token[:, None])[:, 0]
             slot = int(best.masked_fill(~scored, -1).argmax())
             revealed[i][slot] = True
             if plans[i].rolled == "own":
@@ -66,7 +69,7 @@ def _slots(
     deltas: Sequence[Float[Tensor, " width"]],
     rights: Float[Tensor, "going inner"] | None,
 ) -> list[Float[Tensor, "_ vocab"]]:
-    """Probabilities at each fact's slots, with its delta at the subject's token, or in the weights."""
+    """Logits at each fact's slots, with its delta at the subject's token, or in the weights."""
     tails = [torch.where(r, s, adapter.ids.slot) for r, s in zip(revealed, shown)]
     ids, mask = right_padded([torch.cat([f.contexts[0].ids, tail]) for f, tail in zip(facts, tails)], adapter.ids.pad, adapter.device)
     most = max(map(len, tails))
@@ -75,5 +78,5 @@ def _slots(
     where = torch.tensor([f.contexts[0].site for f in facts])
     module, added = adapter.module(site.name), torch.stack(list(deltas))
     with adding_at(module, where, added) if rights is None else writing_through(module, rights, added):
-        probabilities = adapter.token_logits(ids, mask, at=at, canvas=start.to(ids.device)).float().softmax(-1).cpu()
-    return [row[: len(tail)] for row, tail in zip(probabilities, tails)]
+        logits = adapter.token_logits(ids, mask, at=at, canvas=start.to(ids.device)).float().cpu()
+    return [row[: len(tail)] for row, tail in zip(logits, tails)]

@@ -101,7 +101,7 @@ def _optimised(
     rights = None
     if hparams.optimise_through == "weights":
         rights = torch.stack([(d := direction or closed_form(adapter, site, k, hparams)).u / d.denominator for k in keys])
-    return optimise(adapter, site, facts, torch.stack([k.values[0] for k in keys]), hparams, rights)
+    return optimise(adapter, site, facts, torch.stack([k.initial for k in keys]), hparams, rights)
 
 
 def rank_one(
@@ -181,6 +181,7 @@ def card(requests: Sequence[EditRequest], facts: Sequence[Fact], hparams: ROMEMD
             "schedule": outcome.schedule,
             "steps": outcome.steps,
             "forwards": outcome.forwards,
+            "layer_passes": outcome.layer_passes,
             "losses": outcome.losses,
         }
         for request, fact, outcome in zip(requests, facts, outcomes)

@@ -142,7 +142,7 @@ def build_rows(
                     add(i, prompt, tail, read, fact.target, share, False, turn, period)
         filler = torch.tensor([adapter.ids.slot])
         stop = len(fact.anchor.ids) if kl_position == "slot" else fact.anchor.site + 1
-        anchor, tail = (fact.anchor, filler) if adapter.masked else (replace(fact.anchor, ids=fact.anchor.ids[:stop]), filler[:0])
+        anchor, tail = replace(fact.anchor, ids=fact.anchor.ids[:stop]), filler if adapter.masked else filler[:0]
         add(i, anchor, tail, [stop], filler, torch.zeros(1), True, -1, 1)
     batch, mask = right_padded(columns.pop("ids"), adapter.ids.pad, adapter.device)
     tensors = {name: (torch.stack(v) if isinstance(v[0], Tensor) else torch.tensor(v)).to(adapter.device) for name, v in columns.items()}

@@ -47,6 +47,9 @@ class Optimised:
         steps: optimiser steps taken.
         schedule: the schedule that was used, and the one asked for.
         forwards: rows that went through the layers from the edited one up.
+        layer_passes: rows times the layers that each went through, forward only: the layers above the edit at every step;
+            those up to it once, or at every step where states are drawn anew; all of them in a roll-out, a row a slot. A
+            row of which a causal model runs only a part counts whole.
     """
 
     delta: Float[Tensor, " width"]
@@ -54,6 +57,7 @@ class Optimised:
     steps: int = 0
     schedule: str = ""
     forwards: int = 0
+    layer_passes: int = 0
 
 
 def optimise(
@@ -127,9 +131,9 @@ def _optimise(
             _clamp([deltas[i] for i in active], initial[active], hparams.clamp_norm_factor)
             for i in active:
                 done[i].steps += 1
-    for i, (outcome, count) in enumerate(zip(done, forward.count.tolist())):
-        outcome.delta = deltas[i].detach()
-        outcome.forwards = count
+    for i, (forwards, layer_passes) in enumerate(forward.count.T.tolist()):
+        done[i].delta = deltas[i].detach()
+        done[i].forwards, done[i].layer_passes = forwards, layer_passes
     return done
 
 
@@ -215,7 +219,12 @@ class _Forward:
         self.fixed = all(plan.fixed for plan in plans)
         self.kept: tuple[list[int], Rows, Tensor] | None = None
         self.anchors: Float[Tensor, "facts vocab"] | None = None
-        self.count = torch.zeros(len(facts), dtype=torch.long, device=adapter.device)
+        self.count = torch.zeros(2, len(facts), dtype=torch.long, device=adapter.device)  # forwards, layer-passes
+
+    def _counted(self, rows: Rows, layers: int, forwards: int = 0) -> None:
+        """Note that rows went through some layers."""
+        each = torch.tensor([[forwards], [layers]], device=self.count.device)
+        self.count.index_add_(1, rows.fact, each.expand(2, len(rows)))
 
     def losses(
         self, step: int, active: list[int], deltas: list[Tensor], initial: Float[Tensor, "facts width"], backward: bool
@@ -230,7 +239,7 @@ class _Forward:
             if backward:
                 loss.sum().backward()
             total += loss.detach().to(total.device)
-            self.count.index_add_(0, rows.fact, torch.ones_like(rows.fact))
+            self._counted(rows, self.adapter.layers - self.layer, 1)
         stacked = torch.stack([deltas[i] for i in active])
         decay = self.hparams.v_weight_decay * stacked.norm(dim=1) / initial[active].norm(dim=1) ** 2
         if backward:
@@ -260,6 +269,7 @@ class _Forward:
         states = {i: self.plans[i].draw(step, self.generators[i]) for i in active if not self.plans[i].rolled}
         states |= self._rolled([i for i in active if self.plans[i].rolled], deltas)
         rows = build_rows(self.adapter, {i: self.facts[i] for i in active}, states, self.hparams.kl_position, self.plans[active[0]].dealt)
+        self._counted(rows, self.layer)
         module = self.adapter.module(self.site.name)
         through = self.rights if self.above else None  # otherwise the site runs at every step, and is hooked there
         reach = rows.reach = None if through is None else torch.zeros(rows.ids.shape, device=rows.ids.device)
@@ -285,6 +295,7 @@ class _Forward:
             schedules = {i: self.plans[i].schedules[number] for i in some}
             for i, states in rolled_out(self.adapter, self.site, asked, deltas, schedules, self.rights).items():
                 found[i].append((some[i].contexts, states))
+                self.count[1, i] += self.adapter.layers * len(self.facts[i].target)  # a row for each slot in turn
         return found
 
     def _chunk(self, rows: Rows, below: Below, deltas: Float[Tensor, "active width"], place: Tensor) -> Float[Tensor, " active"]:
@@ -338,6 +349,7 @@ class _CausalForward(_Forward):
         start = int(shifted.site[0])
         if start == 0:
             return rows, Below(below)
+        self._counted(rows, self.adapter.layers - self.layer)
         shift = (shifted.site - rows.site).tolist()
         hidden = below.new_zeros(len(rows), shifted.ids.shape[1], below.shape[-1])
         for row, (by, length) in enumerate(zip(shift, rows.mask.sum(1).tolist())):
