@@ -21,9 +21,10 @@ from rich.console import Console
 
 from easyedit_mdm import load_model, make_edit, wrap_model
 from easyedit_mdm.editing import METHODS, EditRequest
-from easyedit_mdm.editing.batch import outputs
-from easyedit_mdm.editing.rome import statistics, tokenise
-from easyedit_mdm.editing.value import optimise
+from easyedit_mdm.editing.facts import tokenise
+from easyedit_mdm.editing.solve.batch import outputs
+from easyedit_mdm.editing.solve.sites import statistics
+from easyedit_mdm.editing.solve.value import optimise
 from easyedit_mdm.twins.benchmark import cases
 from easyedit_mdm.twins.world import World
 

@@ -9,12 +9,13 @@ import torch
 
 from easyedit_mdm import make_edit, make_edits
 from easyedit_mdm.common.fingerprints import parameter_hashes
-from easyedit_mdm.editing import METHODS, EditRequest, History, batch, rome
-from easyedit_mdm.editing.alphaedit import null_space, projected
-from easyedit_mdm.editing.batch import System
-from easyedit_mdm.editing.keys import key_columns
-from easyedit_mdm.editing.memit import least_squares
-from easyedit_mdm.editing.rome import tokenise
+from easyedit_mdm.editing import METHODS, EditRequest, History
+from easyedit_mdm.editing.facts import tokenise
+from easyedit_mdm.editing.methods.alphaedit import null_space, projected
+from easyedit_mdm.editing.methods.memit import least_squares
+from easyedit_mdm.editing.solve import batch, sites
+from easyedit_mdm.editing.solve.batch import System
+from easyedit_mdm.editing.solve.keys import key_columns
 from easyedit_mdm.errors import HyperParameterError, ModelError, OptimisationError, RequestError, StatisticsError
 from easyedit_mdm.models import FAMILIES
 from easyedit_mdm.models.adapter import Site
@@ -41,7 +42,7 @@ def statistics(monkeypatch):
     def given(adapter, sites, *_, **__):
         return [moments_of(adapter.module(s.name).weight.shape[0 if s.transposed else 1], s.layer) for s in sites]
 
-    monkeypatch.setattr(rome, "moments_for", given)
+    monkeypatch.setattr(sites, "moments_for", given)
 
 
 def hparams(method: str, **changes):

@@ -15,7 +15,8 @@ import torch
 import transformers
 
 from easyedit_mdm import make_edit
-from easyedit_mdm.editing import METHODS, rome
+from easyedit_mdm.editing import METHODS
+from easyedit_mdm.editing.solve import sites as solve_sites
 from easyedit_mdm.host import import_easyedit
 from easyedit_mdm.host.on_cpu import CudaMeansCpu
 from easyedit_mdm.statistics import SecondMoments
@@ -90,7 +91,7 @@ def their_update(method: str, adapter, family: str, layers: list[int], moments: 
 
 def our_update(method: str, adapter, layers: list[int], moments: dict[int, torch.Tensor], monkeypatch) -> list[torch.Tensor]:
     """The dense updates of our method with EasyEdit's conventions."""
-    monkeypatch.setattr(rome, "moments_for", lambda adapter, sites, *_, **__: [SecondMoments(moments[s.layer].double(), 1) for s in sites])
+    monkeypatch.setattr(solve_sites, "moments_for", lambda adapter, sites, *_, **__: [SecondMoments(moments[s.layer].double(), 1) for s in sites])
     conventions = {} if method == "R-ROME" else {"mom2_dataset": "given", "mom2_eps": 0.0, "key_average": "easyedit"}
     hparams = METHODS[f"{method}_MDM"].hparams(
         alg_name=f"{method}_MDM", model_name="tiny", layers=layers, **SHARED, **OWN[method][0], **conventions, v_loss_layer=2,

@@ -22,7 +22,7 @@ from easyedit_mdm.errors import CheckpointError, HyperParameterError, RequestErr
 from easyedit_mdm.models import FAMILIES
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
-FAMILY, METHOD = "easyedit_mdm/models/families/toy.py", "easyedit_mdm/editing/toy.py"
+FAMILY, METHOD = "easyedit_mdm/models/families/toy.py", "easyedit_mdm/editing/methods/toy.py"
 CONFIG, FILE, SCRIPT = "tests/conftest.py", "hparams/TOY_MDM/twin-llada.yaml", "try_it.py"
 REQUESTS = [{**test_rome.REQUEST, "target_new": target} for target in ("red river", "old stone bridge")]
 

@@ -12,10 +12,10 @@ from easyedit_mdm import DecodeConfig, decode
 from easyedit_mdm.denoising import SCHEDULES, log_likelihood, schedule
 from easyedit_mdm.denoising.states import Slots
 from easyedit_mdm.editing import METHODS, EditRequest
-from easyedit_mdm.editing.keys import key_columns, read_keys
-from easyedit_mdm.editing.plans import Plan, groups
-from easyedit_mdm.editing.rome import tokenise
-from easyedit_mdm.editing.rows import build_rows
+from easyedit_mdm.editing.facts import tokenise
+from easyedit_mdm.editing.solve.keys import key_columns, read_keys
+from easyedit_mdm.editing.solve.plans import Plan, groups
+from easyedit_mdm.editing.solve.rows import build_rows
 from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.evaluation.ladder import given_k
 from easyedit_mdm.models.attention import Attention

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from easyedit_mdm.denoising import DecodeConfig, decode, schedule
+from easyedit_mdm.editing.facts import Fact
 from easyedit_mdm.editing.request import Prompt
-from easyedit_mdm.editing.rollout import rolled_out
-from easyedit_mdm.editing.rows import Fact
+from easyedit_mdm.editing.solve.rollout import rolled_out
 from easyedit_mdm.models.hooks import changing_output
 
 TARGETS = [torch.tensor([7, 3, 11, 5]), torch.tensor([4, 9])]

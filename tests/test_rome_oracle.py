@@ -57,7 +57,7 @@ def their_update(adapter, family: str, layer: int, moment) -> torch.Tensor:
 def our_update(adapter, layer: int, moment, monkeypatch) -> torch.Tensor:
     """The dense update of ROME_MDM with EasyEdit's conventions, outputs x inputs."""
     if moment is not None:
-        monkeypatch.setattr("easyedit_mdm.editing.rome.moments_for", lambda *a, **k: [SecondMoments(moment.double(), 1)])
+        monkeypatch.setattr("easyedit_mdm.editing.solve.sites.moments_for", lambda *a, **k: [SecondMoments(moment.double(), 1)])
     hparams = ROMEMDMHyperParams(
         alg_name="ROME_MDM", model_name="tiny", layers=[layer], **SETTINGS, v_loss_layer=2, key_average="easyedit", kl_position="subject_last",
         early_stop_loss=0.0, context_templates=PREFIXES, mom2_adjustment=moment is not None, mom2_dataset="given", mom2_eps=0.0,

@@ -11,11 +11,14 @@ from test_rome import REQUEST, hparams
 from easyedit_mdm import EditRequest, make_edit, score_prompts
 from easyedit_mdm.data.cases import load_cases
 from easyedit_mdm.editing import METHODS
+from easyedit_mdm.editing.facts import tokenise
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import anchor, locate
-from easyedit_mdm.editing.rollout import _slots
-from easyedit_mdm.editing.rome import check_modules, closed_form, read_keys, tokenise
-from easyedit_mdm.editing.value import _rates, optimise
+from easyedit_mdm.editing.solve.keys import read_keys
+from easyedit_mdm.editing.solve.rank_one import closed_form
+from easyedit_mdm.editing.solve.rollout import _slots
+from easyedit_mdm.editing.solve.sites import check_modules
+from easyedit_mdm.editing.solve.value import _rates, optimise
 from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.models import FAMILIES
 

@@ -21,10 +21,9 @@ from easyedit_mdm.common.files import write_text
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.denoising import schedule
 from easyedit_mdm.editing import EditRequest
+from easyedit_mdm.editing.facts import fact_generator, tokenise
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
-from easyedit_mdm.editing.keys import read_site
-from easyedit_mdm.editing.rome import tokenise
-from easyedit_mdm.editing.value import fact_generator
+from easyedit_mdm.editing.solve.keys import read_site
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.statistics import SecondMoments, moments_for
 from easyedit_mdm.twins.benchmark import Case, cases

@@ -30,8 +30,9 @@ from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.denoising import DecodeConfig
 from easyedit_mdm.editing import METHODS, Edit, EditRequest
 from easyedit_mdm.editing.activation import Activations, success_as_activation
+from easyedit_mdm.editing.facts import tokenise
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
-from easyedit_mdm.editing.rome import check_modules, tokenise
+from easyedit_mdm.editing.solve.sites import check_modules
 from easyedit_mdm.errors import OptimisationError
 from easyedit_mdm.evaluation import score_prompts
 from easyedit_mdm.models import Adapter

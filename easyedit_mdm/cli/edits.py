@@ -21,13 +21,12 @@ from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
 from easyedit_mdm.data.cases import load_cases
 from easyedit_mdm.denoising import DecodeConfig, decode
 from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, ROMEMDMHyperParams
-from easyedit_mdm.editing.batch import check_requests
 from easyedit_mdm.editing.edit.compose import compose, conflicts
 from easyedit_mdm.editing.edit.export import write_model
 from easyedit_mdm.editing.edit.folders import adopt_edits, source_of, write_edited
 from easyedit_mdm.editing.guard import GuardConfig
 from easyedit_mdm.editing.hparams import find_hparams, read_yaml
-from easyedit_mdm.editing.request import encode
+from easyedit_mdm.editing.request import check_requests, encode
 from easyedit_mdm.errors import DataError, EditError, FileError, HyperParameterError, RequestError
 from easyedit_mdm.evaluation import CollapseGuard, score_prompts
 from easyedit_mdm.models import Adapter

@@ -1,6 +1,5 @@
 """Request -> key -> value -> update: locate-then-edit, written once for both paradigms."""
 
-from easyedit_mdm.editing import alphaedit, memit, r_rome, rome  # noqa: F401  (registration)
 from easyedit_mdm.editing.edit import Edit, LowRank
 from easyedit_mdm.editing.history import History
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams

@@ -13,12 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from easyedit_mdm.denoising import DecodeConfig, decode
+from easyedit_mdm.editing.facts import Fact, tokenise
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
-from easyedit_mdm.editing.keys import read_keys
 from easyedit_mdm.editing.request import EditRequest
-from easyedit_mdm.editing.rome import check_modules, tokenise
-from easyedit_mdm.editing.rows import Fact
-from easyedit_mdm.editing.value import optimise
+from easyedit_mdm.editing.solve.keys import read_keys
+from easyedit_mdm.editing.solve.sites import check_modules
+from easyedit_mdm.editing.solve.value import optimise
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
 from easyedit_mdm.models.hooks import adding_at

@@ -142,7 +142,7 @@ class ComparisonHyperParams:
         early_stop_on: `cycle`, or `drawn`: the loss of the states of one step alone, which may be easy ones.
         optimise_through: `activation`: delta is put in at the subject's token alone while it is optimised, as ROME
             does; `weights`: as the finished rank-one update will put it in, at every token (ROME_MDM only;
-            `easyedit_mdm.editing.rome`).
+            `easyedit_mdm.editing.solve.rank_one`).
         v_lr_schedule: `constant`, or `cosine`: v_lr falls to 0 over v_num_grad_steps, which calms long optimisations.
     """
 

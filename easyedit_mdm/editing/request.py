@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from easyedit_mdm.errors import RequestError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.prompts import Prompt, encode, span, target_ids
 
-__all__ = ["EditRequest", "Prompt", "anchor", "encode", "locate", "target_ids"]
+__all__ = ["EditRequest", "Prompt", "anchor", "check_requests", "encode", "locate", "target_ids"]
 
 
 @dataclass(frozen=True)
@@ -79,3 +79,21 @@ def locate(adapter: Adapter, request: EditRequest, context: str = "{}", fact_tok
 def anchor(request: EditRequest) -> EditRequest:
     """The KL anchor of ROME: "{subject} is a"."""
     return EditRequest("{} is a", request.subject, request.target_new)
+
+
+def check_requests(requests: Sequence[EditRequest]) -> None:
+    """A batch is one system of equations: two requests for the same subject and prompt cannot both be in it.
+
+    Raises:
+        RequestError: naming both targets, or for an empty batch.
+    """
+    if not requests:
+        raise RequestError("no requests: a batch needs at least one")
+    seen: dict[tuple[str, str], str] = {}
+    for request in requests:
+        key = (" ".join(request.template.lower().split()), request.subject.strip())
+        target = request.target_new.strip()
+        if key in seen:
+            what = "twice" if seen[key] == target else f"with two targets, {seen[key]!r} and {target!r},"
+            raise RequestError(f"{request.prompt!r} stands {what} in one batch: keep one of them, or edit them one after another")
+        seen[key] = target

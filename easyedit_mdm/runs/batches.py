@@ -22,7 +22,6 @@ from tqdm import tqdm
 from easyedit_mdm.common.files import append_line, explained, new_folder, write_tensors
 from easyedit_mdm.data.cases import BenchCase
 from easyedit_mdm.editing import Edit
-from easyedit_mdm.editing.files import load
 from easyedit_mdm.errors import DataError, EasyEditMDMError, EditError
 from easyedit_mdm.evaluation import perplexity, score_prompts
 from easyedit_mdm.models import Adapter
@@ -173,7 +172,7 @@ def _again(method: BenchMethod, group: Sequence[BenchCase], folder: Path) -> Und
         except (EasyEditMDMError, ValueError, RuntimeError):
             return _nothing  # it failed the first time as well, and its records say so
     before = len(session.edits)
-    edits: list[Edit] = [load(part) for part in sorted(folder.glob("edit-*"), key=_number)]
+    edits: list[Edit] = [Edit.load(part) for part in sorted(folder.glob("edit-*"), key=_number)]
     for edit in edits:
         edit.apply(session.model)
         session.adopt(edit)

@@ -3,7 +3,8 @@
 The stack is kept with the model. It says which edits are in it, in which order, and what each weight was before: W + D - D is
 not W in floating point, so weights are put back from copies, bit for bit. Copies are kept of each weight before the first
 edit and before the last one. What stood between is computed again from the factors, and compared by hash. So a thousand
-edits cost two copies, and any of them can be taken out. Ctrl-C never leaves weights and stack at odds.
+edits cost two copies (a dozen while they are taken out one by one), and any of them can be taken out. Ctrl-C never leaves
+weights and stack at odds.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class PlainEdit:
         """
         entries = _entries(identity(model))
         place = self._place(entries)
-        return {name: _before(entries, place, name) for name in entries[place].was}
+        return {name: _levels(entries, place, name)[place] for name in entries[place].was}
 
     def edited_hashes(self, model: nn.Module) -> dict[str, str]:
         """SHA-256 of what the edit puts, or has put, into a model's weights, by parameter name.
@@ -280,6 +281,22 @@ def carried(model: nn.Module) -> list[PlainEdit]:
     return [entry.edit for entry in _still_there(identity(model))]
 
 
+def revert_all(model: nn.Module) -> None:
+    """Take out all edits that a model carries: each weight is, bit for bit, what it was before the first.
+
+    Raises:
+        EditError: if something else than edits has changed these weights since; nothing is changed then.
+    """
+    native = identity(model)
+    weights, last = dict(native.named_parameters()), {n: h for entry in _entries(native) for n, h in entry.edited.items()}
+    _refuse({name for name, known in last.items() if tensor_sha256(weights[name]) != known})
+    values = below(native)
+    try:
+        _settle(native, values, ())
+    finally:
+        _settle(native, values, ())
+
+
 def identity(model: nn.Module) -> nn.Module:
     """The model that holds the weights: two adapters of one model are the same model."""
     return getattr(model, "native", model)
@@ -343,23 +360,31 @@ def _pushed(entries: tuple[Entry, ...], entry: Entry) -> tuple[Entry, ...]:
     return (*found, entry)
 
 
-def _before(entries: tuple[Entry, ...], place: int, name: str) -> Tensor:
-    """A weight as it was before an edit: as it was kept, or from the nearest one kept below and the factors between.
+def _levels(entries: tuple[Entry, ...], place: int, name: str) -> dict[int, Tensor]:
+    """A weight as it was before the edit at `place`: kept, or computed from the nearest one kept below and the factors.
+
+    Returns:
+        it, by `place`, and what was computed on the way before some edits below, ever nearer to it: who takes out one
+        edit after the other, from the last, and keeps them, computes few of them twice.
 
     Raises:
         EditError: if the factors do not give it bit for bit.
     """
-    touching = [entry for entry in entries[: place + 1] if name in entry.was]
-    start = max(number for number, entry in enumerate(touching) if name in entry.before)
-    value = touching[start].before[name]
-    for entry in touching[start:-1]:
-        value = added(value, entry.changes[name])
-    if tensor_sha256(value) != touching[-1].was[name]:
+    touching = [at for at, entry in enumerate(entries[: place + 1]) if name in entry.was]
+    start = max(number for number, at in enumerate(touching) if name in entries[at].before)
+    value, gap = entries[touching[start]].before[name], len(touching) - start
+    found = {touching[start]: value}
+    for number in range(start + 1, len(touching)):
+        value = added(value, entries[touching[number - 1]].changes[name])
+        ahead = len(touching) - 1 - number
+        if 2 * ahead <= gap:
+            found[touching[number]], gap = value, ahead
+    if tensor_sha256(value) != entries[place].was[name]:
         raise EditError(
             f"{name} cannot be computed again bit for bit as it was before this edit (another number of threads, or another "
-            "device?): undo the edits from the first on, whose weights are kept"
+            "device?): take out all edits (revert_all), whose first weights are kept"
         )
-    return value
+    return found
 
 
 def _without(native: nn.Module, entries: tuple[Entry, ...], place: int) -> tuple[dict[str, Tensor], tuple[Entry, ...]]:
@@ -368,9 +393,15 @@ def _without(native: nn.Module, entries: tuple[Entry, ...], place: int) -> tuple
     Raises:
         EditError: if something else than edits has changed these weights since.
     """
-    gone, left = entries[place], entries[:place]
-    values, known = {name: _before(entries, place, name) for name in gone.was}, dict(gone.edited)
-    hashes = dict(gone.was)
+    gone, below_it = entries[place], list(entries[:place])
+    values: dict[str, Tensor] = {}
+    known, hashes = dict(gone.edited), dict(gone.was)
+    for name in gone.was:
+        levels = _levels(entries, place, name)
+        values[name] = levels.pop(place)
+        for at, value in levels.items():
+            below_it[at] = replace(below_it[at], before={**below_it[at].before, name: value})
+    left = tuple(below_it)
     changed: set[str] = set()
     for entry in entries[place + 1 :]:
         shared = [name for name in entry.was if name in values]
@@ -386,9 +417,11 @@ def _without(native: nn.Module, entries: tuple[Entry, ...], place: int) -> tuple
         edited = {name: hashes.get(name, known_hash) for name, known_hash in entry.edited.items()}
         left = _pushed(left, replace(entry, was=was, edited=edited, before={**entry.before, **before}, stored=False))
     weights = dict(native.named_parameters())
-    changed |= {name for name in values if tensor_sha256(weights[name]) != known[name]}
-    if changed:
-        raise EditError(
-            f"{', '.join(sorted(changed))} has been changed since this edit was applied, and not by an edit: put that back first"
-        )
+    _refuse(changed | {name for name in values if tensor_sha256(weights[name]) != known[name]})
     return values, left
+
+
+def _refuse(changed: set[str]) -> None:
+    if changed:
+        names = ", ".join(sorted(changed))
+        raise EditError(f"{names} has been changed since this edit was applied, and not by an edit: put that back first")

@@ -10,7 +10,7 @@ from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.editing.history import History
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import EditRequest
-from easyedit_mdm.editing.value import Optimised
+from easyedit_mdm.editing.solve.value import Optimised
 from easyedit_mdm.models import Adapter
 
 

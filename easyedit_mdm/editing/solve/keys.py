@@ -9,11 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from easyedit_mdm.editing.facts import Fact, fact_generator
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
-from easyedit_mdm.editing.plans import Plan
 from easyedit_mdm.editing.request import Prompt
-from easyedit_mdm.editing.rows import Fact
-from easyedit_mdm.editing.value import fact_generator
+from easyedit_mdm.editing.solve.plans import Plan
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
 from easyedit_mdm.models.geometry import right_padded, similar

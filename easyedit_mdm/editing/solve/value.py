@@ -14,7 +14,6 @@ residual stream as it is.
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,10 +25,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from easyedit_mdm.denoising import States
+from easyedit_mdm.editing.facts import Fact, fact_generator
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
-from easyedit_mdm.editing.plans import Plan
-from easyedit_mdm.editing.rollout import rolled_out
-from easyedit_mdm.editing.rows import Fact, Rows, build_rows
+from easyedit_mdm.editing.solve.plans import Plan
+from easyedit_mdm.editing.solve.rollout import rolled_out
+from easyedit_mdm.editing.solve.rows import Rows, build_rows
 from easyedit_mdm.errors import OptimisationError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
@@ -165,12 +165,6 @@ def _clamp(deltas: list[Tensor], initial: Float[Tensor, "facts width"], factor: 
     for delta, v in zip(deltas, initial):
         most = factor * v.norm()
         delta.mul_((most / delta.norm().clamp(min=1e-30)).clamp(max=1.0))
-
-
-def fact_generator(fact: Fact, seed: int) -> torch.Generator:
-    """The random numbers of one fact: the same whatever other facts it is edited with."""
-    digest = hashlib.sha256(repr((seed, fact.contexts[0].ids.tolist(), fact.target.tolist())).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from easyedit_mdm.editing.batch import BatchHyperParams, ClosedForm, System, block_values, edit_batch, pivots
 from easyedit_mdm.editing.edit import Edit
+from easyedit_mdm.editing.facts import Fact
 from easyedit_mdm.editing.history import History
-from easyedit_mdm.editing.keys import key_columns
-from easyedit_mdm.editing.methods import METHODS, Method
+from easyedit_mdm.editing.methods._registry import METHODS, Method
 from easyedit_mdm.editing.request import EditRequest
-from easyedit_mdm.editing.rows import Fact
-from easyedit_mdm.editing.value import Optimised
+from easyedit_mdm.editing.solve.batch import BatchHyperParams, ClosedForm, System, block_values, edit_batch, pivots
+from easyedit_mdm.editing.solve.keys import key_columns
+from easyedit_mdm.editing.solve.value import Optimised
 from easyedit_mdm.errors import HyperParameterError, StatisticsError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site

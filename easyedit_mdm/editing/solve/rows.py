@@ -10,24 +10,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from easyedit_mdm.denoising import States
+from easyedit_mdm.editing.facts import Fact
 from easyedit_mdm.editing.request import Prompt
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.geometry import right_padded, similar
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A request, tokenised.
-
-    Attributes:
-        contexts: the prompt in each context prefix; the first is bare.
-        target: the target's tokens.
-        anchor: the KL anchor.
-    """
-
-    contexts: list[Prompt]
-    target: Int[Tensor, " slots"]
-    anchor: Prompt
 
 
 @dataclass

@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from easyedit_mdm.editing.batch import BatchHyperParams, ClosedForm, System, block_values, edit_batch, pivots
 from easyedit_mdm.editing.edit import Edit
-from easyedit_mdm.editing.methods import METHODS, Method
+from easyedit_mdm.editing.methods._registry import METHODS, Method
 from easyedit_mdm.editing.request import EditRequest
-from easyedit_mdm.editing.value import Optimised
+from easyedit_mdm.editing.solve.batch import BatchHyperParams, ClosedForm, System, block_values, edit_batch, pivots
+from easyedit_mdm.editing.solve.value import Optimised
 from easyedit_mdm.errors import StatisticsError
 from easyedit_mdm.models import Adapter
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from easyedit_mdm.denoising.sampler import writable
 from easyedit_mdm.denoising.states import Schedule, Slots, States
-from easyedit_mdm.editing.rows import Fact
+from easyedit_mdm.editing.facts import Fact
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
 from easyedit_mdm.models.geometry import right_padded
@@ -31,7 +31,7 @@ def rolled_out(
     A step commits the slot whose best token has the highest probability (LLaDA's `low_confidence`) among those of the open
     block: its right token, or the model's own. The best token is the best of those that the sampler may write. All facts go
     through the model together: as many passes as the longest target has tokens. `rights`: see
-    `easyedit_mdm.editing.value.optimise`.
+    `easyedit_mdm.editing.solve.value.optimise`.
     """
     revealed = {i: torch.zeros(len(f.target), dtype=torch.bool) for i, f in facts.items()}
     shown = {i: f.target.clone() for i, f in facts.items()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from easyedit_mdm.denoising.states import MAX_STATES, Schedule, States, schedule
-from easyedit_mdm.editing.rows import Fact
+from easyedit_mdm.editing.facts import Fact
 from easyedit_mdm.models import Adapter
 
 

@@ -18,16 +18,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from easyedit_mdm.editing.edit.change import LowRank
-from easyedit_mdm.editing.edit.edit import Edit
-from easyedit_mdm.editing.edit.stack import keeping, write
+from easyedit_mdm.editing.edit import Edit, LowRank, keeping, write
+from easyedit_mdm.editing.facts import Fact, tokenise
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
-from easyedit_mdm.editing.keys import Lower, SiteRows, key_columns, key_states, read_site
-from easyedit_mdm.editing.request import EditRequest
-from easyedit_mdm.editing.rome import card, check_modules, statistics, tokenise
-from easyedit_mdm.editing.rows import Fact
-from easyedit_mdm.editing.value import Optimised, optimise
-from easyedit_mdm.errors import HyperParameterError, RequestError
+from easyedit_mdm.editing.request import EditRequest, check_requests
+from easyedit_mdm.editing.solve.card import card
+from easyedit_mdm.editing.solve.keys import Lower, SiteRows, key_columns, key_states, read_site
+from easyedit_mdm.editing.solve.sites import check_modules, statistics
+from easyedit_mdm.editing.solve.value import Optimised, optimise
+from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
 from easyedit_mdm.statistics import SecondMoments
@@ -185,21 +184,3 @@ def outputs(adapter: Adapter, site: Site, facts: Sequence[Fact], hparams: ROMEMD
     rows = SiteRows.of((fact.contexts[0], key_states(adapter, fact, hparams)[0].tails[0]) for fact in facts)
     name = adapter.spec.paths.block.format(site.layer) if block else None
     return read_site(adapter, site, rows, hparams.max_rows, name)[1]
-
-
-def check_requests(requests: Sequence[EditRequest]) -> None:
-    """A batch is one system of equations: two requests for the same subject and prompt cannot both be in it.
-
-    Raises:
-        RequestError: naming both targets, or for an empty batch.
-    """
-    if not requests:
-        raise RequestError("no requests: a batch needs at least one")
-    seen: dict[tuple[str, str], str] = {}
-    for request in requests:
-        key = (" ".join(request.template.lower().split()), request.subject.strip())
-        target = request.target_new.strip()
-        if key in seen:
-            what = "twice" if seen[key] == target else f"with two targets, {seen[key]!r} and {target!r},"
-            raise RequestError(f"{request.prompt!r} stands {what} in one batch: keep one of them, or edit them one after another")
-        seen[key] = target

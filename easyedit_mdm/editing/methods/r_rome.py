@@ -18,11 +18,11 @@ from torch import Tensor
 
 from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
-from easyedit_mdm.editing.keys import Keys
-from easyedit_mdm.editing.methods import METHODS, Method
+from easyedit_mdm.editing.methods._registry import METHODS, Method
 from easyedit_mdm.editing.request import EditRequest
-from easyedit_mdm.editing.rome import rank_one, site_values
-from easyedit_mdm.editing.value import Optimised
+from easyedit_mdm.editing.solve.keys import Keys
+from easyedit_mdm.editing.solve.rank_one import rank_one, site_values
+from easyedit_mdm.editing.solve.value import Optimised
 from easyedit_mdm.models import Adapter
 
 

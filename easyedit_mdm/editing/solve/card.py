@@ -1,0 +1,33 @@
+"""What an edit says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from easyedit_mdm.editing.facts import Fact
+from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
+from easyedit_mdm.editing.request import EditRequest
+from easyedit_mdm.editing.solve.value import Optimised
+
+
+def card(
+    requests: Sequence[EditRequest],
+    facts: Sequence[Fact],
+    hparams: ROMEMDMHyperParams,
+    outcomes: Sequence[Optimised],
+    figures: dict[str, Any],
+) -> dict[str, Any]:
+    """The card of a new edit: its facts, each with its optimisation, the hyperparameters, and figures."""
+    told = [
+        {
+            "prompt": request.prompt,
+            "subject": request.subject,
+            "target_new": request.target_new,
+            "n_tokens": len(fact.target),
+            **{name: getattr(outcome, name) for name in ("schedule", "steps", "forwards", "layer_passes", "losses")},
+        }
+        for request, fact, outcome in zip(requests, facts, outcomes)
+    ]
+    settings = {**hparams.to_dict(), "model_name": str(hparams.model_name)}
+    return {"method": hparams.alg_name, "facts": told, "hyperparameters": settings, **figures}
