@@ -1,4 +1,4 @@
-"""A fact as a model sees it: the request's tokens in every context prefix, and where in them the edit is made."""
+"""A fact as a model sees it: the request's tokens in every context prefix, and where the edit is made."""
 
 from __future__ import annotations
 
@@ -35,21 +35,26 @@ def tokenise(adapter: Adapter, request: EditRequest, hparams: ROMEMDMHyperParams
     """Tokenise a request in every context prefix.
 
     Raises:
-        RequestError: if the longest row exceeds the model's positions, or the target the canvas that the metric decodes.
+        RequestError: if the longest row exceeds the model's positions, or the target the metric's canvas.
     """
-    templates = hparams.context_templates or context_templates(adapter, hparams.context_template_length_params, hparams.seed)
+    templates = hparams.context_templates or context_templates(
+        adapter, hparams.context_template_length_params, hparams.seed
+    )
     if "{}" not in templates[:1]:
         templates = ["{}", *templates]
     target = target_ids(adapter, request.prompt, request.target_new)
     contexts = [locate(adapter, request, c, hparams.fact_token) for c in templates]
     canvas = hparams.decode_config().canvas
     if canvas is not None and len(target) > canvas:
-        raise RequestError(f"target {request.target_new!r} has {len(target)} tokens, more than the canvas of {canvas} masks (decode.canvas)")
+        raise RequestError(
+            f"target {request.target_new!r} has {len(target)} tokens, more than the canvas of {canvas} "
+            "masks (decode.canvas)"
+        )
     longest = max(len(p.ids) for p in contexts) + len(target)
     if longest > adapter.max_positions:
         raise RequestError(
-            f"prompt and target {request.target_new!r} take {longest} tokens with the longest context prefix; {adapter.name} has "
-            f"{adapter.max_positions} positions"
+            f"prompt and target {request.target_new!r} take {longest} tokens with the longest context "
+            f"prefix; {adapter.name} has {adapter.max_positions} positions"
         )
     fact_token = "subject_last" if hparams.fact_token == "last" else hparams.fact_token
     return Fact(contexts, target, locate(adapter, anchor(request), "{}", fact_token))
@@ -57,5 +62,7 @@ def tokenise(adapter: Adapter, request: EditRequest, hparams: ROMEMDMHyperParams
 
 def fact_generator(fact: Fact, seed: int) -> torch.Generator:
     """The random numbers of one fact: the same whatever other facts it is edited with."""
-    digest = hashlib.sha256(repr((seed, fact.contexts[0].ids.tolist(), fact.target.tolist())).encode()).digest()
+    digest = hashlib.sha256(
+        repr((seed, fact.contexts[0].ids.tolist(), fact.target.tolist())).encode()
+    ).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -12,7 +12,7 @@ from easyedit_mdm.errors import EditError
 
 @dataclass(frozen=True)
 class LowRank:
-    """A change of one weight, `left @ right`, for a weight stored outputs x inputs (its transpose where `transposed`)."""
+    """A change of one weight, `left @ right`, stored outputs x inputs (its transpose where `transposed`)."""
 
     name: str
     left: Float[Tensor, "outputs rank"]

@@ -1,10 +1,10 @@
 """An edit as plain data, and the stack of edits that a model carries.
 
-The stack is kept with the model. It says which edits are in it, in which order, and what each weight was before: W + D - D is
-not W in floating point, so weights are put back from copies, bit for bit. Copies are kept of each weight before the first
-edit and before the last one. What stood between is computed again from the factors, and compared by hash. So a thousand
-edits cost two copies (a dozen while they are taken out one by one), and any of them can be taken out. Ctrl-C never leaves
-weights and stack at odds.
+The stack is kept with the model. It says which edits are in it, in which order, and what each weight was
+before: W + D - D is not W in floating point, so weights are put back from copies, bit for bit. Copies are
+kept of each weight before the first edit and before the last one. What stood between is computed again from
+the factors, and compared by hash. So a thousand edits cost two copies (a dozen while they are taken out one
+by one), and any of them can be taken out. Ctrl-C never leaves weights and stack at odds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from easyedit_mdm.errors import EditError, OptimisationError
 
 Result = TypeVar("Result")
 
-_STACK = "_easyedit_mdm_stack"  # an attribute of the transformers model, so that a copy of the model knows its edits too
+# an attribute of the transformers model, so that a copy of the model knows its edits too
+_STACK = "_easyedit_mdm_stack"
 
 
 @dataclass(eq=False)
@@ -31,8 +32,8 @@ class PlainEdit:
 
     Attributes:
         changes: one change a weight.
-        card: facts, method, hyperparameters, and figures of the optimisation; once sealed or saved also the base model's
-            fingerprint, versions, seed and metrics.
+        card: facts, method, hyperparameters, and figures of the optimisation; once sealed or saved also the
+            base model's fingerprint, versions, seed and metrics.
 
     Raises:
         OptimisationError: if a change holds NaN or infinity.
@@ -44,17 +45,20 @@ class PlainEdit:
     def __post_init__(self) -> None:
         for change in self.changes:
             if not all(value.isfinite().all() for value in change.tensors.values()):
-                raise OptimisationError(f"the update of {change.name} holds NaN or infinity; no weight was changed")
+                raise OptimisationError(
+                    f"the update of {change.name} holds NaN or infinity; no weight was changed"
+                )
 
     def apply(self, model: nn.Module) -> dict[str, Tensor]:
-        """Add the changes to the model's weights; after an exception or Ctrl-C the weights are those of before.
+        """Add the changes to the weights; after an exception or Ctrl-C the weights are those of before.
 
         Returns:
             the original weights, by the changes' names.
 
         Raises:
-            EditError: if the edit is applied to this model already, was made for another one, a weight is missing, tied,
-                offloaded or of another shape, or the result does not fit its dtype. Nothing is changed then.
+            EditError: if the edit is applied to this model already, was made for another one, a weight is
+                missing, tied, offloaded or of another shape, or the result does not fit its dtype. Nothing is
+                changed then.
         """
         native = identity(model)
         entries = _still_there(native)
@@ -78,8 +82,8 @@ class PlainEdit:
         """Put the weights back that the edit replaced, bit for bit.
 
         Raises:
-            EditError: if the edit is not applied to this model, or the weights have been changed since, by a later edit for
-                example (see `undo`); nothing is changed then.
+            EditError: if the edit is not applied to this model, or the weights have been changed since, by a
+                later edit for example (see `undo`); nothing is changed then.
         """
         entries = _entries(identity(model))
         place = self._place(entries)
@@ -87,17 +91,17 @@ class PlainEdit:
         later = [name for name in mine if any(name in entry.was for entry in entries[place + 1 :])]
         if later:
             raise EditError(
-                f"{', '.join(later)} has been changed since this edit was applied: revert later edits first, or take this "
-                "one out from under them (undo)"
+                f"{', '.join(later)} has been changed since this edit was applied: revert later edits first, "
+                "or take this one out from under them (undo)"
             )
         self.undo(model)
 
     def undo(self, model: nn.Module) -> None:
-        """Take the edit out and leave the later ones in: the weights become those of applying the others in order.
+        """Take the edit out and leave the later ones in, as if it had never been among them.
 
         Raises:
-            EditError: if the edit is not applied to this model, or something else than edits has changed its weights
-                since; nothing is changed then.
+            EditError: if the edit is not applied to this model, or something else than edits has changed its
+                weights since; nothing is changed then.
         """
         native = identity(model)
         entries = _entries(native)
@@ -108,7 +112,7 @@ class PlainEdit:
             _settle(native, values, left)  # once more, should Ctrl-C have struck before the first had begun
 
     def is_applied(self, model: nn.Module) -> bool:
-        """Whether `apply` has put this edit into the model and neither `revert` nor `undo` has taken it out."""
+        """Whether `apply` has put this edit into the model, and nothing here has taken it out."""
         return any(entry.edit is self for entry in _entries(identity(model)))
 
     def originals(self, model: nn.Module) -> dict[str, Tensor]:
@@ -146,14 +150,18 @@ class PlainEdit:
             weight = weights.get(change.name)
             if weight is None or tuple(weight.shape) != change.shape:
                 found = "no such weight" if weight is None else tuple(weight.shape)
-                raise EditError(f"the edit does not fit this model: {change.name} should be {change.shape}, found {found}")
+                raise EditError(
+                    f"the edit does not fit this model: {change.name} should be {change.shape}, found {found}"
+                )
             if weight.is_meta:
                 raise EditError(
-                    f"{change.name} is offloaded and cannot be edited in place: load it without offloading (device_map, max_memory)"
+                    f"{change.name} is offloaded and cannot be edited in place: load it without "
+                    "offloading (device_map, max_memory)"
                 )
             if not weight.is_floating_point():
                 raise EditError(
-                    f"{change.name} is {weight.dtype}, a quantised weight: load the model in bfloat16, float16 or float32"
+                    f"{change.name} is {weight.dtype}, a quantised weight: load the model in bfloat16, "
+                    "float16 or float32"
                 )
             if first[id(weight)] in names.values():
                 raise EditError(
@@ -181,9 +189,14 @@ class PlainEdit:
         if wanted != now and wanted != model_fingerprint(native, below(native)):
             base, found = self.card["base"], str(next(native.parameters()).dtype).removeprefix("torch.")
             made = base.get("dtype")
-            hint = "" if made == found else f" It was made in {made}, and this model is in {found}: load it in the same dtype."
+            hint = (
+                ""
+                if made == found
+                else f" It was made in {made}, and this model is in {found}: load it in the same dtype."
+            )
             raise EditError(
-                f"this edit was made for another model: {base.get('name')}, fingerprint {wanted}; this one has {now}.{hint} "
+                f"this edit was made for another model: {base.get('name')}, fingerprint {wanted}; this "
+                f"one has {now}.{hint} "
                 "Give the base model that edit.json names, as it was."
             )
 
@@ -197,7 +210,8 @@ class Entry:
         changes: what it adds to each weight.
         was, edited: SHA-256 of each weight before the edit and with it.
         before: the weights before it, as far as they are kept (see `_pushed`).
-        stored: they come from a folder. Another machine may have made them, and this one compute others: all are kept.
+        stored: they come from a folder. Another machine may have made them, and this one compute others: all
+            are kept.
     """
 
     edit: PlainEdit
@@ -208,12 +222,14 @@ class Entry:
     stored: bool = False
 
 
-def adopt(model: nn.Module, stack: Sequence[tuple[PlainEdit, Mapping[str, Tensor], Mapping[str, str]]]) -> None:
+def adopt(
+    model: nn.Module, stack: Sequence[tuple[PlainEdit, Mapping[str, Tensor], Mapping[str, str]]]
+) -> None:
     """Take a model that was loaded with edits in its weights for one to which they have been applied.
 
     Args:
-        stack: in the order of application, each edit with the weights that it replaced and the hashes of what it put there,
-            by parameter name, as they were kept.
+        stack: in the order of application, each edit with the weights that it replaced and the hashes of what
+            it put there, by parameter name, as they were kept.
 
     Raises:
         EditError: if the weights are not those that the edits left; nothing is noted then.
@@ -231,7 +247,8 @@ def adopt(model: nn.Module, stack: Sequence[tuple[PlainEdit, Mapping[str, Tensor
         changed = sorted(n for n in firsts if edited.get(n) != tensor_sha256(now[n]))
         if changed:
             raise EditError(
-                f"{', '.join(changed)} has been changed since edit {edit.card.get('id')} was applied: it cannot be taken back"
+                f"{', '.join(changed)} has been changed since edit {edit.card.get('id')} was applied: it "
+                "cannot be taken back"
             )
         before = {n: originals[n].to(now[n].device) for n in firsts}
         changes = {names[change.name]: change for change in edit.changes}
@@ -245,7 +262,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 
 def keeping(model: nn.Module, names: list[str], work: Callable[[], Result]) -> Result:
-    """The result of `work`, with some weights put back after it, bit for bit, whatever it did and however it ended."""
+    """The result of `work`; some weights are put back after it, bit for bit, however it ended."""
     weights = dict(identity(model).named_parameters(remove_duplicate=False))
     originals = {name: weights[name].detach().clone() for name in names}
     try:
@@ -268,7 +285,7 @@ def write(model: nn.Module, edit: PlainEdit) -> None:
 
 
 def below(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model as they were before the edits that it carries, by name; only those that were replaced."""
+    """The weights that the edits of a model replaced, as they were before the first of them, by name."""
     found: dict[str, Tensor] = {}
     for entry in _entries(identity(model)):
         for name, value in entry.before.items():
@@ -277,7 +294,7 @@ def below(model: nn.Module) -> dict[str, Tensor]:
 
 
 def carried(model: nn.Module) -> list[PlainEdit]:
-    """The edits that a model carries, in order. Those whose weights somebody else has put back are forgotten."""
+    """The edits that a model carries, in order; forgets those whose weights somebody else has put back."""
     return [entry.edit for entry in _still_there(identity(model))]
 
 
@@ -288,7 +305,10 @@ def revert_all(model: nn.Module) -> None:
         EditError: if something else than edits has changed these weights since; nothing is changed then.
     """
     native = identity(model)
-    weights, last = dict(native.named_parameters()), {n: h for entry in _entries(native) for n, h in entry.edited.items()}
+    weights, last = (
+        dict(native.named_parameters()),
+        {n: h for entry in _entries(native) for n, h in entry.edited.items()},
+    )
     _refuse({name for name, known in last.items() if tensor_sha256(weights[name]) != known})
     values = below(native)
     try:
@@ -306,7 +326,9 @@ def put(weights: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> No
     """Copy values into weights; Ctrl-C waits until that is done."""
     with uninterrupted():
         for name, value in values.items():
-            weights[name].data.copy_(value)  # no decorator for no_grad: Ctrl-C in it would strike behind the caller's back
+            weights[name].data.copy_(
+                value
+            )  # no decorator for no_grad: Ctrl-C in it would strike behind the caller's back
 
 
 def _entries(native: nn.Module) -> tuple[Entry, ...]:
@@ -314,7 +336,7 @@ def _entries(native: nn.Module) -> tuple[Entry, ...]:
 
 
 def _still_there(native: nn.Module) -> tuple[Entry, ...]:
-    """The entries, without those on top whose weights are again what they were before: EasyEdit puts weights back itself."""
+    """The entries but for those on top that somebody else took back: EasyEdit puts weights back itself."""
     entries, weights = _entries(native), dict(native.named_parameters())
     while entries and entries[-1].was != entries[-1].edited and _holds(weights, entries[-1].was):
         entries = entries[:-1]
@@ -346,8 +368,8 @@ def _hashes(values: Mapping[str, Tensor]) -> dict[str, str]:
 def _pushed(entries: tuple[Entry, ...], entry: Entry) -> tuple[Entry, ...]:
     """The entries with one more on top.
 
-    Of the weights before the one that was on top, only those are kept that cannot be computed again: before the first
-    edit of a weight, and after something else than an edit has changed it.
+    Of the weights before the one that was on top, only those are kept that cannot be computed again: before
+    the first edit of a weight, and after something else than an edit has changed it.
     """
     found = list(entries)
     for name in entry.was:
@@ -361,11 +383,11 @@ def _pushed(entries: tuple[Entry, ...], entry: Entry) -> tuple[Entry, ...]:
 
 
 def _levels(entries: tuple[Entry, ...], place: int, name: str) -> dict[int, Tensor]:
-    """A weight as it was before the edit at `place`: kept, or computed from the nearest one kept below and the factors.
+    """A weight before the edit at `place`: kept, or computed from the nearest one kept below and the factors.
 
     Returns:
-        it, by `place`, and what was computed on the way before some edits below, ever nearer to it: who takes out one
-        edit after the other, from the last, and keeps them, computes few of them twice.
+        it, by `place`, and what was computed on the way before some edits below, ever nearer to it: who takes
+        out one edit after the other, from the last, and keeps them, computes few of them twice.
 
     Raises:
         EditError: if the factors do not give it bit for bit.
@@ -381,13 +403,15 @@ def _levels(entries: tuple[Entry, ...], place: int, name: str) -> dict[int, Tens
             found[touching[number]], gap = value, ahead
     if tensor_sha256(value) != entries[place].was[name]:
         raise EditError(
-            f"{name} cannot be computed again bit for bit as it was before this edit (another number of threads, or another "
-            "device?): take out all edits (revert_all), whose first weights are kept"
+            f"{name} cannot be computed again bit for bit as it was before this edit (another number of "
+            "threads, or another device?): take out all edits (revert_all), whose first weights are kept"
         )
     return found
 
 
-def _without(native: nn.Module, entries: tuple[Entry, ...], place: int) -> tuple[dict[str, Tensor], tuple[Entry, ...]]:
+def _without(
+    native: nn.Module, entries: tuple[Entry, ...], place: int
+) -> tuple[dict[str, Tensor], tuple[Entry, ...]]:
     """The weights that change if an edit is taken out, and the entries that are left.
 
     Raises:
@@ -415,7 +439,9 @@ def _without(native: nn.Module, entries: tuple[Entry, ...], place: int) -> tuple
         values |= {name: added(values[name], entry.changes[name]) for name in shared}
         hashes |= {name: tensor_sha256(values[name]) for name in shared}
         edited = {name: hashes.get(name, known_hash) for name, known_hash in entry.edited.items()}
-        left = _pushed(left, replace(entry, was=was, edited=edited, before={**entry.before, **before}, stored=False))
+        left = _pushed(
+            left, replace(entry, was=was, edited=edited, before={**entry.before, **before}, stored=False)
+        )
     weights = dict(native.named_parameters())
     _refuse(changed | {name for name in values if tensor_sha256(weights[name]) != known[name]})
     return values, left
@@ -424,4 +450,6 @@ def _without(native: nn.Module, entries: tuple[Entry, ...], place: int) -> tuple
 def _refuse(changed: set[str]) -> None:
     if changed:
         names = ", ".join(sorted(changed))
-        raise EditError(f"{names} has been changed since this edit was applied, and not by an edit: put that back first")
+        raise EditError(
+            f"{names} has been changed since this edit was applied, and not by an edit: put that back first"
+        )

@@ -16,7 +16,12 @@ from easyedit_mdm.editing.solve.value import Optimised
 from easyedit_mdm.models import Adapter
 
 
-def rome(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams, values: Sequence[Optimised] | None = None) -> Edit:
+def rome(
+    adapter: Adapter,
+    requests: Sequence[EditRequest],
+    hparams: ROMEMDMHyperParams,
+    values: Sequence[Optimised] | None = None,
+) -> Edit:
     """Make (not apply) the edit for one request.
 
     Raises:

@@ -25,7 +25,10 @@ def card(
             "subject": request.subject,
             "target_new": request.target_new,
             "n_tokens": len(fact.target),
-            **{name: getattr(outcome, name) for name in ("schedule", "steps", "forwards", "layer_passes", "losses")},
+            **{
+                name: getattr(outcome, name)
+                for name in ("schedule", "steps", "forwards", "layer_passes", "losses")
+            },
         }
         for request, fact, outcome in zip(requests, facts, outcomes)
     ]

@@ -4,12 +4,13 @@ With key k*, delta and second moments C,
 
     u = C^-1 k* / ||C^-1 k*||,    dW = delta u^T / (k . u),
 
-where k is k* (`key_average: single`) or the bare prompt's key (`easyedit`). With statistics off, C is the identity, as in
-EasyEdit's ROME.
+where k is k* (`key_average: single`) or the bare prompt's key (`easyedit`). With statistics off, C is the
+identity, as in EasyEdit's ROME.
 
 u and k do not depend on delta, so the update's effect at every token of every row is known before delta is:
-(u . k_t) / (k . u) delta at token t. `optimise_through: weights` optimises delta with all of it, instead of with delta at the
-subject's token alone: what the update does to the other tokens, much for text unlike what C was made of, is then part of the loss.
+(u . k_t) / (k . u) delta at token t. `optimise_through: weights` optimises delta with all of it, instead of
+with delta at the subject's token alone: what the update does to the other tokens, much for text unlike what C
+was made of, is then part of the loss.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
 
 
-def site_values(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams) -> list[Optimised]:
+def site_values(
+    adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams
+) -> list[Optimised]:
     """The optimised values of requests at the site, clamped by the norm of its own output there."""
     site = check_modules(adapter, hparams)
     facts = [tokenise(adapter, request, hparams) for request in requests]
@@ -43,12 +46,19 @@ def site_values(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROME
 
 
 def _optimised(
-    adapter: Adapter, site: Site, facts: Sequence[Fact], keys: Sequence[Keys], hparams: ROMEMDMHyperParams, direction: Direction | None = None
+    adapter: Adapter,
+    site: Site,
+    facts: Sequence[Fact],
+    keys: Sequence[Keys],
+    hparams: ROMEMDMHyperParams,
+    direction: Direction | None = None,
 ) -> list[Optimised]:
-    """The values, through the weights where the hyperparameters say so; `direction`: of the only fact, where it is known."""
+    """The values, through the weights where the hyperparameters say so; `direction`: the only fact's."""
     rights = None
     if hparams.optimise_through == "weights":
-        rights = torch.stack([(d := direction or closed_form(adapter, site, k, hparams)).u / d.denominator for k in keys])
+        rights = torch.stack(
+            [(d := direction or closed_form(adapter, site, k, hparams)).u / d.denominator for k in keys]
+        )
     return optimise(adapter, site, facts, torch.stack([k.initial for k in keys]), hparams, rights)
 
 
@@ -66,15 +76,26 @@ def rank_one(
         values: the fact's, where it has been optimised already.
     """
     if len(requests) != 1:
-        raise RequestError(f"{hparams.alg_name} writes one fact at a time, got {len(requests)} requests: edit them one after another")
+        raise RequestError(
+            f"{hparams.alg_name} writes one fact at a time, got {len(requests)} requests: edit them one "
+            "after another"
+        )
     site = check_modules(adapter, hparams)
     fact = tokenise(adapter, requests[0], hparams)
     keys = read_keys(adapter, site, fact, hparams)
     direction = closed_form(adapter, site, keys, hparams)
     outcome = (values or _optimised(adapter, site, [fact], [keys], hparams, direction))[0]
     added = residual(keys, outcome.delta)
-    change = LowRank(site.weight, (added.to(direction.u.device) / direction.denominator)[:, None], direction.u[None], site.transposed)
-    return Edit([change], card(requests, [fact], hparams, [outcome], {**direction.figures, "delta_norm": float(added.norm())}))
+    change = LowRank(
+        site.weight,
+        (added.to(direction.u.device) / direction.denominator)[:, None],
+        direction.u[None],
+        site.transposed,
+    )
+    return Edit(
+        [change],
+        card(requests, [fact], hparams, [outcome], {**direction.figures, "delta_norm": float(added.norm())}),
+    )
 
 
 @dataclass(frozen=True)
@@ -107,5 +128,10 @@ def closed_form(adapter: Adapter, site: Site, keys: Keys, hparams: ROMEMDMHyperP
     key = bare if hparams.key_average == "easyedit" else solved
     denominator = torch.dot(key, u)
     if not denominator.isfinite() or denominator.abs() < 1e-8 * key.norm():
-        raise OptimisationError(f"the denominator k . u of the update is {float(denominator):.3g}: the key vanishes at layer {site.layer}")
-    return Direction(u, denominator, {**figures, "denominator": float(denominator), "key_norm": float(key.norm())})
+        raise OptimisationError(
+            f"the denominator k . u of the update is {float(denominator):.3g}: the key vanishes at layer "
+            f"{site.layer}"
+        )
+    return Direction(
+        u, denominator, {**figures, "denominator": float(denominator), "key_norm": float(key.norm())}
+    )

@@ -1,4 +1,4 @@
-"""Where an edit is made: the linear map that is changed, checked against the model, and the second moments of its keys."""
+"""Where an edit is made: the linear map that is changed, checked, and the second moments of its keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from easyedit_mdm.statistics import SecondMoments, moments_for
 
 
 def check_modules(adapter: Adapter, hparams: ROMEMDMHyperParams) -> Site:
-    """The edit site (that of the last layer, where there are several), after checking every module that the hyperparameters name.
+    """The edit site (of the last layer, where there are several), after checking every module that is named.
 
     Raises:
         ModelError: for a module or layer that does not exist.
@@ -20,16 +20,31 @@ def check_modules(adapter: Adapter, hparams: ROMEMDMHyperParams) -> Site:
     """
     layer = hparams.layers[-1]
     site = adapter.site(layer, hparams.rewrite_module_tmp)
-    for template in (hparams.layer_module_tmp, hparams.mlp_module_tmp, hparams.attn_module_tmp, hparams.ln_f_module, hparams.lm_head_module):
+    for template in (
+        hparams.layer_module_tmp,
+        hparams.mlp_module_tmp,
+        hparams.attn_module_tmp,
+        hparams.ln_f_module,
+        hparams.lm_head_module,
+    ):
         if template:
             adapter.module(template.format(layer))
     if hparams.v_loss_layer not in (None, adapter.layers - 1):
-        raise HyperParameterError(f"v_loss_layer={hparams.v_loss_layer}: the loss is read after the last layer, {adapter.layers - 1}")
+        raise HyperParameterError(
+            f"v_loss_layer={hparams.v_loss_layer}: the loss is read after the last layer, "
+            f"{adapter.layers - 1}"
+        )
     return site
 
 
 def statistics(adapter: Adapter, sites: Sequence[Site], hparams: ROMEMDMHyperParams) -> list[SecondMoments]:
     """The second moments that hyperparameters ask for, found or made."""
     return moments_for(
-        adapter, sites, str(hparams.mom2_dataset), hparams.mom2_n_tokens, hparams.stats_dir, hparams.mom2_mask_ratio, settled=hparams.mom2_settled
+        adapter,
+        sites,
+        str(hparams.mom2_dataset),
+        hparams.mom2_n_tokens,
+        hparams.stats_dir,
+        hparams.mom2_mask_ratio,
+        settled=hparams.mom2_settled,
     )
