@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from easyedit_mdm.common.fingerprints import tensor_sha256
 from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, ROMEMDMHyperParams
+from easyedit_mdm.editing.edit import carried
 from easyedit_mdm.editing.methods import Method
 from easyedit_mdm.errors import EditError, HyperParameterError
 from easyedit_mdm.evaluation.guard import CollapseGuard
@@ -75,8 +75,8 @@ class Session:
     @property
     def edits(self) -> list[Edit]:
         """The edits that the model carries, the oldest first; those that somebody else took back are not among them."""
-        while self._stack and not _holds(self.model, self._stack[-1]):
-            self._stack.pop()  # EasyEdit puts weights back by itself, the last ones first
+        there = carried(self.model)  # EasyEdit puts weights back by itself
+        self._stack = [edit for edit in self._stack if any(edit is other for other in there)]
         return list(self._stack)
 
     # ---- editing -----------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ class Session:
         Raises:
             EditError: if the model does not carry it.
         """
-        if not _holds(self.model, edit):
+        if not any(edit is other for other in carried(self.model)):
             raise EditError("the model does not carry this edit: apply it first")
         self._stack.append(edit)
 
@@ -166,8 +166,7 @@ class Session:
     def undo(self, edit: Edit | None = None) -> Edit:
         """Take an edit back, the last one by default; later edits stay.
 
-        An edit below others is taken out by putting the weights back to before it, bit for bit, and applying the later
-        ones again: the result equals the edits without it, applied in order.
+        The weights become those of the other edits, applied in order, bit for bit.
 
         Returns:
             the edit that was taken back.
@@ -181,19 +180,8 @@ class Session:
         gone = stack[-1] if edit is None else edit
         if not any(known is gone for known in stack):
             raise EditError("this edit is not one that the model carries in this session; `edits` lists those that are")
-        at = next(i for i, known in enumerate(stack) if known is gone)
-        later = stack[at + 1 :]
-        self._undo_down_to(at)
-        try:
-            for other in later:
-                other.apply(self.model)
-                self._stack.append(other)
-        except BaseException:
-            self._undo_down_to(at)
-            for other in (gone, *later):
-                other.apply(self.model)
-                self._stack.append(other)
-            raise
+        gone.undo(self.model)
+        self._stack = [known for known in stack if known is not gone]
         return gone
 
     def undo_all(self) -> None:
@@ -240,16 +228,7 @@ class Session:
 
     def _undo_down_to(self, number: int) -> None:
         while len(self.edits) > number:
-            self._stack[-1].revert(self.model)
-            self._stack.pop()
-
-
-def _holds(model: Adapter, edit: Edit) -> bool:
-    """Whether the weights are those that the edit left."""
-    weights = dict(model.native.named_parameters())
-    return edit.is_applied(model) and all(
-        tensor_sha256(weights[name]) == left for name, left in edit.edited_hashes(model).items()
-    )
+            self.undo()
 
 
 def _groups(facts: list[EditRequest], size: int) -> Iterator[list[EditRequest]]:

@@ -16,7 +16,7 @@ import torch
 from easyedit_mdm.api import wrap_model
 from easyedit_mdm.denoising import DecodeConfig
 from easyedit_mdm.editing import METHODS
-from easyedit_mdm.editing.edit import identity
+from easyedit_mdm.editing.edit.stack import identity
 from easyedit_mdm.editing.hparams import find_hparams, read_yaml
 from easyedit_mdm.editing.methods import Method
 from easyedit_mdm.errors import HyperParameterError, MissingPackageError

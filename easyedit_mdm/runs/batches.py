@@ -171,14 +171,14 @@ def _again(method: BenchMethod, group: Sequence[BenchCase], folder: Path) -> Und
             return method.edit(group)[1]
         except (EasyEditMDMError, ValueError, RuntimeError):
             return _nothing  # it failed the first time as well, and its records say so
-    before = len(session.edits)
-    edits: list[Edit] = [Edit.load(part) for part in sorted(folder.glob("edit-*"), key=_number)]
-    for edit in edits:
+    before, layers = len(session.edits), session.hparams.layers
+    names = [session.model.site(layer, session.hparams.rewrite_module_tmp).weight for layer in layers]
+    session.history.carried(session.model, names)  # notes what the weights were before the first
+    for edit in [Edit.load(part) for part in sorted(folder.glob("edit-*"), key=_number)]:
         edit.apply(session.model)
         session.adopt(edit)
     keys = load_file(folder / "keys.safetensors")
     if keys:
-        names = [session.model.site(layer, session.hparams.rewrite_module_tmp).weight for layer in session.hparams.layers]
         session.history.add(session.model, names, keys)
 
     def undo() -> None:
