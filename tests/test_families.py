@@ -20,7 +20,7 @@ from easyedit_mdm.models.attention import Attention
 from easyedit_mdm.models.tables import with_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
-REFERENCES = {"a2d_qwen3": {"mask_id": 190}, "sdar": {}, "illada": {"mask_id": 190}, "mmada": {}}
+REFERENCES = {"a2d_qwen3": {"mask_id": 190}, "sdar": {}, "illada": {"mask_id": 190}, "mmada": {}, "fast_dllm_v2": {"mask_id": 190}}
 
 
 def seen(attention: Attention, length: int, canvas: int, padding: int = 0) -> list[list[bool]]:
@@ -67,13 +67,17 @@ def test_who_sees_whom_is_what_it_says(context, edges, block, prompt, padding):
         (Attention(4, "canvas"), 5, (4, 3)),
         (Attention(4, "canvas", "causal"), 5, (4, 3)),
         (Attention(32), 3, (7,)),
+        (Attention(4, first_alone=True), 5, (3, 1, 3)),
+        (Attention(4, first_alone=True), 8, (1, 3, 1, 2)),
     ],
 )
 def test_blocks_of_a_canvas(attention, prompt, sizes):
     """Seven slots fall into the blocks that the mask gives them."""
     assert attention.blocks(prompt, 7) == sizes
     ranks = geometry.ranks(torch.ones(1, prompt + 7).long(), attention, torch.tensor([prompt]))[0, prompt:]
-    assert tuple(torch.unique_consecutive(ranks, return_counts=True)[1].tolist()) == sizes
+    if not attention.first_alone:
+        assert tuple(torch.unique_consecutive(ranks, return_counts=True)[1].tolist()) == sizes
+    assert attention.block is None or attention.blocks(prompt, 7, within=1) == (1,) * 7
 
 
 def test_causal_ranks_are_the_causal_models_own(tiny):
@@ -179,6 +183,9 @@ def test_logits_with_other_blocks(data_dir):
     canvas = torch.full((3,), 12)
     for options in ({}, {"canvas": canvas}):
         assert (model(known["input_ids"], **options).logits - known["logits_block4_causal"]).abs().max() < 1e-4
+    path = data_dir / "reference" / "fast_dllm_v2"
+    model, known = load_model(path, mask_id=190, block=32), load_file(path / "reference.safetensors")
+    assert (model(known["input_ids"]).logits - known["logits_block32_default"]).abs().max() < 1e-4
     path = data_dir / "reference" / "sdar"
     model, known = load_model(path, block=20), load_file(path / "reference.safetensors")
     assert (model(known["input_ids"]).logits - known["logits_block20_full"]).abs().max() < 1e-4
@@ -223,7 +230,21 @@ def sdar_cases(known: dict[str, torch.Tensor]) -> Iterator[tuple[dict, torch.Ten
             yield {}, prompt, settings, result
 
 
-SAMPLERS = {"a2d_qwen3": (a2d_cases, 8), "sdar": (sdar_cases, 10), "illada": (llada_cases, 3), "mmada": (llada_cases, 3)}
+def fast_dllm_cases(known: dict[str, torch.Tensor]) -> Iterator[tuple[dict, torch.Tensor, dict, torch.Tensor]]:
+    """Fast-dLLM v2's generate; its output ends with the first token of the next block."""
+    for name, result in known.items():
+        if found := re.fullmatch(r"generated_prompt(\d+)_new16_block8_small(\d)_t(\d+)", name):
+            settings = {"block_length": int(found[2]), "threshold": int(found[3]) / 100}
+            yield {}, known[f"prompt{found[1]}_ids"], settings, result
+
+
+SAMPLERS = {
+    "a2d_qwen3": (a2d_cases, 8),
+    "sdar": (sdar_cases, 10),
+    "illada": (llada_cases, 3),
+    "mmada": (llada_cases, 3),
+    "fast_dllm_v2": (fast_dllm_cases, 12),
+}
 
 
 @pytest.mark.data
