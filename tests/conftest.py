@@ -131,6 +131,10 @@ def tiny_config(family: str, vocabulary: int) -> dict:
             **common, **sizes, **masked, "architectures": ["StableDiffcoderForCausalLM"], "model_type": "llama",
             "auto_map": {"AutoModelForCausalLM": "modeling_stable_diffcoder.StableDiffcoderForCausalLM"},
         },
+        "fast-dllm-v2": {
+            **common, **sizes, **masked, "architectures": ["Fast_dLLM_QwenForCausalLM"], "model_type": "Fast_dLLM_Qwen",
+            "bd_size": 4, "tie_word_embeddings": True,
+        },
         "mmada": {
             **common, "architectures": ["MMadaModelLM"], "model_type": "mmada", "block_type": "llama", "layer_norm_type": "rms",
             "rope": True, "activation_type": "silu", "embedding_size": vocabulary, "d_model": 32, "n_layers": 3, "n_heads": 4,

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_config, write_checkpoint
+from safetensors.torch import load_file, save_file
 
 from easyedit_mdm import load_model
-from easyedit_mdm.errors import CheckpointError, ModelError
-from easyedit_mdm.models import geometry
+from easyedit_mdm.errors import CheckpointError, IncompatibleVersionError, ModelError
+from easyedit_mdm.models import FAMILIES, adapt, geometry, native
 from easyedit_mdm.models.attention import Attention
+from easyedit_mdm.models.tables import with_table
+
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+REFERENCES = {"a2d_qwen3": {"mask_id": 190}, "sdar": {}, "illada": {"mask_id": 190}, "mmada": {}, "fast_dllm_v2": {"mask_id": 190}}
 
 
 def seen(attention: Attention, length: int, canvas: int, padding: int = 0) -> list[list[bool]]:
@@ -58,13 +67,17 @@ def test_who_sees_whom_is_what_it_says(context, edges, block, prompt, padding):
         (Attention(4, "canvas"), 5, (4, 3)),
         (Attention(4, "canvas", "causal"), 5, (4, 3)),
         (Attention(32), 3, (7,)),
+        (Attention(4, first_alone=True), 5, (3, 1, 3)),
+        (Attention(4, first_alone=True), 8, (1, 3, 1, 2)),
     ],
 )
 def test_blocks_of_a_canvas(attention, prompt, sizes):
     """Seven slots fall into the blocks that the mask gives them."""
     assert attention.blocks(prompt, 7) == sizes
     ranks = geometry.ranks(torch.ones(1, prompt + 7).long(), attention, torch.tensor([prompt]))[0, prompt:]
-    assert tuple(torch.unique_consecutive(ranks, return_counts=True)[1].tolist()) == sizes
+    if not attention.first_alone:
+        assert tuple(torch.unique_consecutive(ranks, return_counts=True)[1].tolist()) == sizes
+    assert attention.block is None or attention.blocks(prompt, 7, within=1) == (1,) * 7
 
 
 def test_causal_ranks_are_the_causal_models_own(tiny):
@@ -136,3 +149,248 @@ def test_blocks_that_no_model_has(tmp_path):
         load_model(tmp_path / "llama", block=4)
     with pytest.raises(ModelError, match="edges"):
         Attention(4, "left")
+
+
+# ---- against the published code ----------------------------------------------------------------------------------
+references = pytest.mark.parametrize("folder", list(REFERENCES))
+
+
+@pytest.mark.data
+@references
+@torch.no_grad()
+def test_logits_are_the_published_ones(data_dir, folder):
+    """Raw logits within 1e-4, of whole rows and of rows that start late, padded on the left."""
+    path = data_dir / "reference" / folder
+    model, known = load_model(path, **REFERENCES[folder]), load_file(path / "reference.safetensors")
+    ids = known["input_ids"]
+    assert (model(ids).logits - known["logits"]).abs().max() < 1e-4
+    late = {name: re.fullmatch(r"row(\d)_from(\d+)_logits", name) for name in known}
+    assert sum(map(bool, late.values())) == 2
+    for name, found in late.items():
+        if found:
+            row, start = int(found[1]), int(found[2])
+            mask = torch.ones_like(ids)
+            mask[row, :start] = 0
+            assert (model(ids, mask).logits[row, start:] - known[name]).abs().max() < 1e-4
+
+
+@pytest.mark.data
+@torch.no_grad()
+def test_logits_with_other_blocks(data_dir):
+    """dLLM's bd3lm mask on the same checkpoint, told where the canvas begins or not; SDAR with a block as long as the row."""
+    path = data_dir / "reference" / "a2d_qwen3"
+    model, known = load_model(path, mask_id=190, block=4), load_file(path / "reference.safetensors")
+    canvas = torch.full((3,), 12)
+    for options in ({}, {"canvas": canvas}):
+        assert (model(known["input_ids"], **options).logits - known["logits_block4_causal"]).abs().max() < 1e-4
+    path = data_dir / "reference" / "fast_dllm_v2"
+    model, known = load_model(path, mask_id=190, block=32), load_file(path / "reference.safetensors")
+    assert (model(known["input_ids"]).logits - known["logits_block32_default"]).abs().max() < 1e-4
+    path = data_dir / "reference" / "sdar"
+    model, known = load_model(path, block=20), load_file(path / "reference.safetensors")
+    assert (model(known["input_ids"]).logits - known["logits_block20_full"]).abs().max() < 1e-4
+
+
+def llada_cases(known: dict[str, torch.Tensor]) -> Iterator[tuple[dict, torch.Tensor, dict, torch.Tensor]]:
+    """LLaDA's generate.py: options of the model, prompt, settings, result."""
+    for name, result in known.items():
+        if found := re.fullmatch(r"generated_low_confidence_len8_steps(\d)_block(\d)", name):
+            yield {}, known["prompt_ids"], {"steps": int(found[1]), "block_length": int(found[2])}, result
+
+
+def a2d_cases(known: dict[str, torch.Tensor]) -> Iterator[tuple[dict, torch.Tensor, dict, torch.Tensor]]:
+    """dLLM's MDLMSampler and BD3LMSampler; of the padded batch each row alone, without what pads it."""
+    for name, result in known.items():
+        found = re.fullmatch(r"generated_(mdlm|bd3lm)_(\w+)_len8_steps(\d)_block(\d)", name)
+        if not found:
+            continue
+        steps, block = int(found[3]), int(found[4])
+        settings = {"steps": steps, "pace": "linear"} | ({"block_length": block} if found[1] == "mdlm" else {})
+        options = {"block": block} if found[1] == "bd3lm" else {}
+        if found[2] == "batch_12_and_9":
+            for row, length in enumerate((12, 9)):
+                yield options, known["input_ids"][row : row + 1, :length], settings, result[row : row + 1, : length + 8]
+        elif found[2] == "prompt10":
+            yield options, known["prompt_ids"][:, :10], settings, result[:, 2:]  # padded on the left to whole blocks
+        else:
+            yield options, known["prompt_ids"], settings, result
+
+
+def sdar_cases(known: dict[str, torch.Tensor]) -> Iterator[tuple[dict, torch.Tensor, dict, torch.Tensor]]:
+    """SDAR's block_diffusion_generate."""
+    pattern = r"generated_(argmax|topk1)_(\w+?)(?:_t(\d+))?(?:_prompt(\d+))?_gen(\d+)_steps(\d)"
+    for name, result in known.items():
+        if found := re.fullmatch(pattern, name):
+            prompt = known["prompt12_ids" if found[4] == "12" else "prompt_ids"]
+            blocks = -(-result.shape[1] // 4) - prompt.shape[1] // 4
+            settings: dict[str, Any] = {"steps": int(found[6]) * blocks}
+            settings |= {"order": "left_to_right"} if found[2] == "sequential" else {}
+            settings |= {"threshold": int(found[3]) / 100} if found[3] else {}
+            settings |= {"top_k": 1} if found[1] == "topk1" else {}
+            yield {}, prompt, settings, result
+
+
+def fast_dllm_cases(known: dict[str, torch.Tensor]) -> Iterator[tuple[dict, torch.Tensor, dict, torch.Tensor]]:
+    """Fast-dLLM v2's generate; its output ends with the first token of the next block."""
+    for name, result in known.items():
+        if found := re.fullmatch(r"generated_prompt(\d+)_new16_block8_small(\d)_t(\d+)", name):
+            settings = {"block_length": int(found[2]), "threshold": int(found[3]) / 100}
+            yield {}, known[f"prompt{found[1]}_ids"], settings, result
+
+
+SAMPLERS = {
+    "a2d_qwen3": (a2d_cases, 8),
+    "sdar": (sdar_cases, 10),
+    "illada": (llada_cases, 3),
+    "mmada": (llada_cases, 3),
+    "fast_dllm_v2": (fast_dllm_cases, 12),
+}
+
+
+@pytest.mark.data
+@references
+def test_tokens_are_the_published_samplers(data_dir, folder):
+    """Each family's own sampler, token for token, in every setting that is kept."""
+    path = data_dir / "reference" / folder
+    known = load_file(path / "reference.safetensors")
+    cases, count = SAMPLERS[folder]
+    every = list(cases(known))
+    assert len(every) == count
+    for options, prompt, settings, result in every:
+        model = load_model(path, **REFERENCES[folder], **options)
+        made = model.generate(prompt, max_new_tokens=result.shape[1] - prompt.shape[1], **settings)
+        assert torch.equal(made, result), (options, settings)
+
+
+@pytest.mark.data
+def test_a_padded_batch_writes_what_its_rows_do(data_dir):
+    """dLLM's batch of prompts of 12 and 9 tokens, padded on the left here: both rows as published."""
+    path = data_dir / "reference" / "a2d_qwen3"
+    model, known = load_model(path, mask_id=190), load_file(path / "reference.safetensors")
+    ids = known["input_ids"][:2, :12].clone()
+    ids[1] = torch.cat([torch.zeros(3, dtype=torch.long), ids[1, :9]])
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    made = model.generate(ids, attention_mask=mask, max_new_tokens=8, steps=8, block_length=8, pace="linear")
+    wanted = known["generated_mdlm_batch_12_and_9_len8_steps8_block8"]
+    assert torch.equal(made[0, 12:], wanted[0, 12:20]) and torch.equal(made[1, 12:], wanted[1, 9:17])
+
+
+# ---- which family, and which not -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"auto_map": {"AutoModelForCausalLM": "modeling_stable_diffcoder.StableDiffcoderForCausalLM"}},
+            "auto_map names modeling_stable_diffcoder.StableDiffcoderForCausalLM",
+        ),
+        ({"mask_token_id": 5}, "mask_token_id=5"),
+        ({"block_size": 32}, "block_size=32"),
+        ({"masked_diffusion": {"attention": "full"}}, "masked_diffusion="),
+        ({"architectures": ["LlamaForCausalLM", "LlamaForMaskedDiffusion"]}, "architectures names LlamaForMaskedDiffusion"),
+    ],
+)
+def test_diffusion_under_an_autoregressive_name(tmp_path, changes, message):
+    """Refused from a folder and in memory, with what gives it away; naming the family loads it."""
+    from transformers import AutoModelForCausalLM
+
+    write_checkpoint(tmp_path, "llama")
+    config = {**tiny_config("llama", 192), **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+        load_model(tmp_path)
+    assert "family='llama'" in str(caught.value) and "docs/extending.md" in str(caught.value)
+    assert load_model(tmp_path, family="llama").spec.name == "llama"
+    with pytest.raises(ModelError, match=re.escape(message)):
+        adapt(AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False))
+
+
+def test_plain_folders_are_not_refused(tmp_path):
+    """What transformers itself writes for an autoregressive model, and an auto_map of its own class or of a tokenizer."""
+    write_checkpoint(tmp_path, "llama")
+    remote = {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM", "AutoTokenizer": ["tokenization_own.Own", None]}
+    for changes in ({}, {"auto_map": remote}, {"mask_token_id": None}):
+        (tmp_path / "config.json").write_text(json.dumps({**tiny_config("llama", 192), **changes}))
+        assert not load_model(tmp_path).masked
+
+
+def test_a_class_of_ones_own_is_not_taken_for_its_base():
+    """A model in memory whose class only derives from a native one, and whose model_type is the base's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    class StableDiffcoderForCausalLM(LlamaForCausalLM):
+        """As published: Llama with another way to write."""
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    with pytest.raises(ModelError, match="no adapter for a StableDiffcoderForCausalLM"):
+        adapt(StableDiffcoderForCausalLM(LlamaConfig(**sizes)))
+    assert adapt(LlamaForCausalLM(LlamaConfig(**sizes))).spec.name == "llama"
+
+
+def test_what_an_unknown_family_has_in_common(tmp_path):
+    """The error names families whose tensors or fields it shares, signs of diffusion and of experts, and where to go on."""
+    write_checkpoint(tmp_path, "sdar")
+    config = {**tiny_config("sdar", 192), "architectures": ["NovelDiffusionLM"], "model_type": "qwen3", "num_experts": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="architecture 'NovelDiffusionLM' is not known") as caught:
+        load_model(tmp_path)
+    told = str(caught.value)
+    for part in (
+        "its tensors are named as those of",
+        "sdar",
+        "model_type 'qwen3' is that of qwen3",
+        "it has the fields that",
+        "mask_token_id=1",
+        "block_size=4",
+        "num_experts=8",
+        "docs/extending.md",
+        "family=...",
+    ):
+        assert part in told, part
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MambaLM"]}))
+    save_file({"mixer.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="MambaLM") as caught:
+        load_model(tmp_path)
+    assert "In common" not in str(caught.value)
+
+
+def test_a_native_class_that_is_not_there(tmp_path, monkeypatch):
+    """An older transformers has no Qwen3: which version has it is said."""
+    import transformers
+
+    write_checkpoint(tmp_path, "sdar")
+    monkeypatch.setattr(transformers, "Qwen3ForCausalLM", None)
+    with pytest.raises(IncompatibleVersionError, match="no Qwen3 language model: it came with transformers 4.51"):
+        load_model(tmp_path)
+    assert native.class_names("Qwen3")
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].masked])
+def test_a_wrong_mask_id(tmp_path, family):
+    """Beyond the embedding, or the pad token's: refused for every masked family."""
+    write_checkpoint(tmp_path, family)
+    with pytest.raises(ModelError, match="outside the embedding"):
+        load_model(tmp_path, mask_id=500)
+    with pytest.raises(ModelError, match="also the pad or eos"):
+        load_model(tmp_path, mask_id=0)
+
+
+@pytest.mark.parametrize("family", ["sdar", "mmada", "illada", "masked-llama"])
+def test_a_truncated_shard(tmp_path, family):
+    """A shard that ends too soon is named, and nothing is loaded from it."""
+    write_checkpoint(tmp_path, family, shards=2)
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=re.escape(shard.name)):
+        load_model(tmp_path)
+
+
+def test_the_page_has_the_table():
+    """docs/families.md holds the registry's table."""
+    page = PAGE.read_text()
+    assert with_table(page) == page, "the registry has changed: python tests/test_families.py"
+    assert all(FAMILIES[name].releases and FAMILIES[name].verified for name in FAMILIES)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_table(PAGE.read_text()))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ class DecodeConfig:
         else:
             if whole % block:
                 raise HyperParameterError(f"block_length {block} does not divide the model's blocks of {whole} tokens")
-            sizes = replace(attention, block=block).blocks(prompt, length)
+            sizes = attention.blocks(prompt, length, within=block)
         if not ORDERS[self.order].blocks and len(sizes) > 1:
             raise HyperParameterError(
                 f"order {self.order!r} knows no blocks: leave block_length out (got {block} for a canvas of {length}); "

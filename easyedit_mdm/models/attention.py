@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from easyedit_mdm.errors import ModelError
@@ -18,6 +19,8 @@ class Attention:
         block: tokens of a block. None: one block, so that every token sees every other; 1: causal.
         edges: where blocks begin. `start`: they are counted from each row's first visible token (SDAR, arXiv 2510.06303; LLaDA2;
             Fast-dLLM v2). `canvas`: the first column of the canvas begins one (dLLM's `bd3lm` sampler).
+        first_alone: the first token of a block is written before the others, by itself: it is read from the block before, as an
+            autoregressive model's would be (Fast-dLLM v2, arXiv 2509.26328).
         context: what stands before the canvas is in blocks itself (`blocks`), or each of its tokens sees only its left (`causal`),
             as in an adapted model that reads its context as it was pretrained to.
 
@@ -28,6 +31,7 @@ class Attention:
     block: int | None = None
     edges: str = "start"
     context: str = "blocks"
+    first_alone: bool = False
 
     def __post_init__(self) -> None:
         if self.block is not None and (not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 1):
@@ -52,23 +56,27 @@ class Attention:
         from_canvas = self.block is not None and self.edges == "canvas"
         return not self.causal and (from_canvas or self.context == "causal")
 
-    def blocks(self, prompt: int, slots: int) -> tuple[int, ...]:
+    def blocks(self, prompt: int, slots: int, within: int | None = None) -> tuple[int, ...]:
         """Sizes of the blocks that `slots` slots after a prompt of `prompt` tokens fall into, in the order they are written.
 
         The first holds fewer slots where the prompt's tail stands in it, the last where the slots end before it does.
+
+        Args:
+            within: blocks are divided further, into parts of this many tokens, which are written one after the other.
         """
         if self.block is None:
             return (slots,)
-        first = self.block - (prompt % self.block if self.edges == "start" else 0)
-        sizes = [min(first, slots)]
-        while sum(sizes) < slots:
-            sizes.append(min(self.block, slots - sum(sizes)))
-        return tuple(sizes)
+        before = prompt if self.edges == "start" else 0
+        places = range(before, before + slots)
+        part = within or self.block
+        marks = [(at // part, self.first_alone and at % self.block > 0) for at in places]
+        return tuple(len(list(some)) for _, some in itertools.groupby(marks))
 
     def __str__(self) -> str:
         """In words, as tables show it."""
         kind = "full" if self.block is None else "causal" if self.causal else f"block-causal of {self.block}"
         edges = ", from the canvas" if self.block and not self.causal and self.edges == "canvas" else ""
+        edges += ", the first by itself" if self.first_alone else ""
         return kind + edges + (", causal context" if self.context == "causal" and not self.causal else "")
 
 

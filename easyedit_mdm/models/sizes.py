@@ -39,6 +39,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Dream-org/Dream-v0-Base-7B": _DREAM, "Dream-org/Dream-v0-Instruct-7B": _DREAM,
     "Gen-Verse/MMaDA-8B-Base": {**_LLADA, "architectures": ["MMadaModelLM"], "vocab_size": 134656, "embedding_size": 134656},
     "JetLM/SDAR-4B-Chat": _SDAR,
+    "Efficient-Large-Model/Fast_dLLM_v2_7B": {**_DREAM, "architectures": ["Fast_dLLM_QwenForCausalLM"], "bd_size": 32},
     "Gen-Verse/TraDo-4B-Instruct": _SDAR,  # trained from SDAR; its own config.json was not seen
     "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": _A2D, "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1": _A2D,
 }  # fmt: skip

@@ -44,6 +44,7 @@ def _section(config: Config) -> Mapping[str, Any]:
 
 
 def _attention(config: Config) -> Attention:
+    """Full or block-causal, with or without a causal context."""
     section = _section(config)
     kind, block = section.get("attention"), section.get("block_size")
     if kind not in ("full", "block") or (kind == "full") != (block is None):

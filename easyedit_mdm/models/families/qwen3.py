@@ -32,7 +32,7 @@ QWEN3 = FamilySpec(
     tokenizer="Qwen2TokenizerFast",
     since="4.51",
     releases="Qwen3 (dense)",
-    verified="transformers' own class; with SDAR's weights, SDAR's logits in blocks of one token",
+    verified="transformers' own class: the same logits as its masked relative in blocks of one token",
     native_model_types=("qwen3",),
 )
 FAMILIES.register("qwen3")(QWEN3)
