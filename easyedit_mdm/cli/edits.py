@@ -69,7 +69,7 @@ def new_edit(
     asked = [EditRequest.of(request) for request in requests]
     check_requests(asked)
     where, said = _device(device, hparams), {"mask_id": hparams.mask_id, "block": hparams.block}
-    adapter = load_model(hparams.model_name, device=where, dtype=dtype or hparams.dtype, **said)
+    adapter = load_model(hparams.model_name, device=where, dtype=dtype or hparams.load_dtype, **said)
     decode_config = hparams.decode_config()
     before = _say(adapter, asked, decode_config)
     edit = _make(adapter, asked, hparams, guard)
