@@ -32,8 +32,6 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Adapter:
         MissingPackageError: for a `smollm2` model, if the package that holds its weights is not installed.
     """
     name = str(name_or_folder)
-    if name in TWINS:
-        options["dtype"] = options.get("dtype") or "float32"  # stored in half precision to keep the package small
     return with_decoder(load_adapter(model_folder(name_or_folder, options.get("revision")), **{"name": name, **options}))
 
 

@@ -396,7 +396,7 @@ def test_several_requests(tmp_path):
 
 def test_wrong_input_costs_no_work(tmp_path, monkeypatch):
     """What is wrong with the call is said before a model is loaded."""
-    from easyedit_mdm.cli import edits
+    from easyedit_mdm.cli import arguments, edits
 
     monkeypatch.setattr(edits, "load_model", lambda *args, **more: pytest.fail("a model was loaded"))
     request = {"prompt": "Where was Zano born?", "subject": "Zano", "target_new": "Pute"}
@@ -411,9 +411,9 @@ def test_wrong_input_costs_no_work(tmp_path, monkeypatch):
     with pytest.raises(HyperParameterError, match="nothing to export"):
         edits.export_edit(tmp_path / "there")
     with pytest.raises(RequestError, match="--subject, --target is missing"):
-        edits.requests_of("x", None, None, None)
+        arguments.requests_of("x", None, None, None)
     with pytest.raises(RequestError, match="--prompt and --data-file"):
-        edits.requests_of("x", None, None, "f")
+        arguments.requests_of("x", None, None, "f")
     (tmp_path / "bad.json").write_text('[{"prompt": "a b", "subject": "c", "target_new": "d"}]')
     with pytest.raises(DataError, match="subject is not in the prompt"):
-        edits.requests_of(None, None, None, tmp_path / "bad.json")
+        arguments.requests_of(None, None, None, tmp_path / "bad.json")

@@ -8,11 +8,13 @@ import dataclasses
 import pytest
 
 from easyedit_mdm import ROMEMDMHyperParams
-from easyedit_mdm.api import load_hparams
+from easyedit_mdm.api import load_hparams, load_model
+from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.editing.hparams import MainHyperParams, packaged_hparams
 from easyedit_mdm.errors import HyperParameterError, UnknownNameError
-from easyedit_mdm.twins import TWINS
+from easyedit_mdm.runs.methods import load_ours
+from easyedit_mdm.twins import TWINS, twin_folder
 
 SHIPPED = sorted(p for p in packaged_hparams().glob("*/*.yaml") if p.parent.name in METHODS)
 GOOD = {"alg_name": "ROME_MDM", "model_name": "m", "layers": [1]}
@@ -50,6 +52,7 @@ def test_what_ships():
         ({"alg_name": "ROME"}, HyperParameterError, "alg_name is 'ROME', EasyEdit's own method"),
         ({"mom2_adjustment": True}, HyperParameterError, "mom2_dataset"),
         ({"v_lr": "high"}, HyperParameterError, "v_lr='high' is not of the kind float"),
+        ({"fp16": True, "dtype": "bfloat16"}, HyperParameterError, "fp16 is on, but dtype='bfloat16'"),
         ({"seed": True}, HyperParameterError, "seed=True is not of the kind int"),
         ({"layers": ["1"]}, HyperParameterError, "layers=.'1'. is not of the kind"),
         ({"decode": {"steps": "4"}}, HyperParameterError, "decode setting steps='4' is not of the kind"),
@@ -154,3 +157,19 @@ def test_ten_fields_stand_out():
     groups = [c for c in ROMEMDMHyperParams.__mro__ if "HyperParams" in c.__name__ and c is not ROMEMDMHyperParams]
     told = [f.name for c in groups for f in dataclasses.fields(c)]
     assert sorted(told) == sorted(f.name for f in dataclasses.fields(ROMEMDMHyperParams))
+
+
+@pytest.mark.parametrize(("line", "dtype"), [("fp16: true", "float16"), ("dtype: bfloat16", "bfloat16"), ("seed: 0", "float32")])
+def test_one_rule_for_the_dtype(tmp_path, line, dtype):
+    """`bench` and `sweep` load a model in the dtype that its file asks for, by `dtype` or EasyEdit's `fp16`."""
+    (tmp_path / "x.yaml").write_text(f"alg_name: ROME_MDM\nmodel_name: twin-llama\ndevice: cpu\nlayers: [1]\n{line}\n")
+    model, hparams = load_ours("ROME_MDM", tmp_path / "x.yaml")
+    assert str(model.dtype) == f"torch.{dtype}" and hparams.load_dtype in (dtype, None)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_twins_are_the_same_by_name_and_by_folder(name):
+    """Float32 both ways; half precision is only how they are stored."""
+    models = [load_model(name), load_model(twin_folder(name))]
+    assert [str(m.dtype) for m in models] == ["torch.float32"] * 2
+    assert len({model_fingerprint(m.native) for m in models}) == 1

@@ -15,19 +15,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from easyedit_mdm.api import load_model, make_edit
+from easyedit_mdm.api import load_hparams, load_model, make_edit
+from easyedit_mdm.cli.arguments import free
 from easyedit_mdm.common.files import write_json
 from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
-from easyedit_mdm.data.cases import load_cases
 from easyedit_mdm.denoising import DecodeConfig, decode
 from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, ROMEMDMHyperParams
 from easyedit_mdm.editing.edit.compose import compose, conflicts
 from easyedit_mdm.editing.edit.export import write_model
 from easyedit_mdm.editing.edit.folders import adopt_edits, source_of, write_edited
 from easyedit_mdm.editing.guard import GuardConfig
-from easyedit_mdm.editing.hparams import find_hparams, read_yaml
 from easyedit_mdm.editing.request import check_requests, encode
-from easyedit_mdm.errors import DataError, EditError, FileError, HyperParameterError, RequestError
+from easyedit_mdm.errors import DataError, EditError, HyperParameterError, RequestError
 from easyedit_mdm.evaluation import CollapseGuard, score_prompts
 from easyedit_mdm.models import Adapter
 
@@ -45,7 +44,7 @@ class GuardOptions:
 
 def new_edit(
     hparams_file: str | Path,
-    requests: Sequence[Mapping[str, Any]],
+    requests: Sequence[Mapping[str, Any] | EditRequest],
     out: str | Path,
     model: str | None = None,
     guard: GuardOptions = GuardOptions(),
@@ -64,12 +63,12 @@ def new_edit(
         CollapseError: if the guard stops it; nothing is saved then.
         EasyEditMDMError: see `docs/errors.md`.
     """
-    _free(out)
+    free(out)
     hparams = _hparams(hparams_file, model, guard)
     asked = [EditRequest.of(request) for request in requests]
     check_requests(asked)
     where, said = _device(device, hparams), {"mask_id": hparams.mask_id, "block": hparams.block}
-    adapter = load_model(hparams.model_name, device=where, dtype=dtype or hparams.dtype, **said)
+    adapter = load_model(hparams.model_name, device=where, dtype=dtype or hparams.load_dtype, **said)
     decode_config = hparams.decode_config()
     before = _say(adapter, asked, decode_config)
     edit = _make(adapter, asked, hparams, guard)
@@ -84,38 +83,6 @@ def new_edit(
     return edit
 
 
-def requests_of(prompt: str | None, subject: str | None, target: str | None, file: str | Path | None) -> list[dict[str, str]]:
-    """What the command line asks for: one request in three parts, or a file of them.
-
-    Raises:
-        RequestError: if it is neither, or both.
-        DataError: for a file that cannot be used.
-    """
-    parts = {"--prompt": prompt, "--subject": subject, "--target": target}
-    if file is not None:
-        given = [name for name, value in parts.items() if value is not None]
-        if given:
-            raise RequestError(f"{', '.join(given)} and --data-file were given: give one request, or a file of them")
-        return read_requests(file)
-    absent = [name for name, value in parts.items() if value is None]
-    if absent:
-        raise RequestError(f"{', '.join(absent)} is missing: an edit needs --prompt, --subject and --target, or --data-file")
-    return [{"prompt": str(prompt), "subject": str(subject), "target_new": str(target)}]
-
-
-def read_requests(file: str | Path) -> list[dict[str, str]]:
-    """The requests of a JSON file: a list of objects with prompt, subject and target_new.
-
-    Raises:
-        DataError: if it cannot be read, or a record cannot be used, naming all that cannot.
-    """
-    found = load_cases("requests", data_file=file)
-    if found.skipped or not found.cases:
-        told = "; ".join(f"record {s.record}: {s.reason}" for s in found.skipped[:5]) or "no records"
-        raise DataError(f"{file}: {len(found.skipped)} of its records cannot be used ({told}): correct them, or take them out")
-    return [case.request() for case in found.cases]
-
-
 def apply_edit(folder: str | Path, out: str | Path, model: str | None = None, device: str | None = None) -> None:
     """Write the base model with an edit in it (and those that it carries already) as a new model folder that `revert` can take back.
 
@@ -123,7 +90,7 @@ def apply_edit(folder: str | Path, out: str | Path, model: str | None = None, de
         EditError: for another base model, with both fingerprints; if the model carries this edit.
         FileError: if `out` exists, or cannot be written.
     """
-    _free(out)
+    free(out)
     edit = Edit.load(folder)
     adapter, carried = _open(edit, model, device)
     if any(other.card["id"] == edit.card["id"] for other in carried):
@@ -140,7 +107,7 @@ def revert_edit(folder: str | Path, model: str | Path, out: str | Path, device: 
         EditError: if the model does not carry the edit, later edits stand on it, or its weights have been changed since.
         FileError: if `out` exists, or cannot be written.
     """
-    _free(out)
+    free(out)
     edit = Edit.load(folder)
     adapter, carried = _open(edit, str(model), device)
     mine = [other for other in carried if other.card["id"] == edit.card["id"]]
@@ -163,7 +130,7 @@ def compose_edits(folders: Sequence[str | Path], out: str | Path, force: bool = 
     Raises:
         EditError: for edits of different base models, or contradictions, unless forced.
     """
-    _free(out)
+    free(out)
     edits = [Edit.load(folder) for folder in folders]
     one = compose(edits, force)
     one.save(out)
@@ -281,9 +248,7 @@ def export_edit(
     """
     if peft is None and merged is None:
         raise HyperParameterError("nothing to export: give --peft FOLDER, --merged FOLDER, or both")
-    for out in (peft, merged):
-        if out:
-            _free(out)
+    free(peft, merged)
     edit = Edit.load(folder)
     if merged is not None:
         adapter, carried = _open(edit, model, device)
@@ -300,10 +265,7 @@ def export_edit(
 
 
 def _hparams(file: str | Path, model: str | None, guard: GuardOptions) -> ROMEMDMHyperParams:
-    alg_name = read_yaml(find_hparams(file)).get("alg_name")
-    if not isinstance(alg_name, str):
-        raise HyperParameterError(f"{file} has no alg_name: it should name one of {', '.join(METHODS)}")
-    hparams = METHODS[alg_name].hparams.from_hparams(file)
+    hparams = load_hparams(file)
     text = {} if guard.text is None else {"text": guard.text}
     return replace(hparams, model_name=model or hparams.model_name, guard={**(hparams.guard or {}), **text} if guard.on else None)
 
@@ -352,13 +314,6 @@ def _any_device() -> str:
 
 def _device(device: str | None, hparams: ROMEMDMHyperParams) -> str:
     return device or (str(hparams.device) if hparams.device is not None else _any_device())
-
-
-def _free(folder: str | Path) -> None:
-    """Said before the work, not after it."""
-    path = Path(folder)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileError(f"{path} exists: give another folder, or remove it (nothing is ever overwritten)")
 
 
 def _decode_config(edit: Edit) -> DecodeConfig:

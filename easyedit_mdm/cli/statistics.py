@@ -12,31 +12,7 @@ from rich.table import Table
 
 from easyedit_mdm.api import load_model
 from easyedit_mdm.common.files import write_json
-from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.statistics import cache_folder, key_width, moments_for
-
-
-def parse_layers(text: str) -> list[int]:
-    """`4,5,8-10` -> [4, 5, 8, 9, 10].
-
-    Raises:
-        HyperParameterError: for anything else.
-    """
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()) or (last and int(last) < int(first)):
-            raise HyperParameterError(f"layers {text!r}: give numbers and ranges such as 4,5,8-10")
-        layers |= set(range(int(first), int(last or first) + 1))
-    return sorted(layers)
-
-
-def parse_ratio(text: str) -> float | int | str:
-    """`uniform`, or a number."""
-    try:
-        return text if text == "uniform" else float(text) or 0
-    except ValueError:
-        raise HyperParameterError(f"mask ratio {text!r} is neither 'uniform' nor a number") from None
 
 
 def collect_statistics(

@@ -211,12 +211,19 @@ class ROMEMDMHyperParams(
         for template in self.context_templates or []:
             if template.count("{}") != 1:
                 raise HyperParameterError(f"context template {template!r} must hold one {{}} where the prompt goes")
+        if self.fp16 and self.load_dtype != "float16":
+            raise HyperParameterError(f"fp16 is on, but dtype={self.dtype!r}: give one of the two")
         if self.mom2_adjustment and not self.mom2_dataset:
             raise HyperParameterError(
                 "mom2_adjustment is on, but mom2_dataset names no text file: give one, or turn it off"
             )
         self.decode_config()
         self.guard_config()
+
+    @property
+    def load_dtype(self) -> str | None:
+        """The dtype to load the model in, from `dtype` and EasyEdit's `fp16`; None: the checkpoint's."""
+        return self.dtype or ("float16" if self.fp16 else None)
 
     def _check_layers(self) -> None:
         layers = self.layers

@@ -2,59 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
+from easyedit_mdm.common.requests import EditRequest
 from easyedit_mdm.errors import RequestError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.prompts import Prompt, encode, span, target_ids
 
 __all__ = ["EditRequest", "Prompt", "anchor", "check_requests", "encode", "locate", "target_ids"]
-
-
-@dataclass(frozen=True)
-class EditRequest:
-    """One fact to write.
-
-    Attributes:
-        template: the prompt with `{}` where the subject stands.
-        subject: the subject.
-        target_new: what is to follow the prompt.
-    """
-
-    template: str
-    subject: str
-    target_new: str
-
-    @classmethod
-    def of(cls, request: EditRequest | Mapping[str, Any]) -> EditRequest:
-        """From EasyEdit's request (`prompt`, `subject`, `target_new`); the prompt holds the subject, or `{}` in its place.
-
-        Raises:
-            RequestError: if a part is missing or empty, or the subject is not in the prompt.
-        """
-        if isinstance(request, EditRequest):
-            return request
-        values = {}
-        for key in ("prompt", "subject", "target_new"):
-            value = request.get(key)
-            if not isinstance(value, str) or not value.strip():
-                raise RequestError(f"{key} is {value!r}: an edit needs a prompt, a subject and a target that are not empty")
-            values[key] = value
-        prompt, subject = values["prompt"], values["subject"]
-        if "{}" not in prompt:
-            if subject not in prompt:
-                raise RequestError(f"subject {subject!r} is not in prompt {prompt!r}: the edit is made at the subject's token")
-            prompt = prompt.replace(subject, "{}", 1)
-        return cls(prompt, subject, values["target_new"])
-
-    @property
-    def prompt(self) -> str:
-        """The prompt with its subject."""
-        return self.template.replace("{}", self.subject, 1)
 
 
 def locate(adapter: Adapter, request: EditRequest, context: str = "{}", fact_token: str = "subject_last") -> Prompt:

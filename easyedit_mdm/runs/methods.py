@@ -91,7 +91,7 @@ def load_ours(
     asked = device or (str(hparams.device) if hparams.device is not None else None)
     where = asked or ("cuda" if torch.cuda.is_available() else "cpu")
     said = {"mask_id": hparams.mask_id, "block": hparams.block}
-    return load_model(hparams.model_name, device=where, dtype=hparams.dtype, **said), hparams
+    return load_model(hparams.model_name, device=where, dtype=hparams.load_dtype, **said), hparams
 
 
 def ours(adapter: Adapter, hparams: ROMEMDMHyperParams) -> BenchMethod:

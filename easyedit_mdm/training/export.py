@@ -46,7 +46,7 @@ def export(checkpoint: Path, out: Path, tokenizer: Any, dtype: torch.dtype = tor
         len(tokenizer),
         tokenizer.eos_token_id,
         tokenizer.mask_token_id,
-        str(dtype).removeprefix("torch."),
+        "float32",  # what it is loaded in; half precision on the disk keeps the package small
     )
     write_json(out / "config.json", config)
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
