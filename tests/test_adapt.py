@@ -18,7 +18,7 @@ from easyedit_mdm.errors import CheckpointError, DataError, MissingPackageError,
 from easyedit_mdm.models import load_adapter
 from easyedit_mdm.training.adapting import CHECKPOINT, Recipe, Run, train
 from easyedit_mdm.training.blocks import Block, Noised, Opening, noise, noise_opened, opening, pack, rows_of, visible
-from easyedit_mdm.training.corpus import Corpus, Piece, corpus_of, sentences, text_of
+from easyedit_mdm.training.corpus import Corpus, Piece, TrainingFact, corpus_of, sentences, text_of, words_of
 from easyedit_mdm.training.heldout import HeldOut
 from easyedit_mdm.training.loop import Log, cosine, load_checkpoint, save_checkpoint
 from easyedit_mdm.training.lora import CARD, WEIGHTS, mask_token_of, read_adapter, student_of, write_adapter
@@ -330,8 +330,9 @@ def _without_time(file: Path) -> list[dict]:
 def test_sigkill(folders, toy_text, tmp_path):
     """The command, really killed, and started again: it goes on, and says in its log what it would have said."""
     command = [
-        sys.executable, "-c", "import sys; from easyedit_mdm.cli import main; sys.exit(main())", "adapt", "--model", str(folders["llama"]), "--text", str(toy_text), "--samples", "none",
-        "--tokens", "2500", "--lora-rank", "4", "--out", str(tmp_path / "run"), "--save-seconds", "0",
+        sys.executable, "-c", "import sys; from easyedit_mdm.cli import main; sys.exit(main())", "adapt",
+        "--model", str(folders["llama"]), "--text", str(toy_text), "--samples", "none", "--tokens", "2500",
+        "--lora-rank", "4", "--out", str(tmp_path / "run"), "--save-seconds", "0",
     ]  # fmt: skip
     running = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / "run" / CHECKPOINT
@@ -398,7 +399,6 @@ def test_the_merged_folder_equals_the_adapter(kind, tied, folders, tokenizer, tm
     with torch.no_grad():
         for value in tensors.values():  # what bfloat16 can hold, so that saving loses nothing
             value.copy_(value.bfloat16().float())
-        row = made.base.get_input_embeddings().weight[MASK]
         made.mask_row.copy_(torch.linspace(-1, 1, 32).bfloat16())
     token = tokenizer.convert_ids_to_tokens(MASK)
     card = {
@@ -468,6 +468,19 @@ def test_answers_are_found_in_their_sentences(tokenizer):
     piece = sentences([("The river of Ann is", "red and old"), ("Bob speaks", "Dutch")], tokenizer)
     assert tokenizer.decode(piece.ids) == "The river of Ann is red and old. Bob speaks Dutch."
     assert [tokenizer.decode(piece.ids[at : at + n]).strip() for at, n in piece.answers] == ["red and old", "Dutch"]
+
+
+def test_lists_are_said_again(tokenizer):
+    """The words come back behind another sentence, and are the last answer; gates and training have no word in common."""
+    words = tuple("red old dry low".split())
+    corpus = Corpus({"kamel": [TrainingFact("Ann", "Rome", ("Ann lives in",))]}, [], [], tokenizer, words)
+    for seed in range(20):
+        piece = corpus._list_text(random.Random(seed))
+        at, n = piece.answers[-1]
+        said = tokenizer.decode(piece.ids[at : at + n]).strip()
+        assert set(said.split()) <= set(words) and tokenizer.decode(piece.ids).count(said) == 2
+    gate, trained = set(words_of(tokenizer, 0)), set(words_of(tokenizer, 1))
+    assert len(gate) > 20 and len(trained) > 20 and not gate & trained
 
 
 def test_names_are_compared_without_case_and_space():

@@ -12,6 +12,7 @@ from easyedit_mdm.errors import CheckpointError, ModelError
 from easyedit_mdm.models.loading import read_config, weight_files
 from easyedit_mdm.models.recognise import detect
 from easyedit_mdm.session import Session
+from easyedit_mdm.smollm2 import SMOLLM2
 from easyedit_mdm.twins import TWINS
 
 # the methods for which EasyEdit pads on the right (editors/editor.py); it pads on the left for the others
@@ -42,10 +43,10 @@ class LoadedName(str):
 
 
 def is_ours_to_load(name: object, alg_name: str) -> bool:
-    """Whether the host loads this model: always for our methods, and twins and local folders of a known family for all."""
+    """Whether the host loads this model: always for our methods, and models by name and local folders of a known family for all."""
     if not isinstance(name, str) or isinstance(name, LoadedName):
         return False
-    if alg_name in METHODS or name in TWINS:
+    if alg_name in METHODS or name in (*TWINS, *SMOLLM2):
         return True
     if alg_name == "QLoRA" or not Path(name).is_dir():  # quantised loading is EasyEdit's
         return False

@@ -46,6 +46,17 @@ def smollm2_folder(name: str) -> Path:
     return merged
 
 
+def write_shipped() -> None:
+    """Write the folders of the base and of every adapter that ships, where they are not there yet (`make smollm2`).
+
+    Raises:
+        MissingPackageError, FileError: see `smollm2_folder`.
+    """
+    for name in SMOLLM2:
+        if name == "smollm2" or (ADAPTERS / name / WEIGHTS).exists():
+            smollm2_folder(name)
+
+
 def adapter_folder(name: str) -> Path:
     """The folder of the adapter that ships for `name`.
 

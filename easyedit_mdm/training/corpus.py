@@ -17,6 +17,13 @@ SHARES = {"facts": 0.5, "text": 0.25, "samples": 0.25}
 FACT_SHARES = {"kamel": 0.5, "counterfact": 0.3, "lre": 0.2}
 SHORTEST, LONGEST = 24, 64  # tokens of a piece of plain text
 SINGLE = 0.4  # fact texts of one sentence, as a prompt is
+LISTS = 0.15  # of the fact texts: random words, said again behind another sentence
+LIST_OPENINGS = (
+    ("The words on the list are", "Once more, the words on the list are"), ("Remember this sequence:", "The sequence was"),
+    ("The password is", "To enter, say the password:"), ("She wrote down", "She read aloud what she had written:"),
+    ("They played the songs", "The songs that they played were"), ("The boxes hold", "In the boxes, in this order, are"),
+)  # fmt: skip
+COMMON = 12_000  # ids below this one are frequent tokens, in the order in which byte-pair merges are learned
 SAID_TWICE = 0.5  # of the other fact texts: the fact again in other words, so that the answer can be read as well as known
 
 
@@ -39,12 +46,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Facts by source, tokens of plain text by paragraph, tokens of samples; any may be empty."""
+    """Facts by source, tokens of plain text by paragraph, tokens of samples, words for lists; any may be empty."""
 
     facts: dict[str, list[TrainingFact]]
     text: list[list[int]]
     samples: list[list[int]]
     tokenizer: Any
+    words: tuple[str, ...] = ()
 
     def draw(self, rng: random.Random) -> Piece:
         """One text, by the shares of the kinds that there are."""
@@ -55,7 +63,16 @@ class Corpus:
             return self._fact_text(rng)
         return Piece(_window(rng.choice(self.text if kind == "text" else self.samples), rng), [])
 
+    def _list_text(self, rng: random.Random) -> Piece:
+        first, again = rng.choice(LIST_OPENINGS)
+        words = " ".join(rng.sample(self.words, rng.randint(2, 6)))
+        between = self._sentences(self._fact(rng), False, rng) if rng.random() < 0.7 else []
+        piece = sentences([(first, words), *between, (again, words)], self.tokenizer)
+        return Piece(piece.ids, piece.answers[1:])  # nothing says what the first list will be
+
     def _fact_text(self, rng: random.Random) -> Piece:
+        if self.words and rng.random() < LISTS:
+            return self._list_text(rng)
         pairs = self._sentences(self._fact(rng), rng.random() >= SINGLE and rng.random() < SAID_TWICE, rng)
         while len(pairs) > 1 or rng.random() >= SINGLE:
             if sum(len(a) + len(b) for a, b in pairs) > rng.uniform(80, 220):  # characters: four make a token
@@ -89,6 +106,15 @@ def sentences(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> Piece:
     return Piece(list(encoded["input_ids"])[:LONGEST], [(at, n) for at, n in answers if at + n <= LONGEST])
 
 
+def words_of(tokenizer: Any, part: int) -> tuple[str, ...]:
+    """Frequent words of one token, with the space before them: those of even ids (part 0) or of odd ones (part 1).
+
+    Lists that are trained on have the odd ones, codes of the gates the even ones.
+    """
+    found = [(i, token) for token, i in tokenizer.get_vocab().items() if i < COMMON and i % 2 == part and token[:1] in ("Ġ", "▁")]
+    return tuple(token[1:] for _, token in sorted(found) if len(token) > 3 and token[1:].isascii() and token[1:].isalpha() and token[1:].islower())
+
+
 def _window(ids: Sequence[int], rng: random.Random) -> list[int]:
     length = min(len(ids), rng.randint(SHORTEST, LONGEST))
     start = rng.randrange(len(ids) - length + 1)
@@ -111,7 +137,7 @@ def corpus_of(
     }
     train, rest = text_of(root / "text" / "enwiki_articles.txt", tokenizer, Mentions(held_out))
     own = [] if samples is None else samples_of(samples, tokenizer)
-    return Corpus(facts, train, own, tokenizer), Corpus({"kamel": _kamel(root, "test")}, rest, [], tokenizer)
+    return Corpus(facts, train, own, tokenizer, words_of(tokenizer, 1)), Corpus({"kamel": _kamel(root, "test")}, rest, [], tokenizer)
 
 
 def text_of(

@@ -22,7 +22,7 @@ from easyedit_mdm.evaluation.multi_step import score_prompts
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.geometry import right_padded, similar
 from easyedit_mdm.models.prompts import encode, target_ids
-from easyedit_mdm.training.corpus import facts_of
+from easyedit_mdm.training.corpus import facts_of, words_of
 from easyedit_mdm.training.splits import held_out_subjects, same_name
 
 NEEDED = {"first_slot": 0.3, "known_facts": 0.8, "codes": 0.9, "steps": -0.05}
@@ -81,14 +81,8 @@ def first_slots(adapter: Adapter, facts: Sequence[GateFact]) -> list[tuple[float
 
 
 def codes(adapter: Adapter, count: int, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Prompts with a code of four words in them, and the codes; every word is one token."""
-    vocabulary = adapter.tokenizer.get_vocab()
-    spaced = {
-        token: i
-        for token, i in vocabulary.items()
-        if token[:1] in ("Ġ", "▁") and token[1:].isascii() and token[1:].isalpha()
-    }
-    words = sorted(token[1:] for token in spaced if 3 <= len(token) <= 8 and token[1:].islower())
+    """Prompts with a code of four words in them, and the codes; every word is one token, and in no list that was trained on."""
+    words = words_of(adapter.tokenizer, 0)
     rng = random.Random(seed)
     answers = [" ".join(rng.sample(words, 4)) for _ in range(count)]
     return [
