@@ -21,9 +21,10 @@ import torch
 import yaml
 from smollm2_model import write_model
 
+from easyedit_mdm.evaluation.records import Run, read_run, scores
 from easyedit_mdm.host.methods import easyedits_method
 from easyedit_mdm.report.compare import compare
-from easyedit_mdm.report.summaries import Run, bootstrap_mean, paired, read_run, scores, subject_of, summary
+from easyedit_mdm.report.summaries import bootstrap_mean, paired, subject_of, summary
 from easyedit_mdm.runs.run import BenchConfig, bench
 
 DATASETS = ("counterfact", "zsre")
@@ -54,7 +55,7 @@ def teacher_forced(run: Run) -> dict[str, Any]:
     """Share of the target's tokens, and of whole targets, that are right after the right tokens before them."""
     subjects = [subject_of(case) for case in run.cases]
     written = [scores(case.get("post", {}).get("multi_step", {}).get("rewrite")) for case in run.cases]
-    tokens = [found[0]["one_step"] if found else 0.0 for found in written]  # a case that failed wrote nothing
+    tokens = [found[0]["teacher_forced"] if found else 0.0 for found in written]  # a case that failed wrote nothing
     return {"tokens": bootstrap_mean(tokens, subjects), "whole": bootstrap_mean([float(t == 1) for t in tokens], subjects)}
 
 

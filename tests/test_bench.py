@@ -12,7 +12,8 @@ import pytest
 
 from easyedit_mdm.editing.hparams import find_hparams
 from easyedit_mdm.errors import DataError
-from easyedit_mdm.report.summaries import read_run, summary
+from easyedit_mdm.evaluation.records import read_run
+from easyedit_mdm.report.summaries import summary
 from easyedit_mdm.runs import run as running
 from easyedit_mdm.runs.run import BenchConfig, bench
 

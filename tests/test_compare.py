@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 
 from easyedit_mdm.errors import DataError, HyperParameterError, MissingPackageError
+from easyedit_mdm.evaluation.records import RUNGS, VERSION, read_run
+from easyedit_mdm.report.closing import summary_lines
 from easyedit_mdm.report.compare import compare
-from easyedit_mdm.report.summaries import RUNGS, bootstrap_mean, names_of, paired, read_run, summary
+from easyedit_mdm.report.summaries import all_pairs, bootstrap_mean, case_figures, names_of, paired, summary
 
 FILES = ("report.csv", "report.html", "report.json", "report.md")
 
@@ -27,13 +30,14 @@ def header(schedule: str = "enumerate", **more) -> dict:
         "header": True, "version": "0.1", "alg_name": "ROME_MDM", "hparams": {"state_schedule": schedule, "layers": [0]},
         "model": {"name": "twin-llada", "fingerprint": "ab" * 32, "paradigm": "masked", "family": "llada"},
         "dataset": {"name": "twins", "files": {"twins.json": "cd" * 32}, "limit": 100, "seed": 0, "skipped": skipped},
-        "decode": {"order": "low_confidence"}, "versions": {"torch": "2.13"}, "seed": 0, **more,
+        "decode": {"order": "low_confidence"}, "versions": {"torch": "2.13"}, "seed": 0, "judge": {"version": VERSION}, **more,
     }  # fmt: skip
 
 
 def score(right: bool, n: int = 2, text: str = "a b") -> dict:
     """One score of the multi-step metric."""
-    return {"token_acc": 1.0 if right else 0.5, "exact": right, "first_commit": True, "one_step": 0.5, "text": text, "n_tokens": n}
+    once = {"one_step": 0.5, "one_step_exact": not right}
+    return {"token_acc": 1.0 if right else 0.5, "exact": right, "first_commit": True, **once, "text": text, "n_tokens": n}
 
 
 def case(i: int, right: bool = True, n: int = 2, **more) -> dict:
@@ -45,7 +49,10 @@ def case(i: int, right: bool = True, n: int = 2, **more) -> dict:
     return {
         "case_id": i, "subject": f"S{i // 2}", "prompt": f"The city of S{i // 2} is", "target_new": " ".join(tokens), "n_tokens": n,
         "pre": {"multi_step": {"rewrite": score(False, n, "old words")}},
-        "post": {"rewrite_acc": [1.0], "multi_step": multi_step, "locality_kept": {"near": 0.75}, "ladder": ladder},
+        "post": {
+            "rewrite_acc": [1.0], "multi_step": multi_step, "locality_kept": {"near": 0.75}, "ladder": ladder,
+            "mirage_gap": 0.0 if right else 1.0,
+        },
         "edit": {"steps": 31, "forwards": 1240, "schedule": "enumerate"}, "history": {"pre": history, "post": history},
         "time": {"edit_seconds": 0.4, "evaluation_seconds": 0.2}, **more,
     }  # fmt: skip
@@ -58,7 +65,7 @@ def write(path: Path, *records: dict) -> Path:
 
 
 EXTRA = {
-    "counterfact": {"sum": {"ES": 1.0, "PS": 0.5, "NS": 0.75, "EM": 0.4, "PM": 0.1, "NM": 0.2}}, "given_k": [False, True],
+    "counterfact": {"sum": {"ES": 1.0, "PS": 0.5, "NS": 0.75, "EM": 0.4, "PM": 0.1, "NM": 0.2}, "likelihood": "llada"}, "given_k": [False, True],
     "first_wrong": {"step": 1, "slot": 0}, "fluency": {"ngram_entropy": 3.0}, "perplexity": {"value": 30.0, "n": 9},
 }  # fmt: skip
 
@@ -79,9 +86,9 @@ def test_extras_reach_every_form_of_the_report(tmp_path):
     report = compare([full, write(tmp_path / "bare.jsonl", header("full_mask"), *(case(i) for i in range(4)))], tmp_path / "out")
     measures = report["runs"][0]["measures"]
     wanted = {
-        "sum.ES": 1,
-        "sum.NS": 0.75,
-        "sum.EM": 0.4,
+        "bound.sum.ES": 1,
+        "bound.sum.NS": 0.75,
+        "bound.sum.EM": 0.4,
         "given_k.0": 0,
         "given_k.1": 1,
         "first_wrong_step": 1,
@@ -90,11 +97,11 @@ def test_extras_reach_every_form_of_the_report(tmp_path):
     }
     assert {name: measures[name]["mean"] for name in wanted} == wanted
     assert (measures["fluency_ratio"]["mean"], measures["perplexity_ratio"]["mean"]) == (0.75, 3.0)
-    assert "sum.ES" not in report["runs"][1]["measures"]
+    assert "bound.sum.ES" not in report["runs"][1]["measures"] and "sum.ES" not in measures
     for name in ("report.md", "report.html"):
         text = (tmp_path / "out" / name).read_text()
-        assert "ES (log-probabilities summed)" in text and "exact, given 1 right token" in text and "perplexity of held-out text" in text
-    assert "sum.PM" in (tmp_path / "out" / "report.csv").read_text()
+        assert "ES (any-order bound, summed)" in text and "exact, given 1 right token" in text and "perplexity of held-out text" in text
+    assert ",bound.sum.PM," in (tmp_path / "out" / "report.csv").read_text()
 
 
 @pytest.fixture
@@ -140,20 +147,102 @@ def test_numbers_of_a_run(two):
     """Every figure by hand."""
     found = summary(read_run(two[0]), resamples=200)
     assert (found["cases"], found["subjects"], found["failed"]) == (24, 12, 0)
-    assert {name: found["measures"][name]["mean"] for name in ("success", "token_acc", "rephrase_exact", "locality_kept", "mirage_gap")} == {
-        "success": 0.75, "token_acc": 0.875, "rephrase_exact": 0.375, "locality_kept": 0.75, "mirage_gap": 0.25,
+    wanted = {
+        "success": 0.75, "success_one_step": 0.25, "token_acc": 0.875, "rephrase_exact": 0.375, "locality_kept": 0.75, "mirage_gap": 0.25,
     }  # fmt: skip
+    assert {name: found["measures"][name]["mean"] for name in wanted} == wanted
     assert found["measures"]["ladder.teacher_forced"]["mean"] == 1 and found["measures"]["ladder.canvas16"]["mean"] == 0.75
     assert {length: (e["mean"], e["n"]) for length, e in found["success_by_length"].items()} == {"1": (1, 6), "2": (1, 6), "3": (1, 6), "4": (0, 6)}
     assert found["cost"]["forwards"] == {"median": 1240, "q25": 1240, "q75": 1240, "n": 24}
     assert found["skipped"] == {"target too long": 2}
 
 
-def test_the_cases_own_mirage_gap_comes_first(tmp_path):
-    """`mirage_gap` in `post` is taken before the ladder's."""
-    own = case(0)
-    own["post"]["mirage_gap"] = 0.25
-    assert summary(read_run(write(tmp_path / "r.jsonl", header(), own)))["measures"]["mirage_gap"]["mean"] == 0.25
+COMMITTED = Path(__file__).parents[1] / "benchmarks" / "side_by_side"
+# what files of version 1 called otherwise, on a masked model; `mirage_gap` was another one in both paradigms
+SINCE = {"ladder.teacher_forced": "ladder.any_order", "ladder_token_acc.teacher_forced": "ladder_token_acc.any_order"}
+
+
+def test_figures_of_committed_run_files_stay():
+    """Every figure of the report that stands beside the run files comes out of them again, under today's names."""
+    report = json.loads((COMMITTED / "twins" / "report.json").read_text())
+    runs = [read_run(COMMITTED / "runs" / run["file"]) for run in report["runs"]]
+    for run, then in zip(runs, report["runs"]):
+        now = {"name": run.name, **summary(run)}
+        new = {"mirage_gap": "mirage_gap_exact"} | (SINCE if run.header["model"]["paradigm"] == "masked" else {})
+        assert {name: now["measures"][new.get(name, name)] for name in then["measures"]} == then.pop("measures")
+        assert {key: now[key] for key in then} == then
+        masked = run.header["model"]["paradigm"] == "masked"
+        assert ("success_one_step" in now["measures"], "mirage_gap" in now["measures"]) == (masked, not masked)
+    for pair, then in zip(all_pairs(runs, names_of(runs)), report["pairs"], strict=True):
+        named = {"mirage_gap": "mirage_gap_exact"}
+        assert {name: pair["measures"][named.get(name, name)] for name in then["measures"]} == then.pop("measures")
+        assert {key: pair[key] for key in then} == then
+
+
+@pytest.mark.parametrize("paradigm", ["masked", "causal"])
+def test_names_of_version_1(tmp_path, paradigm):
+    """`one_step` and `teacher_forced` had two meanings each; the old mirage gap is not mistaken for today's."""
+    rungs = {"teacher_forced": {"token_acc": 0.75, "exact": False}, "multi_step": {"token_acc": 0.5, "exact": False}}
+    post = {
+        "multi_step": {"rewrite": {"exact": False, "token_acc": 0.5, "one_step": 1.0}, "rephrase": [{"one_step": 0.5, "exact": False}]},
+        "ladder": rungs, "mirage_gap": 1.0, "counterfact": {"sum": {"ES": 1.0}},
+    }  # fmt: skip
+    lead = {"header": True, "model": {"paradigm": paradigm}, "judge": {"version": 1}}
+    (found,) = read_run(write(tmp_path / "r.jsonl", lead, {"case_id": 1, "post": post})).cases
+    after, measures = found["post"], case_figures(found)
+    assert after["mirage_gap_exact"] == measures["mirage_gap_exact"] == 1
+    if paradigm == "masked":
+        assert after["multi_step"]["rewrite"]["one_step_exact"] and not after["multi_step"]["rephrase"][0]["one_step_exact"]
+        assert set(after["ladder"]) == {"any_order", "multi_step"} and "mirage_gap" not in after
+        assert (measures["success_one_step"], measures["bound.sum.ES"]) == (1, 1)
+    else:
+        assert after["multi_step"]["rewrite"]["teacher_forced"] == 1 and "one_step" not in after["multi_step"]["rewrite"]
+        assert set(after["ladder"]) == set(rungs) and after["mirage_gap"] == 0.25
+        assert (measures["success_one_step"], measures["sum.ES"]) == (None, 1)
+
+
+def test_values_of_another_type_count_as_absent(tmp_path):
+    """What a file says in another type than its record has is dropped; places in lists stay; other keys stay."""
+    post = {
+        "multi_step": {"rewrite": {"exact": "yes", "token_acc": 10**400, "first_commit": 1, "mine": [1]}, "rephrase": 3},
+        "given_k": [True, "x", 0], "same_subject_kept": float("nan"), "locality_kept": {"a": 0.5, "b": "c"}, "perplexity": [],
+    }  # fmt: skip
+    lead = {"header": True, "label": 3, "dataset": [], "mine": {"a": 1}}
+    run = read_run(write(tmp_path / "r.jsonl", lead, {"case_id": 1, "post": post, "time": 4, "subject": ["x"]}))
+    assert run.header == {"header": True, "mine": {"a": 1}} and run.name == "r"
+    (found,) = run.cases
+    assert found == {"case_id": 1, "post": {
+        "multi_step": {"rewrite": {"first_commit": True, "mine": [1]}}, "given_k": [True, None, False], "locality_kept": {"a": 0.5},
+    }}  # fmt: skip
+
+
+def test_against_one_run(two, tmp_path):
+    """Every other run minus the one that is named, by its name, its file, or a file that is not among the runs."""
+    third = write(tmp_path / "c.jsonl", header(label="third"), *[case(i) for i in range(24)])
+    for against, reference in ((third, "third"), ("third", "third"), ("c", "third"), (two[1], "twin-llada ROME_MDM full_mask")):
+        report = compare([*two, third], tmp_path / "out", resamples=20, against=against)
+        assert [pair["second"] for pair in report["pairs"]] == [reference] * 2
+        assert reference not in {pair["first"] for pair in report["pairs"]}
+    first = compare([*two, third], tmp_path / "out", resamples=20, against="third")["pairs"][0]
+    assert first["measures"]["success"]["mean"] == -0.25
+    assert len(compare(two, tmp_path / "added", resamples=20, against=third)["runs"]) == 3
+    with pytest.raises(DataError, match="0 runs are called 'none'.*third"):
+        compare([*two, third], tmp_path / "nothing", resamples=20, against="none")
+
+
+def test_what_a_run_says_when_it_ends(tmp_path):
+    """Figures with intervals, what failed and was left out with its reason, the file, and a command that works."""
+    path = write(tmp_path / "my runs.jsonl", header(), *(case(i, i < 6) for i in range(8)), {"case_id": 9, "error": "CollapseError: x"})
+    lines = summary_lines(path, resamples=50)
+    assert lines[0] == "9 cases, 5 subjects, 1 failed"
+    assert re.fullmatch(r"success: 0\.67 \[0\.\d\d, 1\.00\], n 9", lines[1]) and lines[2].startswith("success, one step: 0.22 [")
+    assert lines[3].startswith("paraphrase exact: 0.33 [") and lines[4] == "locality kept: 0.75 [0.75, 0.75], n 8"
+    assert lines[5:7] == ["failed, 1 times: CollapseError: x", "left out of the data set, 2 times: target too long"]
+    assert lines[7] == f"written: {path}"
+    next_, program, command, *arguments = shlex.split(lines[8])
+    assert (next_, program, command) == ("next:", "easyedit-mdm", "compare") and arguments[0] == str(path)
+    compare([arguments[0]], arguments[2], resamples=20)
+    assert (tmp_path / "my runs-report" / "report.html").exists()
 
 
 def test_failed_cases_count_as_zero(tmp_path):

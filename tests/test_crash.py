@@ -20,7 +20,8 @@ from easyedit_mdm.common import files
 from easyedit_mdm.common.files import new_folder, replacing, write_json, write_tensors, write_text
 from easyedit_mdm.editing.hparams import find_hparams
 from easyedit_mdm.errors import DataError, FileError
-from easyedit_mdm.report.summaries import read_run, summary
+from easyedit_mdm.evaluation.records import read_run
+from easyedit_mdm.report.summaries import summary
 from easyedit_mdm.runs.run import BenchConfig, bench
 from easyedit_mdm.statistics import moments_for
 from easyedit_mdm.twins.folders import twin_folder

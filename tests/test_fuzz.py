@@ -31,9 +31,10 @@ from easyedit_mdm.editing.edit.files import CARD, TENSORS, file_sha256
 from easyedit_mdm.editing.edit.folders import adopt_edits
 from easyedit_mdm.editing.hparams import find_hparams, read_yaml
 from easyedit_mdm.errors import EasyEditMDMError
+from easyedit_mdm.evaluation.records import read_run
 from easyedit_mdm.models import load_adapter
 from easyedit_mdm.models.adapter import Site
-from easyedit_mdm.report.summaries import read_run, summary
+from easyedit_mdm.report.summaries import summary
 from easyedit_mdm.runs.run import _prepare
 from easyedit_mdm.statistics import SecondMoments, collecting, read, text_source
 from easyedit_mdm.statistics.store import write

@@ -8,7 +8,8 @@ from typing import Any
 from evidence import LENGTHS, Line, difference, plain_number, table, told, whole
 from study import HERE
 
-from easyedit_mdm.report.summaries import bootstrap_mean, key_of, read_run, subject_of
+from easyedit_mdm.evaluation.records import read_run
+from easyedit_mdm.report.summaries import bootstrap_mean, key_of, subject_of
 
 BENCHMARKS = HERE.parent
 

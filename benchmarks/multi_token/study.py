@@ -124,7 +124,8 @@ def judge(model: Adapter, case: Case, world: World, before: list[list[int]], all
     scores = score_prompts(model, [p for p, _ in asked], [a for _, a in asked])
     same = [_share(s["tokens"], b) for s, b in zip(scores[3:], before, strict=True)]
     near = len(case.neighbours[:NEIGHBOURS])
-    found = {k: scores[0][k] for k in ("exact", "token_acc", "first_commit", "one_step")}
+    once = "one_step" if model.masked else "teacher_forced"
+    found: dict[str, Any] = {k: scores[0].get(k) for k in ("exact", "token_acc", "first_commit", once)}
     found |= {"paraphrase": sum(bool(s["exact"]) for s in scores[1:3]) / 2, "kept": _mean(same[:near]), "same_subject_kept": _mean(same[near:])}
     return {**found, **_other_ways(model, case)} if all_ways else found
 

@@ -28,6 +28,7 @@ from easyedit_mdm.editing.guard import GuardConfig
 from easyedit_mdm.editing.request import check_requests, encode
 from easyedit_mdm.errors import DataError, EditError, HyperParameterError, RequestError
 from easyedit_mdm.evaluation import CollapseGuard, score_prompts
+from easyedit_mdm.evaluation.records import Score
 from easyedit_mdm.models import Adapter
 
 EFFECT_TOKENS = 8
@@ -324,7 +325,7 @@ def _decode_config(edit: Edit) -> DecodeConfig:
         raise EditError(f"edit.json: hyperparameters.decode is {settings!r}, which are no decode settings ({error}); get the edit again") from error
 
 
-def _say(adapter: Adapter, requests: Sequence[EditRequest], config: DecodeConfig) -> list[dict[str, Any]]:
+def _say(adapter: Adapter, requests: Sequence[EditRequest], config: DecodeConfig) -> list[Score]:
     return score_prompts(adapter, [r.prompt for r in requests], [r.target_new for r in requests], config)
 
 

@@ -20,6 +20,7 @@ from easyedit_mdm.editing import EditRequest, ROMEMDMHyperParams
 from easyedit_mdm.editing.activation import optimise_at, success_as_activation
 from easyedit_mdm.errors import UnknownNameError
 from easyedit_mdm.evaluation import score_prompts
+from easyedit_mdm.evaluation.records import Score
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.training.export import export
 from easyedit_mdm.training.tokenizer import train_tokenizer
@@ -117,7 +118,7 @@ def evaluate_twins(models: Sequence[str] | None = None, limit: int = 100, file: 
     return result
 
 
-def _score(model: Adapter, prompts: Sequence[str], facts: Sequence[Fact], config: DecodeConfig = DecodeConfig()) -> list[dict[str, Any]]:
+def _score(model: Adapter, prompts: Sequence[str], facts: Sequence[Fact], config: DecodeConfig = DecodeConfig()) -> list[Score]:
     return score_prompts(model, prompts, [f.object for f in facts], config)
 
 

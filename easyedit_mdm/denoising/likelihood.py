@@ -47,7 +47,8 @@ def log_likelihood(
         prompts, targets: token ids without padding.
         method: one of `METHODS`; by default `causal` for causal models, and for masked ones `exact` up to 31 states (5 tokens of
             one block) and `llada` beyond.
-        samples: of a Monte Carlo estimator, a pair. What is drawn for a pair depends on `seed` and on its place in the list.
+        samples: of a Monte Carlo estimator, a pair. What is drawn for a pair depends on `seed` and on its place in
+            the list; of `llada`, two targets at the same place get the same draws, whatever their lengths.
         max_rows: rows of one forward pass.
 
     Raises:
@@ -118,8 +119,9 @@ def _monte_carlo(
 ) -> tuple[Bool[Tensor, "states slots"], Float[Tensor, "states slots"]]:
     length, number = len(slots), _numbers(slots)
     if method == "llada":
-        k = torch.randint(1, length + 1, (samples,), generator=generator)
-        order = torch.rand(samples, length, generator=generator) - number  # later blocks are hidden first
+        # as shares of the length, and slot by slot: targets of unlike lengths are judged by the same draws
+        k = 1 + (torch.rand(samples, generator=generator) * length).long().clamp(max=length - 1)
+        order = torch.rand(length, samples, generator=generator).T - number  # later blocks are hidden first
         hidden = order.argsort(1).argsort(1) < k[:, None]
         scored = hidden & torch.tensor([slots.inside(length - n) for n in k.tolist()])
         return ~hidden, scored * (length / scored.sum(1, keepdim=True)) / samples

@@ -1,37 +1,59 @@
-"""CounterFact's scores from likelihoods (Meng et al., arXiv 2202.05262, section 3.3): which of two objects a model holds likelier."""
+"""CounterFact's scores from likelihoods (Meng et al., arXiv 2202.05262, section 3.3): which object is likelier."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from easyedit_mdm.denoising import log_likelihood
+from easyedit_mdm.denoising.likelihood import default_method
+from easyedit_mdm.denoising.states import Slots
+from easyedit_mdm.evaluation.records import Counterfact
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.prompts import encode, target_ids
 
 
-def preference(
-    adapter: Adapter, prompts: Sequence[str], target_new: str, target_true: str, normalised: bool = False, samples: int = 128, seed: int = 0
-) -> dict[str, list[float]]:
-    """log p of both objects after each prompt.
+class Preference:
+    """log p of two objects after each of some prompts, by one likelihood.
+
+    A masked model's likelihood is `exact` where all targets are short enough for that, else `llada` for all of
+    them, from the same draws: an exact value is not held against an estimate.
 
     Args:
-        normalised: divide by the number of tokens, so that longer objects are not punished for their length.
-        samples, seed: of the Monte Carlo estimator, where it is used (`easyedit_mdm.denoising.log_likelihood`).
+        samples, seed: of the Monte Carlo estimator (`easyedit_mdm.denoising.log_likelihood`).
 
-    Returns:
-        `new`, `true` (nats) and `difference` = p(new) - p(true), a list each.
+    Attributes:
+        likelihood: which one.
+        new, true: log p in nats, one a prompt, summed over the object's tokens.
+        new_tokens, true_tokens: numbers of tokens, one a prompt.
     """
-    ids = [torch.tensor(encode(adapter, p.rstrip())) for p in prompts]
-    found = {}
-    for name, text in (("new", target_new), ("true", target_true)):
-        targets = [target_ids(adapter, p, text) for p in prompts]
-        values = log_likelihood(adapter, ids, targets, samples=samples, seed=seed)
-        found[name] = [v / len(t) for v, t in zip(values, targets)] if normalised else values
-    difference = [float(torch.tensor(n).exp() - torch.tensor(t).exp()) for n, t in zip(found["new"], found["true"])]
-    return {**found, "difference": difference}
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        prompts: Sequence[str],
+        target_new: str,
+        target_true: str,
+        samples: int = 128,
+        seed: int = 0,
+    ):
+        ids = [torch.tensor(encode(adapter, p.rstrip())) for p in prompts]
+        new, true = ([target_ids(adapter, p, text) for p in prompts] for text in (target_new, target_true))
+        blocks = [adapter.attention.blocks(len(p), len(t)) for p, *both in zip(ids, new, true) for t in both]
+        methods = {default_method(adapter, Slots(sizes)) for sizes in blocks}
+        self.likelihood = methods.pop() if len(methods) == 1 else "llada"
+        self.new, self.true = (
+            log_likelihood(adapter, ids, targets, self.likelihood, samples, seed) for targets in (new, true)
+        )
+        self.new_tokens, self.true_tokens = ([len(t) for t in targets] for targets in (new, true))
+
+    def log_probabilities(self, per_token: bool) -> list[tuple[float, float]]:
+        """(new, true) for each prompt; divided by the number of tokens, so that longer objects are not punished."""
+        if not per_token:
+            return list(zip(self.new, self.true))
+        counts = zip(self.new_tokens, self.true_tokens)
+        return [(new / n, true / t) for new, true, (n, t) in zip(self.new, self.true, counts)]
 
 
 def counterfact_scores(
@@ -41,19 +63,36 @@ def counterfact_scores(
     neighbours: Sequence[str],
     target_new: str,
     target_true: str,
-    normalised: bool = False,
     samples: int = 128,
-) -> dict[str, Any]:
-    """ES, PS, NS (share of prompts on which the right object is likelier) and EM, PM, NM (mean difference in probability).
+) -> Counterfact:
+    """ES, PS, NS (share of prompts on which the right object is likelier) and EM, PM, NM (mean difference in p).
 
-    Right is the new object on the prompt and its paraphrases, the true one on neighbours, whose difference is turned round.
+    Right is the new object on the prompt and its paraphrases, the true one on neighbours, whose difference is
+    turned round. All prompts are judged by one likelihood.
+
+    Returns:
+        the scores from `sum` and `per_token` log-probabilities, and the name of the `likelihood`. A masked model's
+        is a bound of log p, and not to be compared with an autoregressive model's.
     """
-    out: dict[str, Any] = {}
-    for letter, prompts, sign in (("E", [prompt], 1), ("P", paraphrases, 1), ("N", neighbours, -1)):
-        if not prompts:
-            continue
-        found = preference(adapter, prompts, target_new, target_true, normalised, samples)
-        wins = [sign * (n - t) > 0 for n, t in zip(found["new"], found["true"])]
-        out[f"{letter}S"] = sum(wins) / len(wins)
-        out[f"{letter}M"] = sign * sum(found["difference"]) / len(wins)
+    prompts = [prompt, *paraphrases, *neighbours]
+    found = Preference(adapter, prompts, target_new, target_true, samples)
+    return {
+        "sum": _scores(found.log_probabilities(per_token=False), len(paraphrases)),
+        "per_token": _scores(found.log_probabilities(per_token=True), len(paraphrases)),
+        "likelihood": found.likelihood,
+    }
+
+
+def _scores(pairs: Sequence[tuple[float, float]], paraphrases: int) -> dict[str, float]:
+    ends = 1, 1 + paraphrases
+    out: dict[str, float] = {}
+    for letter, some, sign in (
+        ("E", pairs[: ends[0]], 1),
+        ("P", pairs[ends[0] : ends[1]], 1),
+        ("N", pairs[ends[1] :], -1),
+    ):
+        if some:
+            new, true = torch.tensor(some, dtype=torch.float64).T
+            out[f"{letter}S"] = float((sign * (new - true) > 0).double().mean())
+            out[f"{letter}M"] = float((sign * (new.exp() - true.exp())).mean())
     return out

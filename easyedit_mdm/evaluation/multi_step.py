@@ -7,21 +7,62 @@ paradigms can stand side by side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from easyedit_mdm.denoising import DecodeConfig, Trajectory, decode
+from easyedit_mdm.denoising.sampler import writable
 from easyedit_mdm.errors import RequestError
+from easyedit_mdm.evaluation.records import Score, Sections
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.geometry import right_padded
 from easyedit_mdm.models.prompts import encode, target_ids
 
 
-def score_prompts(adapter: Adapter, prompts: Sequence[str], answers: Sequence[str], config: DecodeConfig = DecodeConfig()) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Question:
+    """A prompt with the answer that is wanted, and where its score stands in a case's record.
+
+    Attributes:
+        section: `rewrite`, `rephrase`, `locality`, ...
+        key: its name within the section, where sections have names in them (`neighborhood`).
+        alone: the score stands there by itself; else in a list.
+    """
+
+    section: str
+    prompt: str
+    answer: str
+    key: str | None = None
+    alone: bool = False
+
+
+def score_questions(
+    adapter: Adapter, questions: Sequence[Question], config: DecodeConfig = DecodeConfig()
+) -> Sections:
+    """The scores of a case, all questions decoded in one batch, in the one layout that records have.
+
+    Raises:
+        RequestError: as `score_prompts`.
+    """
+    found: dict[str, Any] = {"locality": {}, "portability": {}}
+    scored = score_prompts(adapter, [q.prompt for q in questions], [q.answer for q in questions], config)
+    for question, score in zip(questions, scored):
+        place = found if question.key is None else found.setdefault(question.section, {})
+        name = question.key or question.section
+        if question.alone:
+            place[name] = score
+        else:
+            place.setdefault(name, []).append(score)
+    return cast(Sections, found)
+
+
+def score_prompts(
+    adapter: Adapter, prompts: Sequence[str], answers: Sequence[str], config: DecodeConfig = DecodeConfig()
+) -> list[Score]:
     """Decode after each prompt and compare with its answer; all prompts go through the model together.
 
     Args:
@@ -29,9 +70,7 @@ def score_prompts(adapter: Adapter, prompts: Sequence[str], answers: Sequence[st
         config: decode settings; a canvas longer than N is compared on its first N slots.
 
     Returns:
-        for each prompt: `token_acc` (share of the N slots that are right), `exact` (all are), `first_commit` (the first
-        slot committed was right), `one_step` (share that is right when all slots are committed at the first step; for
-        autoregressive models: teacher-forced token accuracy), `text`, `n_tokens`, `tokens` (the N ids), `decode` (settings).
+        a score for each prompt.
 
     Raises:
         RequestError: if an answer has no tokens or is longer than the canvas or the model.
@@ -41,37 +80,42 @@ def score_prompts(adapter: Adapter, prompts: Sequence[str], answers: Sequence[st
     targets = [target_ids(adapter, p, a) for p, a in zip(prompts, answers, strict=True)]
     for answer, target in zip(answers, targets):
         if config.canvas is not None and len(target) > config.canvas:
-            raise RequestError(f"answer {answer!r} has {len(target)} tokens, more than the canvas of {config.canvas} masks")
+            raise RequestError(
+                f"answer {answer!r} has {len(target)} tokens, more than the canvas of {config.canvas} masks"
+            )
     ids = [torch.tensor(encode(adapter, p.rstrip())) for p in prompts]
     paths = decode(adapter, ids, [len(t) for t in targets], config)
+    found = [_score(adapter, path, t, config, len(prompt)) for path, t, prompt in zip(paths, targets, ids)]
     if adapter.masked:
-        at_once = [_share(path.one_step[: len(t)], t) for path, t in zip(paths, targets)]
+        for score, path, target in zip(found, paths, targets):
+            once = path.one_step[: len(target)]
+            score |= {"one_step": _share(once, target), "one_step_exact": bool(torch.equal(once, target))}
     else:
-        at_once = teacher_forced(adapter, ids, targets)
-    scored = zip(paths, targets, at_once, map(len, ids))
-    return [_score(adapter, path, t, once, config, prompt) for path, t, once, prompt in scored]
+        for score, right in zip(found, teacher_forced(adapter, ids, targets)):
+            score["teacher_forced"] = float(right.double().mean())
+    return found
 
 
 def _score(
-    adapter: Adapter, path: Trajectory, target: Int[Tensor, " n"], one_step: float, config: DecodeConfig, prompt: int
-) -> dict[str, Any]:
+    adapter: Adapter, path: Trajectory, target: Int[Tensor, " n"], config: DecodeConfig, prompt: int
+) -> Score:
     """What is said of one path, after a prompt of `prompt` tokens."""
-    n = len(target)
+    n, canvas = len(target), len(path.tokens)
     written = path.tokens[:n]
     first = path.first_committed()
-    plan = config.plan(len(path.tokens), adapter.attention, prompt) if adapter.masked else None
-    settings = replace(config, canvas=len(path.tokens), steps=plan.steps if plan else len(path.tokens), block_length=plan.block if plan else None)
+    plan = config.plan(canvas, adapter.attention, prompt) if adapter.masked else None
+    steps, block = (plan.steps, plan.block) if plan else (canvas, None)
+    settings = replace(config, canvas=canvas, steps=steps, block_length=block).record()
     return {
         "token_acc": _share(written, target),
         "exact": bool(torch.equal(written, target)),
-        # past the answer's end there is no right token to commit: only the end of the text, or anything after it
+        # past the answer's end no token is right: only the end of the text, or anything after it
         "first_commit": bool(first < n and path.tokens[first] == target[first]),
-        "one_step": one_step,
         "text": adapter.tokenizer.decode(path.tokens.tolist(), skip_special_tokens=True).strip(),
         "text_to_end": _to_end(adapter, path.tokens),
         "n_tokens": n,
         "tokens": written.tolist(),
-        "decode": settings.record() if adapter.masked else {**settings.record(), "order": "greedy"},
+        "decode": settings if adapter.masked else {**settings, "order": "greedy"},
     }
 
 
@@ -86,11 +130,40 @@ def _share(written: Int[Tensor, " n"], target: Int[Tensor, " n"]) -> float:
     return float((written == target).double().mean())
 
 
+def teacher_forced(
+    adapter: Adapter, prompts: Sequence[Int[Tensor, " _"]], targets: Sequence[Int[Tensor, " _"]]
+) -> list[Bool[Tensor, " _"]]:
+    """Whether each token of an answer is predicted after the right tokens before it (EasyEdit's token accuracy).
+
+    In both paradigms from left to right; a masked model sees masks at and after the token. As in decoding, the
+    mask and ids without a token are never predicted. So all tokens are right just where decoding from left to
+    right writes the answer.
+    """
+    if not adapter.masked:
+        rows = [torch.cat([p, t]) for p, t in zip(prompts, targets)]
+        best = best_tokens(adapter, rows, [len(p) for p in prompts], [len(t) for t in targets])
+        return [tokens == target for tokens, target in zip(best, targets)]
+    before = [torch.ones(len(t), len(t)).tril(-1).bool() for t in targets]
+    return [right_in(adapter, p, t, shown).diagonal() for p, t, shown in zip(prompts, targets, before)]
+
+
+def right_in(
+    adapter: Adapter, prompt: Int[Tensor, " _"], target: Int[Tensor, " n"], shown: Bool[Tensor, "states n"]
+) -> Bool[Tensor, "states n"]:
+    """Whether a masked model's best token of each slot is the right one, in states that show some of the target."""
+    rows = [torch.cat([prompt, torch.where(some, target, adapter.ids.slot)]) for some in shown]
+    best = best_tokens(adapter, rows, [len(prompt)] * len(rows), [len(target)] * len(rows))
+    return torch.stack(best) == target
+
+
 @torch.no_grad()
-def teacher_forced(adapter: Adapter, prompts: Sequence[Int[Tensor, " _"]], targets: Sequence[Int[Tensor, " _"]]) -> list[float]:
-    """Share of the answer's tokens that a causal model predicts, each after the right ones before it (EasyEdit's token accuracy)."""
-    ids, mask = right_padded([torch.cat([p, t]) for p, t in zip(prompts, targets)], adapter.ids.pad, adapter.device)
-    most = max(len(t) for t in targets)
-    at = torch.tensor([[min(len(p) + i, len(p) + len(t) - 1) for i in range(most)] for p, t in zip(prompts, targets)], device=ids.device)
-    best = adapter.token_logits(ids, mask, at=at).argmax(-1).cpu()
-    return [_share(best[i, : len(t)], t) for i, t in enumerate(targets)]
+def best_tokens(
+    adapter: Adapter, rows: list[Int[Tensor, " _"]], starts: Sequence[int], lengths: Sequence[int]
+) -> list[Int[Tensor, " _"]]:
+    """The token that decoding would choose for each slot, at temperature 0, where a row's slots start."""
+    ids, mask = right_padded(rows, adapter.ids.pad, adapter.device)
+    canvas = torch.tensor(starts, device=ids.device)
+    at = canvas[:, None] + torch.arange(max(lengths), device=ids.device)
+    logits = adapter.token_logits(ids, mask, at=at.clamp(max=ids.shape[1] - 1), canvas=canvas)
+    best = writable(adapter, logits.float()).argmax(-1).cpu()
+    return [tokens[:length] for tokens, length in zip(best, lengths)]

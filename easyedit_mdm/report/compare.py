@@ -10,9 +10,9 @@ import html
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,38 +20,43 @@ from rich.table import Table
 
 from easyedit_mdm.common.files import explained, write_text
 from easyedit_mdm.errors import DataError, HyperParameterError
+from easyedit_mdm.evaluation.records import RUNGS, CaseRecord, Denoising, Run, read_run, scores
 from easyedit_mdm.report.figures import DASHES, HATCHES, INK, MARKERS, SERIES, SOFT, dressed, legend, new_figure, rendered, short, spans, svg
 from easyedit_mdm.report.summaries import (
     PAIRED,
-    RUNGS,
     SCORES,
-    Run,
+    Difference,
+    Estimate,
+    Interval,
+    Median,
+    NamedPair,
+    Summary,
     all_pairs,
-    dig,
     failed,
     key_of,
     length_of,
     names_of,
-    number,
-    read_run,
-    scores,
     summary,
 )
 from easyedit_mdm.version import __version__
 
 MEASURES = {
     "success": "success",
+    "success_one_step": "success, one step",
     "token_acc": "token accuracy",
     "first_commit": "first commit right",
     "rephrase_exact": "paraphrase exact",
     "locality_kept": "locality kept",
     "portability_exact": "portability exact",
     "mirage_gap": "mirage gap",
+    "mirage_gap_exact": "mirage gap, version 1",
     "success_before": "right before the edit",
 }
 EXTRAS = {
     **{f"sum.{s}": f"{s} (log-probabilities summed)" for s in SCORES},
-    **{f"per_token.{s}": f"{s} (per token)" for s in SCORES},
+    **{f"per_token.{s}": f"{s} (log-probabilities per token)" for s in SCORES},
+    **{f"bound.sum.{s}": f"{s} (any-order bound, summed)" for s in SCORES},
+    **{f"bound.per_token.{s}": f"{s} (any-order bound, per token)" for s in SCORES},
     **{f"given_k.{k}": f"exact, given {k} right token{'s' if k > 1 else ''}" for k in range(1, 8)},
     "first_wrong_step": "step of the first wrong token (where there is one; the first is 0)",
     "same_subject_kept": "same subject kept",
@@ -62,28 +67,59 @@ EXTRAS = {
 }
 COST = {"edit_seconds": "seconds an edit", "forwards": "forwards an edit"}
 NOTES = (
-    "Success: all tokens of the target are right after multi-step denoising. A failed case counts 0 in success, token accuracy, first commit, "
-    "paraphrase, portability and the ladder, and is left out of locality, mirage gap and cost.",
+    "Success: all tokens of the target are right after decoding N masks in N steps (autoregressive: N greedy tokens). One step: all masks "
+    "committed at once. A failed case counts 0 in success, token accuracy, first commit, paraphrase, portability and the ladder. It is left "
+    "out of locality, mirage gap and cost.",
     "In brackets: 95 % bootstrap intervals that resample subjects. They are too narrow with fewer than about ten subjects, and have no width where "
     "all values are alike.",
-    "Mirage gap: exact when teacher-forced minus exact in context. Cost: medians of the edits that did not fail.",
+    "Mirage gap: token accuracy when teacher-forced, minus token accuracy when decoded, both from left to right. Files of version 1 "
+    "hold another one: exact when teacher-forced (masked: in any order), minus exact in context. Cost: medians of the edits that did not fail.",
+    "A masked model's likelihoods are bounds, an autoregressive model's are not: they stand in rows of their own.",
     "Paired differences are first minus second on the cases that both runs have. One interval in twenty misses 0 by chance: "
     "the more pairs, the more of these.",
 )
 
+Cell = str | int | Estimate | None
+Rows = tuple[list[str], list[list[Cell]]]
+# tokens, steps and confidences of the slots
+Slots = tuple[list[str], list[int | None], list[float | None]]
 
-def compare(paths: Sequence[str | Path], out: str | Path, seed: int = 0, resamples: int = 2000) -> dict[str, Any]:
+
+class NamedSummary(Summary):
+    """The numbers of one run, and what it is called."""
+
+    name: str
+
+
+class Report(TypedDict):
+    """What `report.json` holds."""
+
+    version: str
+    seed: int
+    resamples: int
+    confidence: float
+    notes: list[str]
+    runs: list[NamedSummary]
+    pairs: list[NamedPair]
+
+
+def compare(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    seed: int = 0,
+    resamples: int = 2000,
+    against: str | Path | None = None,
+) -> Report:
     """Compare run files; writes `report.md`, `report.csv`, `report.json` and `report.html` into `out`.
 
     Args:
         paths: run files of `easyedit-mdm bench`.
         seed, resamples: of the bootstrap.
-
-    Returns:
-        what `report.json` holds: `{"version", "seed", "resamples", "confidence", "notes", "runs": [summary], "pairs": [paired]}`.
+        against: the run that all others are held against, by name or file (added where it is a file that is not
+            among `paths`); by default every two runs are compared.
 
     Raises:
-        DataError: without paths, or for a broken file; nothing is written then.
+        DataError: without paths, for a broken file, or where `against` is none of the runs; nothing is written then.
         HyperParameterError: for less than one resample.
         MissingPackageError: where matplotlib or jinja2 is not installed.
     """
@@ -91,16 +127,19 @@ def compare(paths: Sequence[str | Path], out: str | Path, seed: int = 0, resampl
         raise DataError("no run files to compare: give at least one that `easyedit-mdm bench` wrote")
     if resamples < 1:
         raise HyperParameterError(f"resamples {resamples}: give at least 1, 2000 is usual")
-    runs = [read_run(path) for path in paths]
+    files = [Path(path) for path in paths]
+    if against is not None and Path(against).is_file() and Path(against) not in files:
+        files.append(Path(against))
+    runs = [read_run(path) for path in files]
     names = names_of(runs)
-    report = {
+    report: Report = {
         "version": __version__,
         "seed": seed,
         "resamples": resamples,
         "confidence": 0.95,
         "notes": list(NOTES),
         "runs": [{"name": name, **summary(run, seed, resamples)} for name, run in zip(names, runs)],
-        "pairs": all_pairs(runs, names, seed, resamples),
+        "pairs": all_pairs(runs, names, seed, resamples, against),
     }
     texts = {
         "report.json": json.dumps(report, indent=1) + "\n",
@@ -117,25 +156,26 @@ def compare(paths: Sequence[str | Path], out: str | Path, seed: int = 0, resampl
     return report
 
 
-def show(estimate: dict[str, Any] | None) -> str:
+def show(estimate: Interval | None) -> str:
     """`0.75 [0.60, 0.88]`, `0.75` where there is no interval, a dash where there is no value; a difference with its sign."""
     if estimate is None or estimate["mean"] is None:
         return "–"
     return f"{middle(estimate)} {bounds(estimate)}".rstrip()
 
 
-def middle(estimate: dict[str, Any]) -> str:
+def middle(estimate: Interval) -> str:
     """The mean; a difference has a sign and a digit more, so that its interval is not rounded onto 0."""
-    return "–" if estimate["mean"] is None else f"{estimate['mean']:+.3f}" if "verdict" in estimate else f"{estimate['mean']:.2f}"
+    mean = estimate["mean"]
+    return "–" if mean is None else f"{mean:+.3f}" if "verdict" in estimate else f"{mean:.2f}"
 
 
-def bounds(estimate: dict[str, Any]) -> str:
+def bounds(estimate: Interval) -> str:
     """`[0.60, 0.88]`, or nothing where there is no interval."""
     digits = 3 if "verdict" in estimate else 2
     return "" if estimate["low"] is None else f"[{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
 
 
-def show_median(estimate: dict[str, Any]) -> str:
+def show_median(estimate: Median) -> str:
     """The median: counts and large ones without decimals, others with three digits, a dash where there is none."""
     value = estimate["median"]
     if value is None:
@@ -143,19 +183,22 @@ def show_median(estimate: dict[str, Any]) -> str:
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:#.3g}"
 
 
-def words(pair: dict[str, Any], estimate: dict[str, Any]) -> str:
+def words(pair: NamedPair, difference: Difference) -> str:
     """The verdict on a difference with the run's name in it."""
-    return {"first higher": f"{pair['first']} higher", "second higher": f"{pair['second']} higher"}.get(estimate["verdict"], estimate["verdict"])
+    higher = {"first higher": f"{pair['first']} higher", "second higher": f"{pair['second']} higher"}
+    return higher.get(difference["verdict"], difference["verdict"])
 
 
-def _present(report: dict[str, Any], names: Sequence[str], part: str = "measures", key: str = "n") -> list[str]:
-    """Of `names` those that at least one run has a value for."""
-    return [name for name in names if any(run[part].get(name, {key: 0})[key] for run in report["runs"])]
+def _present(report: Report, names: Iterable[str]) -> list[str]:
+    """Of `names` those measures that at least one run has a value for."""
+    found = {name for run in report["runs"] for name, estimate in run["measures"].items() if estimate["n"]}
+    return [name for name in names if name in found]
 
 
-def _rungs(report: dict[str, Any]) -> list[str]:
+def _rungs(report: Report) -> list[str]:
     """The ladder's rungs that some run has: the known ones in their order, then any others."""
-    found = [name.removeprefix("ladder.") for run in report["runs"] for name in run["measures"] if name.startswith("ladder.")]
+    names = [name for run in report["runs"] for name in run["measures"]]
+    found = [name.removeprefix("ladder.") for name in names if name.startswith("ladder.")]
     return [name for name in RUNGS if name in found] + sorted(set(found) - set(RUNGS))
 
 
@@ -164,7 +207,7 @@ def _rung_title(rung: str) -> str:
     return re.sub(r"(?<=[a-z])(?=\d)", " ", rung.replace("_", " "))
 
 
-def _beside(report: dict[str, Any]) -> dict[str, str]:
+def _beside(report: Report) -> dict[str, str]:
     """Measures that stand beside the ladder, with their titles; sections of locality only where there are several."""
     found = {name: MEASURES[name] for name in _present(report, ("success", "rephrase_exact", "locality_kept", "portability_exact"))}
     sections = sorted({name for run in report["runs"] for name in run["measures"] if name.startswith("locality_kept.")})
@@ -172,78 +215,88 @@ def _beside(report: dict[str, Any]) -> dict[str, str]:
     return found | ({name: f"kept: {name.partition('.')[2]}" for name in sections} if len(sections) > 1 else {})
 
 
-def _lengths(report: dict[str, Any]) -> list[int]:
+def _lengths(report: Report) -> list[int]:
     return sorted({int(length) for run in report["runs"] for length in run["success_by_length"]})
 
 
 # the tables, once for Markdown and the page
 
 
-def _main_table(report: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Heads and rows; a cell is a text, a number or an Estimate."""
-    measures, cost = _present(report, list(MEASURES)), _present(report, list(COST), "cost")
+def _main_table(report: Report) -> Rows:
+    """Heads and rows."""
+    runs = report["runs"]
+    measures = _present(report, MEASURES)
+    cost = [name for name in COST if any(run["cost"][name]["n"] for run in runs)]
     heads = ["run", "cases", "subjects", "failed", *(MEASURES[m] for m in measures), *(COST[c] for c in cost)]
-    rows = [
-        [
-            run["name"],
-            run["cases"],
-            run["subjects"],
-            run["failed"],
-            *(run["measures"].get(m) for m in measures),
-            *(show_median(run["cost"][c]) for c in cost),
-        ]
-        for run in report["runs"]
-    ]
+    rows: list[list[Cell]] = []
+    for run in runs:
+        cells = [*(run["measures"].get(m) for m in measures), *(show_median(run["cost"][c]) for c in cost)]
+        rows.append([run["name"], run["cases"], run["subjects"], run["failed"], *cells])
     return heads, rows
 
 
-def _length_table(report: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+def _length_table(report: Report) -> Rows:
     lengths = _lengths(report)
     heads = ["run", *(f"N = {length}" for length in lengths)]
-    return heads, [[run["name"], *(run["success_by_length"].get(str(length)) for length in lengths)] for run in report["runs"]]
+    cells = [[run["success_by_length"].get(str(length)) for length in lengths] for run in report["runs"]]
+    return heads, [[run["name"], *row] for run, row in zip(report["runs"], cells)]
 
 
-def _ladder_table(report: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    rungs, beside = _rungs(report), _beside(report)
-    rows = [[_rung_title(rung), *(run["measures"].get(f"ladder.{rung}") for run in report["runs"])] for rung in rungs]
-    rows += [[title, *(run["measures"].get(name) for run in report["runs"])] for name, title in beside.items() if name != "success"]
-    return ["share", *(run["name"] for run in report["runs"])], rows
+def _ladder_table(report: Report) -> Rows:
+    named = {f"ladder.{rung}": _rung_title(rung) for rung in _rungs(report)}
+    named |= {name: title for name, title in _beside(report).items() if name != "success"}
+    return _turned("share", named, report)
 
 
-def _extra_table(report: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    rows = [[EXTRAS[name], *(run["measures"].get(name) for run in report["runs"])] for name in _present(report, list(EXTRAS))]
-    return ["measure", *(run["name"] for run in report["runs"])], rows
+def _extra_table(report: Report) -> Rows:
+    return _turned("measure", {name: EXTRAS[name] for name in _present(report, EXTRAS)}, report)
 
 
-def _pair_table(report: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+def _turned(head: str, named: dict[str, str], report: Report) -> Rows:
+    """A row a measure, a column a run."""
+    rows: list[list[Cell]] = [
+        [title, *(run["measures"].get(name) for run in report["runs"])] for name, title in named.items()
+    ]
+    return [head, *(run["name"] for run in report["runs"])], rows
+
+
+def _pair_table(report: Report) -> Rows:
     heads = ["first", "second", "shared cases", "measure", "first minus second", "in words"]
-    rows: list[list[Any]] = []
+    rows: list[list[Cell]] = []
     for pair in report["pairs"]:
-        start = [pair["first"], pair["second"], pair["shared"]]
+        start: list[Cell] = [pair["first"], pair["second"], pair["shared"]]
         found = [(MEASURES[name], pair["measures"][name]) for name in PAIRED if name in pair["measures"]]
         found += [(f"success, N = {length}", estimate) for length, estimate in pair["success_by_length"].items()]
         rows += [[*start, title, estimate, words(pair, estimate)] for title, estimate in found]
         if not found:
-            rows.append([*start, "–", None, "no shared cases" if not pair["shared"] else "nothing measured in both"])
+            reason = "no shared cases" if not pair["shared"] else "nothing measured in both"
+            rows.append([*start, "–", None, reason])
     return heads, rows
 
 
-def _settings_table(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry a setting: its name, its value in every run, and whether the runs differ in it."""
+class Setting(TypedDict):
+    """A setting, its value in every run, and whether the runs differ in it."""
+
+    key: str
+    values: list[str]
+    differs: bool
+
+
+def _settings_table(report: Report) -> list[Setting]:
     flat = [_flattened(run["header"]) for run in report["runs"]]
-    keys = list(dict.fromkeys(key for settings in flat for key in settings))
-    rows = [{"key": key, "values": [settings.get(key, "–") for settings in flat]} for key in keys]
-    return [{**row, "differs": len(set(row["values"])) > 1} for row in rows]
+    values = {key: [part.get(key, "–") for part in flat] for settings in flat for key in settings}
+    return [{"key": key, "values": row, "differs": len(set(row)) > 1} for key, row in values.items()]
 
 
-def _flattened(value: Any, name: str = "") -> dict[str, str]:
+def _flattened(value: object, name: str = "") -> dict[str, str]:
     if not isinstance(value, dict):
         return {name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
     items = [(f"{name}.{key}" if name else str(key), part) for key, part in value.items()]
-    return {key: text for path, part in items if path not in ("header", "label", "dataset.skipped") for key, text in _flattened(part, path).items()}
+    told = [(path, part) for path, part in items if path not in ("header", "label", "dataset.skipped")]
+    return {key: text for path, part in told for key, text in _flattened(part, path).items()}
 
 
-def _sections(report: dict[str, Any]) -> list[tuple[str, tuple[list[str], list[list[Any]]]]]:
+def _sections(report: Report) -> list[tuple[str, Rows]]:
     found = [
         ("Overall", _main_table(report)),
         ("Success by length of the target", _length_table(report)),
@@ -257,30 +310,44 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, tuple[list[str], list[l
 # report.csv and report.md
 
 
-def _csv(report: dict[str, Any]) -> str:
+CSV_HEADS = (
+    "run", "against", "model", "method", "schedule", "measure", "length", "statistic", "value", "low", "high", "n",
+    "subjects",
+)  # fmt: skip
+
+
+def _csv(report: Report) -> str:
     """Every number in one long table; `low` and `high` are the interval of a mean and the quartiles of a median."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(("run", "against", "model", "method", "schedule", "measure", "length", "statistic", "value", "low", "high", "n", "subjects"))
+    writer.writerow(CSV_HEADS)
     for run in report["runs"]:
         start = (run["name"], "", run["model"], run["method"], run["schedule"])
-        _write_estimates(writer, start, "mean", run["measures"], run["success_by_length"])
+        writer.writerows(_csv_rows((*start,), "mean", run["measures"], run["success_by_length"]))
         for name, cost in run["cost"].items():
             writer.writerow((*start, name, "", "median", cost["median"], cost["q25"], cost["q75"], cost["n"], ""))
-        for name in ("cases", "failed"):
-            writer.writerow((*start, name, "", "count", run[name], "", "", run["cases"], run["subjects"]))
+        for name, count in (("cases", run["cases"]), ("failed", run["failed"])):
+            writer.writerow((*start, name, "", "count", count, "", "", run["cases"], run["subjects"]))
     for pair in report["pairs"]:
-        _write_estimates(writer, (pair["first"], pair["second"], "", "", ""), "mean difference", pair["measures"], pair["success_by_length"])
+        start = (pair["first"], pair["second"], "", "", "")
+        writer.writerows(_csv_rows(start, "mean difference", pair["measures"], pair["success_by_length"]))
     return stream.getvalue()
 
 
-def _write_estimates(writer: Any, start: tuple, statistic: str, measures: dict[str, Any], lengths: dict[str, Any]) -> None:
-    rows = [(name, "", estimate) for name, estimate in measures.items()] + [("success", length, estimate) for length, estimate in lengths.items()]
-    for name, length, estimate in rows:
-        writer.writerow((*start, name, length, statistic, *(estimate[key] for key in ("mean", "low", "high", "n", "subjects"))))
+def _csv_rows(
+    start: tuple[str | None, ...],
+    statistic: str,
+    measures: Mapping[str, Estimate],
+    lengths: Mapping[str, Estimate],
+) -> list[tuple[str | int | float | None, ...]]:
+    rows = [(name, "", e) for name, e in measures.items()] + [("success", length, e) for length, e in lengths.items()]
+    return [
+        (*start, name, length, statistic, e["mean"], e["low"], e["high"], e["n"], e["subjects"])
+        for name, length, e in rows
+    ]
 
 
-def _markdown(report: dict[str, Any]) -> str:
+def _markdown(report: Report) -> str:
     lines = ["# Edits compared", "", f"easyedit_mdm {report['version']}, {report['resamples']} resamples, seed {report['seed']}", ""]
     for title, (heads, rows) in _sections(report):
         lines += [f"## {title}", "", *_markdown_table(heads, [[_markdown_cell(cell) for cell in row] for row in rows]), ""]
@@ -288,18 +355,27 @@ def _markdown(report: dict[str, Any]) -> str:
     settings = [[row["key"], *row["values"]] for row in _settings_table(report) if row["differs"]]
     if settings:
         heads = ["setting", *(run["name"] for run in report["runs"])]
-        lines += ["", "## Settings in which the runs differ", "", *_markdown_table(heads, [[_markdown_text(c) for c in row] for row in settings])]
-    for title, key in (("Failed cases", "errors"), ("Records left out of the data set", "skipped")):
-        rows = [[_markdown_text(run["name"]), str(count), _markdown_text(reason)] for run in report["runs"] for reason, count in run[key].items()]
-        lines += ["", f"## {title}", "", *_markdown_table(["run", "count", "reason"], rows)] if rows else []
+        texts = [[_markdown_text(cell) for cell in row] for row in settings]
+        lines += ["", "## Settings in which the runs differ", "", *_markdown_table(heads, texts)]
+    lines += _reasons("Failed cases", [(run["name"], run["errors"]) for run in report["runs"]])
+    lines += _reasons("Records left out of the data set", [(run["name"], run["skipped"]) for run in report["runs"]])
     return "\n".join(lines) + "\n"
+
+
+def _reasons(title: str, counted: Sequence[tuple[str, dict[str, int]]]) -> list[str]:
+    rows = [
+        [_markdown_text(name), str(count), _markdown_text(reason)]
+        for name, reasons in counted
+        for reason, count in reasons.items()
+    ]
+    return ["", f"## {title}", "", *_markdown_table(["run", "count", "reason"], rows)] if rows else []
 
 
 def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in ([_markdown_text(head) for head in heads], ["---"] * len(heads), *rows)]
 
 
-def _markdown_cell(cell: Any) -> str:
+def _markdown_cell(cell: Cell) -> str:
     if isinstance(cell, dict):
         return f"{_markdown_text(show(cell))}, n {cell['n']}"
     return "–" if cell is None else _markdown_text(str(cell))
@@ -312,7 +388,7 @@ def _markdown_text(text: str) -> str:
 # the figures
 
 
-def length_figure(report: dict[str, Any]) -> str:
+def length_figure(report: Report) -> str:
     """Success against the length of the target, one line a run; empty where no run has lengths."""
     lengths = _lengths(report)
     if not lengths:
@@ -337,7 +413,7 @@ def length_figure(report: dict[str, Any]) -> str:
     return svg(figure, "length")
 
 
-def ladder_figure(report: dict[str, Any]) -> str:
+def ladder_figure(report: Report) -> str:
     """Bars of the ladder of honesty; paraphrase and locality beside it, on the same scale. Empty where there is neither."""
     groups = [
         ("ladder of honesty: share exact", {f"ladder.{rung}": _rung_title(rung) for rung in _rungs(report)}),
@@ -358,7 +434,7 @@ def ladder_figure(report: dict[str, Any]) -> str:
     return svg(figure, "ladder")
 
 
-def _bars(axes: Any, runs: Sequence[dict[str, Any]], rows: dict[str, str]) -> list[Any]:
+def _bars(axes: Any, runs: Sequence[NamedSummary], rows: dict[str, str]) -> list[Any]:
     """Horizontal bars with their values, so that a share of 0 is not taken for one that is missing."""
     thick = 0.82 / len(runs)
     handles = []
@@ -373,51 +449,70 @@ def _bars(axes: Any, runs: Sequence[dict[str, Any]], rows: dict[str, str]) -> li
         whiskers = {"ecolor": INK, "capsize": 2, "elinewidth": 0.9}
         handles.append(axes.barh(at, [e["mean"] for _, e in found], thick * 0.92, xerr=reaches, error_kw=whiskers, **look))
         for y, (_, estimate), reach in zip(at, found, reaches[1]):
-            axes.text(estimate["mean"] + reach + 0.015, y, f"{estimate['mean']:.2f}", color=INK, fontsize=7, va="center")
+            mean = estimate["mean"] or 0.0
+            axes.text(mean + reach + 0.015, y, f"{mean:.2f}", color=INK, fontsize=7, va="center")
     return handles
 
 
 # the pages of cases, and the whole page
 
 
-def case_pages(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
-    """What the page's script shows of each case.
+class CasePage(TypedDict, total=False):
+    """What the page's script shows of a case.
 
-    Returns:
-        `{"runs": names, "cases": [{"id", "subject", "prompt", "target", "n", "runs": [[run, right, before, after, error, before's
-        denoising, after's denoising]]}]}`; a denoising is `[tokens, steps, confidences]` or None.
+    `runs`: a list for each run that has it, [number of the run, right (1, 0 or None), text before, text after,
+    error, denoising before, denoising after].
     """
-    pages: dict[tuple[int | str, str], dict[str, Any]] = {}
+
+    id: int | str
+    subject: str
+    prompt: str
+    target: str
+    n: int | None
+    runs: list[list[Any]]
+
+
+class CasePages(TypedDict):
+    """Names of the runs, and all cases."""
+
+    runs: list[str]
+    cases: list[CasePage]
+
+
+def case_pages(runs: Sequence[Run], names: Sequence[str]) -> CasePages:
+    """The cases of all runs, each once."""
+    pages: dict[tuple[int | str, str], CasePage] = {}
     for i, run in enumerate(runs):
         for case in run.cases:
-            page = pages.setdefault(key_of(case), {"id": case["case_id"], "target": str(case.get("target_new", "–")), "runs": []})
+            new: CasePage = {"id": case["case_id"], "target": str(case.get("target_new", "–")), "runs": []}
+            page = pages.setdefault(key_of(case), new)
             page.setdefault("n", length_of(case))
-            for name in ("subject", "prompt"):
-                page.setdefault(name, str(case.get(name) or "–"))
+            page.setdefault("subject", str(case.get("subject") or "–"))
+            page.setdefault("prompt", str(case.get("prompt") or "–"))
             page["runs"].append([i, *_outcome(case)])
     return {"runs": list(names), "cases": list(pages.values())}
 
 
-def _outcome(case: dict[str, Any]) -> list[Any]:
-    written = [next((s.get("text") for s in scores(dig(case, when, "multi_step", "rewrite"))), None) for when in ("pre", "post")]
-    right = None if failed(case) else next((number(s.get("exact")) for s in scores(dig(case, "post", "multi_step", "rewrite"))), None)
+def _outcome(case: CaseRecord) -> list[Any]:
+    before, after = (
+        scores(part.get("multi_step", {}).get("rewrite")) for part in (case.get("pre", {}), case.get("post", {}))
+    )
+    right = None if failed(case) or not after or "exact" not in after[0] else int(after[0]["exact"])
+    texts = [found[0].get("text") if found else None for found in (before, after)]
     error = str(case.get("error") or "no result") if failed(case) else None
-    texts = [None if text is None else str(text) for text in written]
-    return [right, *texts, error, *(_denoising(dig(case, "history", when)) for when in ("pre", "post"))]
+    return [right, *texts, error, *(_denoising(case.get("history", {}).get(when, {})) for when in ("pre", "post"))]
 
 
-def _denoising(history: Any) -> list[list[Any]] | None:
-    tokens = dig(history, "tokens")
-    if not isinstance(tokens, list) or not tokens:
+def _denoising(history: Denoising) -> Slots | None:
+    tokens = history.get("tokens")
+    if not tokens:
         return None
-    steps, sure = (list(part) if isinstance(part := dig(history, name), list) else [] for name in ("step", "confidence"))
-    steps = [int(x) if (x := number(step)) is not None else None for step in steps]
-    sure = [round(x, 3) if (x := number(value)) is not None else None for value in sure]
     padding: list[None] = [None] * len(tokens)
-    return [[str(token) for token in tokens], (steps + padding)[: len(tokens)], (sure + padding)[: len(tokens)]]
+    sure = [value if value is None else round(value, 3) for value in history.get("confidence", [])]
+    return tokens, [*history.get("step", []), *padding][: len(tokens)], [*sure, *padding][: len(tokens)]
 
 
-def _html(report: dict[str, Any], pages: dict[str, Any]) -> str:
+def _html(report: Report, pages: CasePages) -> str:
     return rendered(
         "report.html",
         report=report,
@@ -434,14 +529,14 @@ def _html(report: dict[str, Any], pages: dict[str, Any]) -> str:
     )
 
 
-def _tell(report: dict[str, Any], folder: Path) -> None:
+def _tell(report: Report, folder: Path) -> None:
     heads, rows = _main_table(report)
     # runs side by side: their names may fold, the numbers under them should not
     table = Table(title=f"{len(rows)} runs, 95 % intervals over subjects ({report['resamples']} resamples)")
-    for i, head in enumerate(["", *(row[0] for row in rows)]):
+    for i, head in enumerate(["", *(run["name"] for run in report["runs"])]):
         table.add_column(escape(head), justify="right" if i else "left", overflow="fold")
     for head, *cells in list(zip(heads, *rows))[1:]:
-        table.add_row(head, *[show(cell) if cell is None or isinstance(cell, dict) else str(cell) for cell in cells])
+        table.add_row(head, *[str(cell) if isinstance(cell, str | int) else show(cell) for cell in cells])
     console = Console()
     console.print(table)
     for pair in report["pairs"]:

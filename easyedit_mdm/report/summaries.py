@@ -1,4 +1,4 @@
-"""Numbers of run files: reading them, one row of figures a case, means with intervals, paired differences.
+"""Numbers of run files: one row of figures a case, means with intervals, paired differences.
 
 Intervals are 95 % bootstrap intervals that resample subjects, not cases: prompts about one subject stand or fall together. Each
 interval starts from the same seed, so it does not depend on what else is in the comparison.
@@ -6,217 +6,187 @@ interval starts from the same seed, so it does not depend on what else is in the
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from jaxtyping import Float
 
 from easyedit_mdm.errors import DataError
+from easyedit_mdm.evaluation.records import CaseRecord, Header, Judgement, Run, scores
 
-Estimate = dict[str, float | int | None]
+
+class Interval(TypedDict):
+    """A mean with its 95 % interval; None where there are no values, or fewer than two subjects for an interval."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+class Estimate(Interval):
+    """The same, with the numbers of values and of subjects that it is of."""
+
+    n: int
+    subjects: int
+
+
+class Difference(Estimate):
+    """A mean difference of two runs, and what to make of it; see `verdict`."""
+
+    verdict: str
+
+
+class Median(TypedDict):
+    """Median and quartiles."""
+
+    median: float | None
+    q25: float | None
+    q75: float | None
+    n: int
+
+
+class Summary(TypedDict):
+    """All numbers of one run; a measure that no case has is absent. `errors`, `skipped`: how often each reason."""
+
+    file: str
+    model: str | None
+    method: str | None
+    schedule: str | None
+    cases: int
+    subjects: int
+    failed: int
+    errors: dict[str, int]
+    skipped: dict[str, int]
+    measures: dict[str, Estimate]
+    success_by_length: dict[str, Estimate]
+    cost: dict[str, Median]
+    header: Header
+
+
+class Pair(TypedDict):
+    """Differences on the cases that two runs share; `n` counts those where both have the measure."""
+
+    shared: int
+    measures: dict[str, Difference]
+    success_by_length: dict[str, Difference]
+
+
+class NamedPair(Pair):
+    """The same, with the runs' names."""
+
+    first: str
+    second: str
+
+
 Columns = dict[str, list[float | None]]
 
-# from the most generous reading of an edit to the strictest use of it
-RUNGS = (
-    "teacher_forced", "one_step", "multi_step", "canvas8", "canvas16", "canvas32", "steps_half", "steps_1", "random", "left_to_right", "in_context",
+PAIRED = (
+    "success", "success_one_step", "token_acc", "first_commit", "rephrase_exact", "locality_kept", "portability_exact",
+    "mirage_gap", "mirage_gap_exact",
 )  # fmt: skip
-PAIRED = ("success", "token_acc", "first_commit", "rephrase_exact", "locality_kept", "portability_exact", "mirage_gap")
 SCORES = ("ES", "PS", "NS", "EM", "PM", "NM")
 # a failed case never reached its target; what it would have kept or cost is unknown
-ZERO_IF_FAILED = ("success", "token_acc", "first_commit", "rephrase_exact", "portability_exact")
+ZERO_IF_FAILED = ("success", "success_one_step", "token_acc", "first_commit", "rephrase_exact", "portability_exact")
 DIGITS = 6
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run file: where it was, its header, and its cases in the order of the file."""
-
-    path: Path
-    header: dict[str, Any]
-    cases: list[dict[str, Any]]
-
-    @property
-    def name(self) -> str:
-        """The header's label, or model, method and schedule."""
-        parts = (self.header.get("label"), " ".join(str(p) for p in self.parts.values() if p), self.path.stem)
-        return next(str(p) for p in parts if p)
-
-    @property
-    def parts(self) -> dict[str, Any]:
-        """Model, method and schedule, None where the header does not say."""
-        return {
-            "model": dig(self.header, "model", "name"),
-            "method": self.header.get("alg_name"),
-            "schedule": dig(self.header, "hparams", "state_schedule"),
-        }
-
-
-def read_run(path: str | Path) -> Run:
-    """Read a run file as `easyedit-mdm bench` writes it.
-
-    Raises:
-        DataError: for a file that cannot be read, a line that is no JSON object, a header that is missing or comes twice, a
-            case without an id, or two cases with the same one; it names the file, the line and what to do.
-    """
-    path = Path(path)
-    try:
-        raw = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): give a run file that `easyedit-mdm bench` wrote") from None
-    lines = [(number, line) for number, line in enumerate(raw, 1) if line.strip()]
-    if not lines:
-        raise DataError(f"{path}, line 1: the file is empty, not even the header was written: start the run again")
-    records = [(number, _record(path, number, line, last=number == lines[-1][0])) for number, line in lines]
-    (number, header), *rest = records
-    if header.get("header") is not True:
-        raise DataError(f'{path}, line {number}: the header (an object with "header": true) is missing: give a file that `easyedit-mdm bench` wrote')
-    _check_cases(path, rest)
-    return Run(path, header, [case for _, case in rest])
-
-
-def _record(path: Path, number: int, line: bytes, last: bool) -> dict[str, Any]:
-    try:
-        # NaN and infinities are no figures; None is how a missing one reads
-        record = json.loads(line.decode("utf-8"), parse_constant=lambda _: None, parse_float=_finite)
-    except ValueError:
-        if last and number > 1:
-            raise DataError(f"{path}, line {number}: the last line is half-written: finish the run with --resume") from None
-        cure = "start the run again" if number == 1 else "delete this line and finish the run with --resume"
-        raise DataError(f"{path}, line {number}: not JSON: {cure}") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{path}, line {number}: not a JSON object: delete this line and finish the run with --resume")
-    return record
-
-
-def _finite(text: str) -> float | None:
-    value = float(text)
-    return value if math.isfinite(value) else None
-
-
-def _check_cases(path: Path, records: Sequence[tuple[int, dict[str, Any]]]) -> None:
-    seen: dict[int | str, int] = {}
-    for number, case in records:
-        if case.get("header"):
-            raise DataError(f"{path}, line {number}: a second header: two runs were written into one file; split it here, one file a run")
-        name = case.get("case_id")
-        if not isinstance(name, int | str):
-            raise DataError(f"{path}, line {number}: no case_id: delete this line and finish the run with --resume")
-        if name in seen:
-            raise DataError(f"{path}, line {number}: case_id {name!r} was already in line {seen[name]}: delete one of the two lines")
-        seen[name] = number
-
-
-def dig(record: Any, *keys: str) -> Any:
-    """What lies under nested keys, None where any of them is missing."""
-    for key in keys:
-        record = record.get(key) if isinstance(record, dict) else None
-    return record
-
-
-def number(value: Any) -> float | None:
-    """A finite number or truth value as a float, None for anything else."""
-    return float(value) if isinstance(value, bool | int | float) and math.isfinite(value) else None
-
-
-def failed(case: dict[str, Any]) -> bool:
+def failed(case: CaseRecord) -> bool:
     """Whether the case ended in an error, or has no result."""
-    return case.get("error") is not None or not isinstance(case.get("post"), dict)
+    return "error" in case or "post" not in case
 
 
-def subject_of(case: dict[str, Any]) -> str:
+def subject_of(case: CaseRecord) -> str:
     """What the case is resampled by: its subject; a case that names none stands alone."""
-    subject = case.get("subject")
-    return f"case {case['case_id']}" if subject is None else f"subject {subject}"
+    return f"subject {case['subject']}" if "subject" in case else f"case {case['case_id']}"
 
 
-def length_of(case: dict[str, Any]) -> int | None:
+def length_of(case: CaseRecord) -> int | None:
     """Tokens of the target, None where the file does not say."""
-    found = (case.get("n_tokens"), dig(case, "post", "multi_step", "rewrite", "n_tokens"))
-    return next((int(n) for n in found if isinstance(n, int)), None)
+    found = [case, *scores(case.get("post", {}).get("multi_step", {}).get("rewrite"))]
+    return next((int(part["n_tokens"]) for part in found if "n_tokens" in part), None)
 
 
-def key_of(case: dict[str, Any]) -> tuple[int | str, str]:
+def key_of(case: CaseRecord) -> tuple[int | str, str]:
     """What makes cases of two runs the same one."""
     return case["case_id"], str(case.get("target_new"))
 
 
-def scores(part: Any) -> list[dict[str, Any]]:
-    """The scores of a section: one, a list of them, or lists by name, as one flat list."""
-    if isinstance(part, list):
-        return [s for entry in part for s in scores(entry)]
-    if not isinstance(part, dict):
-        return []
-    return [part] if "token_acc" in part or "exact" in part else [s for entry in part.values() for s in scores(entry)]
-
-
-def _mean(values: Sequence[Any]) -> float | None:
-    found = [x for value in values if (x := number(value)) is not None]
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = [float(value) for value in values if value is not None]
     return sum(found) / len(found) if found else None
 
 
-def case_figures(case: dict[str, Any]) -> dict[str, float | None]:
+def case_figures(case: CaseRecord) -> dict[str, float | None]:
     """Every figure of one case that did not fail, None where the file has none."""
-    post = case["post"]
-    parts = {name: scores(dig(post, "multi_step", name)) for name in ("rewrite", "rephrase", "portability")}
-    kept = dig(post, "locality_kept")
-    kept = kept if isinstance(kept, dict) else {}
-    ladder = dig(post, "ladder")
-    rungs = {name: rung for name, rung in ladder.items() if isinstance(rung, dict)} if isinstance(ladder, dict) else {}
-    return {
-        "success": _mean([s.get("exact") for s in parts["rewrite"]]),
-        "token_acc": _mean([s.get("token_acc") for s in parts["rewrite"]]),
-        "first_commit": _mean([s.get("first_commit") for s in parts["rewrite"]]),
-        "rephrase_exact": _mean([s.get("exact") for s in parts["rephrase"]]),
-        "portability_exact": _mean([s.get("exact") for s in parts["portability"]]),
-        "locality_kept": _mean(list(kept.values())),
-        **{f"locality_kept.{name}": number(share) for name, share in kept.items()},
-        "same_subject_kept": number(post.get("same_subject_kept")),
-        "mirage_gap": _gap(post, rungs),
-        "success_before": _mean([s.get("exact") for s in scores(dig(case, "pre", "multi_step", "rewrite"))]),
-        **{f"ladder.{name}": number(rung.get("exact")) for name, rung in rungs.items()},
-        **{f"ladder_token_acc.{name}": number(rung.get("token_acc")) for name, rung in rungs.items()},
-        **_extras(case, post),
+    post, pre = case["post"], case.get("pre", {})
+    sections = post.get("multi_step", {})
+    rewrite, rephrase, portability = (
+        scores(part) for part in (sections.get("rewrite"), sections.get("rephrase"), sections.get("portability"))
+    )
+    kept, rungs = post.get("locality_kept", {}), post.get("ladder", {})
+    found = {
+        "success": _mean(s.get("exact") for s in rewrite),
+        "success_one_step": _mean(s.get("one_step_exact") for s in rewrite),
+        "token_acc": _mean(s.get("token_acc") for s in rewrite),
+        "first_commit": _mean(s.get("first_commit") for s in rewrite),
+        "rephrase_exact": _mean(s.get("exact") for s in rephrase),
+        "portability_exact": _mean(s.get("exact") for s in portability),
+        "locality_kept": _mean(kept.values()),
+        **{f"locality_kept.{name}": share for name, share in kept.items()},
+        "same_subject_kept": post.get("same_subject_kept"),
+        "mirage_gap": post.get("mirage_gap"),
+        "mirage_gap_exact": post.get("mirage_gap_exact"),
+        "success_before": _mean(s.get("exact") for s in scores(pre.get("multi_step", {}).get("rewrite"))),
+        **{f"ladder.{name}": rung.get("exact") for name, rung in rungs.items()},
+        **{f"ladder_token_acc.{name}": rung.get("token_acc") for name, rung in rungs.items()},
+        **_likelihoods(post),
+        **_extras(pre, post),
     }
+    return {name: None if value is None else float(value) for name, value in found.items()}
 
 
-def _extras(case: dict[str, Any], post: dict[str, Any]) -> dict[str, float | None]:
-    """Likelihoods, success given k tokens, where the first wrong token was committed, and what the edit did to text in general."""
-    given = dig(post, "given_k")
-    found = {f"{kind}.{name}": number(dig(post, "counterfact", kind, name)) for kind in ("sum", "per_token") for name in SCORES}
-    found |= {f"given_k.{k}": number(x) for k, x in enumerate(given if isinstance(given, list) else [])}
-    found["first_wrong_step"] = number(dig(post, "first_wrong", "step"))
-    for name, part in (("with_statement_acc", post), ("with_statement_acc_before", case.get("pre"))):
-        found[name] = _mean([s.get("token_acc") for s in scores(dig(part, "multi_step", "with_statement"))])
-    for name, key in (("fluency", "ngram_entropy"), ("perplexity", "value")):
-        after, before = number(dig(post, name, key)), number(dig(case, "pre", name, key))
-        found[f"{name}_ratio"] = after / before if after is not None and before else None
+def _likelihoods(post: Judgement) -> dict[str, float | None]:
+    """CounterFact's scores; a masked model's come from a bound of log p, and go by a name of their own."""
+    found = post.get("counterfact", {})
+    bound = "" if found.get("likelihood") == "causal" else "bound."
+    kinds = (("sum", found.get("sum", {})), ("per_token", found.get("per_token", {})))
+    return {f"{bound}{kind}.{name}": values.get(name) for kind, values in kinds for name in SCORES}
+
+
+def _extras(pre: Judgement, post: Judgement) -> dict[str, bool | int | float | None]:
+    """Likelihoods, success given k tokens, where the first wrong token was committed, what became of other text."""
+    found: dict[str, bool | int | float | None] = {f"given_k.{k}": x for k, x in enumerate(post.get("given_k", []))}
+    found["first_wrong_step"] = (post.get("first_wrong") or {}).get("step")
+    for name, part in (("with_statement_acc", post), ("with_statement_acc_before", pre)):
+        said = scores(part.get("multi_step", {}).get("with_statement"))
+        found[name] = _mean(s.get("token_acc") for s in said)
+    found["fluency_ratio"] = _ratio(
+        post.get("fluency", {}).get("ngram_entropy"), pre.get("fluency", {}).get("ngram_entropy")
+    )
+    found["perplexity_ratio"] = _ratio(post.get("perplexity", {}).get("value"), pre.get("perplexity", {}).get("value"))
     return found
 
 
-def _gap(post: dict[str, Any], rungs: dict[str, Any]) -> float | None:
-    own = number(post.get("mirage_gap"))
-    first, last = (number(dig(rungs, name, "exact")) for name in (RUNGS[0], RUNGS[-1]))
-    return own if own is not None else None if first is None or last is None else first - last
+def _ratio(after: float | None, before: float | None) -> float | None:
+    return after / before if after is not None and before else None
 
 
 def columns(run: Run) -> Columns:
     """The figures of all cases by name, each as long as the run; a failed case is 0 wherever it should have reached its target."""
     rows = [None if failed(case) else case_figures(case) for case in run.cases]
-    names = list(dict.fromkeys(name for row in rows if row is not None for name, value in row.items() if value is not None))
+    there = [name for row in rows if row is not None for name, value in row.items() if value is not None]
+    names = list(dict.fromkeys(there))
     names = ["success"] if rows and all(row is None for row in rows) else names
     return {name: [_if_failed(name, case) if row is None else row.get(name) for case, row in zip(run.cases, rows)] for name in names}
 
 
-def _if_failed(name: str, case: dict[str, Any]) -> float | None:
+def _if_failed(name: str, case: CaseRecord) -> float | None:
     """What a failed case counts as: nothing on a canvas that its target would not have fitted on."""
     canvas = re.search(r"canvas(\d+)$", name)
     if canvas and (length_of(case) or 0) > int(canvas[1]):
@@ -237,9 +207,6 @@ def bootstrap_mean(values: Sequence[int | float | None], clusters: Sequence[Hash
     Args:
         values: None where a case has no value; it is left out.
         clusters: the cluster of each value.
-
-    Returns:
-        `{"mean", "low", "high", "n", "subjects"}`: `mean` None without values, `low` and `high` None with fewer than two clusters.
     """
     kept = [(float(value), cluster) for value, cluster in zip(values, clusters, strict=True) if value is not None]
     # sorted, so that the order of the file does not matter
@@ -253,8 +220,8 @@ def bootstrap_mean(values: Sequence[int | float | None], clusters: Sequence[Hash
     found["mean"] = _rounded(sums.sum() / sizes.sum())
     if len(index) > 1:
         drawn = _draws(len(index), seed, resamples)
-        low, high = np.quantile((drawn @ sums) / (drawn @ sizes), [0.025, 0.975])
-        found |= {"low": _rounded(low), "high": _rounded(high)}
+        bounds = np.quantile((drawn @ sums) / (drawn @ sizes), [0.025, 0.975])
+        found["low"], found["high"] = map(_rounded, bounds)
     return found
 
 
@@ -263,8 +230,8 @@ def _rounded(value: float) -> float:
     return round(float(value), DIGITS) + 0.0
 
 
-def median(values: Sequence[float | None]) -> Estimate:
-    """`{"median", "q25", "q75", "n"}` of the values that are there."""
+def median(values: Iterable[float | None]) -> Median:
+    """Of the values that are there."""
     found = [value for value in values if value is not None]
     quartiles = [_rounded(q) for q in np.quantile(found, [0.25, 0.5, 0.75])] if found else [None] * 3
     return {"median": quartiles[1], "q25": quartiles[0], "q75": quartiles[2], "n": len(found)}
@@ -280,61 +247,58 @@ def by_length(run: Run, values: Sequence[float | None], seed: int = 0, resamples
     return {length: estimate for length, estimate in result.items() if estimate["n"]}
 
 
-def summary(run: Run, seed: int = 0, resamples: int = 2000) -> dict[str, Any]:
-    """All numbers of one run.
-
-    Returns:
-        `{"file", "model", "method", "schedule", "cases", "subjects", "failed", "errors": {message: count}, "skipped": {reason: count},
-        "measures": {name: Estimate}, "success_by_length": {N: Estimate}, "cost": {name: median}, "header"}`; a measure that no
-        case has is absent.
-    """
+def summary(run: Run, seed: int = 0, resamples: int = 2000) -> Summary:
+    """All numbers of one run."""
     table = columns(run)
     subjects = [subject_of(case) for case in run.cases]
     bad = [case for case in run.cases if failed(case)]
     done = [case for case in run.cases if not failed(case)]
-    skipped = dig(run.header, "dataset", "skipped")
-    cost = {"edit_seconds": ("time", "edit_seconds"), "forwards": ("edit", "forwards"), "steps": ("edit", "steps")}
+    skipped = run.header.get("dataset", {}).get("skipped", [])
     return {
         "file": run.path.name,
-        **run.parts,
+        "model": run.model,
+        "method": run.method,
+        "schedule": run.schedule,
         "cases": len(run.cases),
         "subjects": len(set(subjects)),
         "failed": len(bad),
         "errors": _counted([case.get("error") or "no result" for case in bad]),
-        "skipped": _counted([dig(entry, "reason") or "no reason given" for entry in skipped] if isinstance(skipped, list) else []),
+        "skipped": _counted([entry.get("reason") or "no reason given" for entry in skipped]),
         "measures": {name: bootstrap_mean(values, subjects, seed, resamples) for name, values in table.items()},
         "success_by_length": by_length(run, table["success"], seed, resamples) if "success" in table else {},
-        "cost": {name: median([number(dig(case, *keys)) for case in done]) for name, keys in cost.items()},
+        "cost": {
+            "edit_seconds": median(case.get("time", {}).get("edit_seconds") for case in done),
+            "forwards": median(case.get("edit", {}).get("forwards") for case in done),
+            "steps": median(case.get("edit", {}).get("steps") for case in done),
+        },
         "header": run.header,
     }
 
 
-def _counted(reasons: Sequence[Any]) -> dict[str, int]:
+def _counted(reasons: Sequence[object]) -> dict[str, int]:
     return dict(sorted(Counter(map(str, reasons)).items(), key=lambda pair: (-pair[1], pair[0])))
 
 
-def paired(first: Run, second: Run, seed: int = 0, resamples: int = 2000) -> dict[str, Any]:
-    """Differences, first minus second, on the cases that both runs have (same case_id and target).
-
-    Returns:
-        `{"shared", "measures": {name: Estimate}, "success_by_length": {N: Estimate}}`; `n` counts the shared cases where both runs
-        have the measure.
-    """
+def paired(first: Run, second: Run, seed: int = 0, resamples: int = 2000) -> Pair:
+    """Differences, first minus second, on the cases that both runs have (same case_id and target)."""
     where = {key_of(case): i for i, case in enumerate(second.cases)}
     at = [(i, where[key_of(case)]) for i, case in enumerate(first.cases) if key_of(case) in where]
     shared = Run(first.path, first.header, [first.cases[i] for i, _ in at])
     subjects = [subject_of(case) for case in shared.cases]
     tables = columns(first), columns(second)
-    differences = {name: _minus(tables[0][name], tables[1][name], at) for name in PAIRED if all(name in table for table in tables)}
-    measures = {name: bootstrap_mean(values, subjects, seed, resamples) for name, values in differences.items()}
+    both = [name for name in PAIRED if all(name in table for table in tables)]
+    values = {name: _minus(tables[0][name], tables[1][name], at) for name in both}
+    measures = {name: bootstrap_mean(column, subjects, seed, resamples) for name, column in values.items()}
+    lengths = by_length(shared, values["success"], seed, resamples) if "success" in values else {}
     return {
         "shared": len(at),
-        "measures": {name: {**estimate, "verdict": verdict(estimate)} for name, estimate in measures.items() if estimate["n"]},
-        "success_by_length": {
-            length: {**estimate, "verdict": verdict(estimate)}
-            for length, estimate in by_length(shared, differences.get("success", [None] * len(at)), seed, resamples).items()
-        },
+        "measures": {name: _told(estimate) for name, estimate in measures.items() if estimate["n"]},
+        "success_by_length": {length: _told(estimate) for length, estimate in lengths.items()},
     }
+
+
+def _told(estimate: Estimate) -> Difference:
+    return {**estimate, "verdict": verdict(estimate)}
 
 
 def _minus(first: Sequence[float | None], second: Sequence[float | None], at: Sequence[tuple[int, int]]) -> list[float | None]:
@@ -356,7 +320,25 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     return [f"{name} #{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def all_pairs(runs: Sequence[Run], names: Sequence[str], seed: int = 0, resamples: int = 2000) -> list[dict[str, Any]]:
-    """`paired` for every two runs, with their names as `first` and `second`."""
-    found = combinations(zip(names, runs), 2)
-    return [{"first": a, "second": b, **paired(run, other, seed, resamples)} for (a, run), (b, other) in found]
+def all_pairs(
+    runs: Sequence[Run], names: Sequence[str], seed: int = 0, resamples: int = 2000, against: str | Path | None = None
+) -> list[NamedPair]:
+    """Paired differences of every two runs, or of every run with one.
+
+    Args:
+        against: the run that the others are held against (others minus this one): its name, file or file's name
+            without the ending.
+
+    Raises:
+        DataError: where no run, or more than one, is called that.
+    """
+    named = list(zip(names, runs))
+    found = list(combinations(named, 2))
+    if against is not None:
+        said = [(n, run) for n, run in named if str(against) in (n, run.name, run.path.stem) or Path(against) == run.path]
+        if len(said) != 1:
+            raise DataError(f"{len(said)} runs are called {str(against)!r}: give one of {', '.join(names)}, or its file")
+        found = [(other, said[0]) for other in named if other[1] is not said[0][1]]
+    return [
+        {"first": a, "second": b, **paired(run, other, seed, resamples)} for (a, run), (b, other) in found
+    ]

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from easyedit_mdm.data.cases import BenchCase
 from easyedit_mdm.denoising import DecodeConfig, Trajectory, decode
 from easyedit_mdm.editing.request import encode, target_ids
-from easyedit_mdm.evaluation import fluency, perplexity, score_prompts
+from easyedit_mdm.evaluation import fluency, perplexity
 from easyedit_mdm.evaluation.judgements import counterfact_scores
-from easyedit_mdm.evaluation.ladder import given_k, ladder, mirage_gap
+from easyedit_mdm.evaluation.ladder import given_k, ladder
+from easyedit_mdm.evaluation.multi_step import Question, score_questions
+from easyedit_mdm.evaluation.records import (
+    VERSION,
+    Denoising,
+    Judgement,
+    JudgeRecord,
+    Place,
+    Section,
+    mirage_gap,
+    scores,
+)
 from easyedit_mdm.models import Adapter
-
-VERSION = 1  # of what is measured; part of the key of evaluations that are kept
 
 
 @dataclass(frozen=True)
@@ -35,57 +42,50 @@ class Judge:
     held_out: tuple[str, ...] = ()
     fluency: bool = True
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JudgeRecord:
         """What the results depend on, for headers and for keys of kept evaluations."""
-        return {"version": VERSION, "decode": self.decode.record(), "rungs": self.rungs, "fluency": self.fluency, "held_out": list(self.held_out)}
+        return {
+            "version": VERSION, "decode": self.decode.record(), "rungs": self.rungs, "fluency": self.fluency,
+            "held_out": list(self.held_out),
+        }  # fmt: skip
 
-    def judge(self, adapter: Adapter, case: BenchCase) -> dict[str, Any]:
+    def judge(self, adapter: Adapter, case: BenchCase) -> Judgement:
         """Measure one case with the model as it is now."""
-        scores = _scored(adapter, case, self.decode)
-        result: dict[str, Any] = {
-            "rewrite_acc": [scores["rewrite"]["token_acc"]],
-            "rephrase_acc": [s["token_acc"] for s in scores["rephrase"]],
-            "multi_step": scores,
+        sections = score_questions(adapter, _questions(case), self.decode)
+        result: Judgement = {
+            "rewrite_acc": [score["token_acc"] for score in scores(sections["rewrite"])],
+            "rephrase_acc": [score["token_acc"] for score in scores(sections.get("rephrase"))],
+            "multi_step": sections,
             "first_wrong": first_wrong(adapter, case, self.decode),
         }
         if self.rungs:
             rungs = ladder(adapter, [case.prompt], [case.target_new], self.decode)[0]
             result |= {"ladder": rungs, "mirage_gap": mirage_gap(rungs)}
             if adapter.masked:
-                result["given_k"] = given_k(adapter, case.prompt, case.target_new, self.decode.seed)
+                result["given_k"] = [*given_k(adapter, case.prompt, case.target_new, self.decode.seed)]
         if case.target_true:
-            result["counterfact"] = {
-                name: counterfact_scores(
-                    adapter, case.prompt, case.rephrase_prompts, case.neighborhood, case.target_new, case.target_true, normalised
-                )
-                for name, normalised in (("sum", False), ("per_token", True))
-            }
+            result["counterfact"] = counterfact_scores(
+                adapter, case.prompt, case.rephrase_prompts, case.neighborhood, case.target_new, case.target_true
+            )
         if self.fluency:
             result["fluency"] = fluency(adapter, case.prompt, seed=self.decode.seed)
         if self.held_out:
-            result["perplexity"] = perplexity(adapter, self.held_out)
+            result["perplexity"] = {**perplexity(adapter, self.held_out)}
         return result
 
 
-def _scored(adapter: Adapter, case: BenchCase, config: DecodeConfig) -> dict[str, Any]:
-    """All prompts of a case, decoded in one batch."""
-    asked: list[tuple[str, str, str, str]] = [("rewrite", "", case.prompt, case.target_new)]
-    asked += [("rephrase", "", p, case.target_new) for p in case.rephrase_prompts]
-    asked += [("same_subject", "", p, a) for p, a in case.same_subject]
-    for kind, sections in (("locality", case.locality), ("portability", case.portability)):
-        asked += [(kind, section, p, a) for section, pairs in sections.items() for p, a in pairs]
-    statement = f"{case.prompt} {case.target_new}."  # CounterFact+ (Hoelscher-Obermaier et al., 2023): said before a neighbour's prompt
-    asked += [("with_statement", section, f"{statement} {p}", a) for section, pairs in case.locality.items() for p, a in pairs]
-    asked = [a for a in asked if a[3].strip()]  # some files have probes without an answer: nothing to score
-    out: dict[str, Any] = {"rephrase": [], "same_subject": [], "locality": {}, "portability": {}, "with_statement": {}}
-    for (kind, section, _, _), score in zip(asked, score_prompts(adapter, [a[2] for a in asked], [a[3] for a in asked], config)):
-        if kind == "rewrite":
-            out[kind] = score
-        elif section:
-            out[kind].setdefault(section, []).append(score)
-        else:
-            out[kind].append(score)
-    return out
+def _questions(case: BenchCase) -> list[Question]:
+    """All that is asked of a case; probes without an answer, which some files have, are left out."""
+    new = case.target_new
+    asked = [Question("rewrite", case.prompt, new, alone=True)]
+    asked += [Question("rephrase", prompt, new) for prompt in case.rephrase_prompts]
+    asked += [Question("same_subject", prompt, answer) for prompt, answer in case.same_subject]
+    for section, parts in (("locality", case.locality), ("portability", case.portability)):
+        asked += [Question(section, p, a, key) for key, pairs in parts.items() for p, a in pairs]
+    # CounterFact+ (Hoelscher-Obermaier et al., 2023): the edit is said before a neighbour's prompt
+    said = f"{case.prompt} {new}."
+    asked += [Question("with_statement", f"{said} {p}", a, key) for key, pairs in case.locality.items() for p, a in pairs]
+    return [question for question in asked if question.answer.strip()]
 
 
 def written(adapter: Adapter, case: BenchCase, config: DecodeConfig) -> tuple[Trajectory, torch.Tensor]:
@@ -95,29 +95,31 @@ def written(adapter: Adapter, case: BenchCase, config: DecodeConfig) -> tuple[Tr
     return path, target
 
 
-def first_wrong(adapter: Adapter, case: BenchCase, config: DecodeConfig) -> dict[str, int] | None:
+def first_wrong(adapter: Adapter, case: BenchCase, config: DecodeConfig) -> Place | None:
     """Step and slot of the first token that was committed wrongly; None if there was none."""
     path, target = written(adapter, case, config)
     wrong = [(int(path.step[i]), i) for i in range(len(target)) if path.tokens[i] != target[i]]
     return {"step": min(wrong)[0], "slot": min(wrong)[1]} if wrong else None
 
 
-def history(adapter: Adapter, case: BenchCase, config: DecodeConfig) -> dict[str, list]:
+def history(adapter: Adapter, case: BenchCase, config: DecodeConfig) -> Denoising:
     """The denoising of the case's prompt: token, step and confidence of every slot."""
     path, _ = written(adapter, case, config)
     tokens = [adapter.tokenizer.decode([t]) for t in path.tokens.tolist()]
-    return {"tokens": tokens, "step": path.step.tolist(), "confidence": [round(c, 4) for c in path.confidence.tolist()]}
+    confidence = [round(c, 4) for c in path.confidence.tolist()]
+    return {"tokens": tokens, "step": path.step.tolist(), "confidence": [*confidence]}
 
 
-def kept(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+def kept(before: Judgement, after: Judgement) -> Judgement:
     """Share of the tokens that an edit left as they were: by section of locality, and for the subject's other facts."""
     then, now = before["multi_step"], after["multi_step"]
-    result: dict[str, Any] = {"locality_kept": {s: _same(then["locality"][s], now["locality"][s]) for s in now["locality"]}}
-    if now["same_subject"]:
+    shares = {key: _same(then["locality"][key], section) for key, section in now["locality"].items()}
+    result: Judgement = {"locality_kept": shares}
+    if "same_subject" in now:
         result["same_subject_kept"] = _same(then["same_subject"], now["same_subject"])
     return result
 
 
-def _same(before: Sequence[dict], after: Sequence[dict]) -> float:
-    shares = [sum(a == b for a, b in zip(x["tokens"], y["tokens"])) / len(y["tokens"]) for x, y in zip(before, after)]
-    return sum(shares) / len(shares)
+def _same(before: Section, after: Section) -> float:
+    pairs = [(x["tokens"], y["tokens"]) for x, y in zip(scores(before), scores(after))]
+    return sum(sum(a == b for a, b in zip(x, y)) / len(y) for x, y in pairs) / len(pairs)

@@ -22,10 +22,11 @@ from easyedit_mdm.common.files import write_text
 from easyedit_mdm.data.cases import Loaded, load_cases
 from easyedit_mdm.editing import METHODS, ROMEMDMHyperParams
 from easyedit_mdm.errors import DataError, HyperParameterError
+from easyedit_mdm.evaluation.records import read_run
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.report.compare import middle, show
 from easyedit_mdm.report.figures import DASHES, INK, MARKERS, SERIES, SOFT, dressed, legend, new_figure, rendered, save, spans, svg
-from easyedit_mdm.report.summaries import read_run, summary
+from easyedit_mdm.report.summaries import summary
 from easyedit_mdm.runs.methods import load_ours, ours
 from easyedit_mdm.runs.run import BenchConfig, header_of, judge_of, run_cases
 from easyedit_mdm.tracing import KINDS, TraceConfig, TracedFact, check_known, trace_facts

@@ -19,6 +19,7 @@ import torch
 
 from easyedit_mdm.denoising import DecodeConfig
 from easyedit_mdm.evaluation.multi_step import score_prompts
+from easyedit_mdm.evaluation.records import Score
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.geometry import right_padded, similar
 from easyedit_mdm.models.prompts import encode, target_ids
@@ -146,9 +147,9 @@ def _gate(name: str, value: float, n: int, **more: Any) -> dict[str, Any]:
     return {"value": value, "needed": NEEDED[name], "passed": bool(n and passed), "n": n, **more}
 
 
-def _written(adapter: Adapter, prompts: Sequence[str], answers: Sequence[str]) -> list[dict[str, Any]]:
+def _written(adapter: Adapter, prompts: Sequence[str], answers: Sequence[str]) -> list[Score]:
     """Records of the multi-step metric, rows of like length together."""
-    found: list[dict[str, Any]] = [{} for _ in prompts]
+    found: list[Score] = [{} for _ in prompts]
     for group in similar([len(prompt) for prompt in prompts], ROWS):
         records = score_prompts(
             adapter, [prompts[i] for i in group], [answers[i] for i in group], DecodeConfig()
@@ -158,7 +159,7 @@ def _written(adapter: Adapter, prompts: Sequence[str], answers: Sequence[str]) -
     return found
 
 
-def _scores(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _scores(records: Sequence[Score]) -> dict[str, float]:
     """Exact after N steps; share of tokens after N steps, and after one."""
     return {
         "exact": _mean([r["exact"] for r in records]),
