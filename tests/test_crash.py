@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from children import changes_seen, needs_processes, start
 from safetensors import SafetensorError
 
 from easyedit_mdm.common import files
@@ -27,32 +27,7 @@ from easyedit_mdm.statistics import moments_for
 from easyedit_mdm.twins.folders import twin_folder
 
 SHORT, LONG = 4, 50
-needs_processes = pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs a server of processes")
 NO_PLACE = Path("/sys/kernel/easyedit_mdm") if Path("/sys/kernel").is_dir() else None
-
-
-def _run(make: Callable[..., Callable[[], object]], arguments: tuple) -> None:
-    """What a child does."""
-    torch.set_num_threads(1)
-    make(*arguments)()
-
-
-def in_child(make: Callable[..., Callable[[], object]], *arguments: object, kill_after: float | None = None) -> bool:
-    """Run `make(*arguments)()` in a process of its own, killing it (SIGKILL) after some seconds; whether it ended by itself.
-
-    The processes are forked from a server that has imported the libraries and done nothing: a fork of this process would inherit the
-    locks that its other threads (progress bars, OpenMP) happen to hold.
-    """
-    children = multiprocessing.get_context("forkserver")
-    children.set_forkserver_preload(["easyedit_mdm.runs.run", "easyedit_mdm.statistics", "transformers.models.auto"])
-    child = children.Process(target=_run, args=(make, arguments))
-    child.start()
-    if kill_after is not None:
-        time.sleep(kill_after)
-        child.kill()
-    child.join()
-    assert child.exitcode in (0, -signal.SIGKILL), "the run itself failed"
-    return child.exitcode == 0
 
 
 def without_times(value):
@@ -62,14 +37,12 @@ def without_times(value):
     return [without_times(v) for v in value] if isinstance(value, list) else value
 
 
-def bench_run(folder: Path, hparams: str) -> Callable[[], object]:
-    """A bench of two cases with everything in one folder; goes on where it was cut off."""
-
-    def work() -> None:
-        os.environ["EASYEDIT_MDM_CACHE"] = str(folder / "cache")
-        bench(BenchConfig("ROME_MDM", hparams, "twins_validation", limit=2, light=True), folder / "run.jsonl", resume=True)
-
-    return work
+def bench_run(folder: Path, hparams: str) -> None:
+    """A bench of three cases that are judged in no time, with everything in one folder; goes on where it was cut off."""
+    os.environ["EASYEDIT_MDM_CACHE"] = str(folder / "cache")
+    data = folder.parent / "data.json"
+    data.write_text(json.dumps([{"prompt": "Where was Zano born?", "subject": "Zano", "target_new": t} for t in ("Pute", "Zoter", "Gugim")]))
+    bench(BenchConfig("ROME_MDM", hparams, "requests", data_file=str(data), light=True), folder / "run.jsonl", resume=True)
 
 
 def bench_result(folder: Path) -> tuple:
@@ -80,16 +53,12 @@ def bench_result(folder: Path) -> tuple:
     return lines, without_times({k: v for k, v in told.items() if k not in ("file", "path")})
 
 
-def stats_run(folder: Path, model: Path) -> Callable[[], object]:
+def stats_run(folder: Path, model: Path) -> None:
     """A collection with a checkpoint after every batch."""
+    from easyedit_mdm import load_model
 
-    def work() -> None:
-        from easyedit_mdm import load_model
-
-        adapter = load_model(model, dtype="float32")
-        moments_for(adapter, [adapter.site(0)], "twins", 3000, folder / "stats", 0, 32, checkpoint_every=0.0)
-
-    return work
+    adapter = load_model(model, dtype="float32")
+    moments_for(adapter, [adapter.site(0)], "twins", 3000, folder / "stats", 0, 32, checkpoint_every=0.0)
 
 
 def stats_result(folder: Path) -> dict[str, bytes]:
@@ -97,37 +66,49 @@ def stats_result(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "stats").iterdir()}
 
 
-def kills(points: int, make: Callable[..., Callable[[], object]], model: object, result: Callable[[Path], object], folder: Path) -> int:
-    """Start, kill at a random moment, resume: the result of a run that was left alone, each time. Returns how many were killed at work."""
-    for name in ("whole", "timed"):  # the first one also starts the server of processes
-        (folder / name).mkdir()
-        began = time.monotonic()
-        assert in_child(make, folder / name, model)
-    length, wanted, rng, struck = time.monotonic() - began, result(folder / "whole"), random.Random(0), 0
+def kills(points: int, work: Callable[[Path, Any], object], model: object, result: Callable[[Path], object], folder: Path) -> int:
+    """Start, kill when the files have come so far, resume: the result of a run that was left alone, each time. Returns how many struck.
+
+    A moment is a number of changes of the files, which a slow machine comes through as a fast one does.
+    """
+
+    def run(here: Path, kill_at: int | None = None) -> tuple[bool, int]:
+        """Whether it ended by itself, and the changes seen."""
+        child = start(work, here, model)
+        seen = changes_seen(child, here, kill_at)
+        assert child.exitcode in (0, -signal.SIGKILL), "the run itself failed"
+        return child.exitcode == 0, seen
+
+    (folder / "whole").mkdir()
+    length, wanted, rng, struck = run(folder / "whole")[1], result(folder / "whole"), random.Random(0), 0
+    assert length > points
     for number in range(points):
         here = folder / str(number)
         here.mkdir()
-        struck += not in_child(make, here, model, kill_after=rng.uniform(0.02, 0.95) * length)
-        assert in_child(make, here, model), "and the second time to the end"
+        struck += not run(here, 1 + int((number + rng.random()) / points * (length - 1)))[0]
+        assert run(here)[0], "and the second time to the end"
         assert result(here) == wanted, f"killed at point {number}"
         assert not [p for p in here.rglob("*") if p.name.endswith((".part", ".tmp"))], "nothing is left lying about"
     return struck
 
 
-@pytest.fixture
-def quick(tmp_path) -> str:
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> str:
     """A file with few optimiser steps."""
     text = find_hparams("ROME_MDM/twin-llama").read_text().replace("v_num_grad_steps: 50", "v_num_grad_steps: 2")
-    (tmp_path / "quick.yaml").write_text(text.replace("mom2_adjustment: true", "mom2_adjustment: false"))
-    return str(tmp_path / "quick.yaml")
+    file = tmp_path_factory.mktemp("quick") / "quick.yaml"
+    file.write_text(text.replace("mom2_adjustment: true", "mom2_adjustment: false"))
+    return str(file)
 
 
+@pytest.mark.end_to_end
 @needs_processes
 def test_bench_killed(tmp_path, quick):
     """kill -9 at random points of a bench."""
     assert kills(SHORT, bench_run, quick, bench_result, tmp_path) >= 2
 
 
+@pytest.mark.end_to_end
 @needs_processes
 def test_statistics_killed(tmp_path):
     """kill -9 at random points of a collection: the same bytes."""
@@ -223,14 +204,31 @@ def test_a_folder_that_may_not_be_written(tmp_path, quick):
         write_text(tmp_path / "file" / "x", "x")
 
 
-@pytest.mark.parametrize(("line", "number"), [('{"case_id": 0, "post"', 2), ("[1]", 2), ("\udcff", 2), ('{"header"', 1)])
-def test_a_broken_line_is_named(tmp_path, quick, line, number):
-    """File, line and what to do, when a run is resumed."""
-    path = tmp_path / "run.jsonl"
+@pytest.fixture(scope="module")
+def finished(quick, tmp_path_factory) -> tuple[BenchConfig, list[str]]:
+    """A run of one case, and its lines."""
+    folder = tmp_path_factory.mktemp("finished")
     work = BenchConfig("ROME_MDM", quick, "twins_validation", limit=1, light=True)
-    bench(work, path)
-    whole = path.read_text().splitlines()
-    whole[number - 1 : number] = [line]
-    path.write_bytes(("\n".join(whole) + "\n").encode("utf-8", "surrogateescape"))
-    with pytest.raises(DataError, match=f"line {number}"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EASYEDIT_MDM_CACHE", str(folder / "cache"))
+        bench(work, folder / "run.jsonl")
+    return work, (folder / "run.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("line", "number", "says"),
+    [
+        ('{"case_id": 0, "post"', 2, "not JSON .*delete this line"),
+        ("[1]", 2, "list, not a JSON object"),
+        ("\udcff", 2, "not JSON .*delete this line"),
+        ('{"header"', 1, "not JSON .*start the run again"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, finished, line, number, says):
+    """File, line and what to do, when a run is resumed."""
+    work, lines = finished
+    lines = [*lines[: number - 1], line, *lines[number:]]
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
+    with pytest.raises(DataError, match=f"run.jsonl, line {number}: {says}"):
         bench(work, path, resume=True)

@@ -13,6 +13,7 @@ import shutil
 import struct
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ import yaml
 from conftest import write_checkpoint
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from safetensors.torch import save, save_file
+from safetensors.torch import load, save
 
 from easyedit_mdm import Edit
 from easyedit_mdm.data.cases import load_cases
 from easyedit_mdm.editing import METHODS, LowRank
 from easyedit_mdm.editing.edit.files import CARD, TENSORS, file_sha256
-from easyedit_mdm.editing.edit.folders import adopt_edits
+from easyedit_mdm.editing.edit.folders import adopt_edits, write_edited
 from easyedit_mdm.editing.hparams import find_hparams, read_yaml
 from easyedit_mdm.errors import EasyEditMDMError
 from easyedit_mdm.evaluation.records import read_run
@@ -139,10 +140,31 @@ def tensor_file(draw: Any, names: list[str]) -> bytes:
 
 
 class Target:
-    """One parser: valid input, the strategies that spoil it, and how it is run."""
+    """One parser: the strategies that spoil its input, how it is run, and valid inputs.
 
-    def __init__(self, inputs: st.SearchStrategy, run: Callable[[Any], Any]):
-        self.inputs, self.run = inputs, run
+    `run` returns what was read, something true, or raises an error of this package.
+    """
+
+    def __init__(self, inputs: st.SearchStrategy, run: Callable[[Any], Any], *valid: Any):
+        self.inputs, self.run, self.valid = inputs, run, valid
+
+
+def first_of(*parsers: Callable[[], Any]) -> Any:
+    """What the first parser that can reads; all are tried.
+
+    Raises:
+        EasyEditMDMError: if none can; the last one's.
+    """
+    found, errors = [], []
+    for parser in parsers:
+        try:
+            found.append(parser())
+        except EasyEditMDMError as error:
+            assert str(error).strip(), "an error without a message"
+            errors.append(error)
+    if not found:
+        raise errors[-1]
+    return found[0]
 
 
 def hparams_target(folder: Path) -> Target:
@@ -157,15 +179,11 @@ def hparams_target(folder: Path) -> Target:
     written = [values.map(lambda x: yaml.dump(x, allow_unicode=True).encode("utf-8", "surrogatepass")) for values in nested]
     inputs = st.one_of(*written, torn(shipped), st.sampled_from(bombs))
 
-    def run(data: bytes) -> None:
+    def run(data: bytes) -> Any:
         (folder / "h.yaml").write_bytes(data)
-        for name in ("ROME_MDM", "AlphaEdit_MDM"):
-            try:
-                METHODS[name].hparams.from_hparams(folder / "h.yaml")
-            except EasyEditMDMError:
-                continue
+        return first_of(*(partial(METHODS[name].hparams.from_hparams, folder / "h.yaml") for name in ("ROME_MDM", "AlphaEdit_MDM")))
 
-    return Target(inputs, run)
+    return Target(inputs, run, shipped, find_hparams("AlphaEdit_MDM/twin-llada").read_bytes())
 
 
 def edit_target(folder: Path) -> Target:
@@ -185,15 +203,15 @@ def edit_target(folder: Path) -> Target:
         st.booleans(),
     )
 
-    def run(parts: tuple[bytes, bytes, bool]) -> None:
+    def run(parts: tuple[bytes, bytes, bool]) -> Edit:
         (folder / "e" / TENSORS).write_bytes(parts[1])
         data = parts[0].replace(card["tensors"]["sha256"].encode(), file_sha256(folder / "e" / TENSORS).encode()) if parts[2] else parts[0]
         (folder / "e" / CARD).write_bytes(data)
         edit = Edit.load(folder / "e")
         edit.diff()
-        Edit.compose([edit, edit], force=True)
+        return Edit.compose([edit, edit], force=True)
 
-    return Target(inputs, run)
+    return Target(inputs, run, (dumped(card), tensors, False), (dumped({**card, "note": 1}), tensors, True))
 
 
 def run_file_target(folder: Path) -> Target:
@@ -216,19 +234,18 @@ def run_file_target(folder: Path) -> Target:
     def text(records: Any) -> bytes:
         return b"\n".join(dumped(r) for r in records) + b"\n" if isinstance(records, list) else dumped(records)
 
-    def run(data: bytes) -> None:
+    def run(data: bytes) -> Any:
         path = folder / "run.jsonl"
         path.write_bytes(data)
-        try:
-            _prepare(path, header, resume=True)
-        except EasyEditMDMError:
-            pass
+        gone_on_with = first_of(lambda: _prepare(path, header, resume=True), lambda: -1)
         path.write_bytes(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            summary(read_run(path), seed=0, resamples=2)
+            told = summary(read_run(path), seed=0, resamples=2)
+        assert gone_on_with < 0 or told["cases"] == gone_on_with or not data.endswith(b"\n")
+        return told["cases"]
 
-    return Target(st.one_of(spoiled(lines).map(text), torn(text(lines))), run)
+    return Target(st.one_of(spoiled(lines).map(text), torn(text(lines))), run, text(lines))
 
 
 def data_target(name: str, records: Any, tokenizer: Any = None) -> Callable[[Path], Target]:
@@ -241,17 +258,19 @@ def data_target(name: str, records: Any, tokenizer: Any = None) -> Callable[[Pat
             valid = b"\n".join(dumped(r) for r in records)
             inputs = st.one_of(spoiled(records).map(lambda rs: b"\n".join(map(dumped, rs)) if isinstance(rs, list) else dumped(rs)), torn(valid))
 
-            def run(data: bytes) -> None:
+            def run(data: bytes) -> Any:
                 (place / "test.jsonl").write_bytes(data)
-                load_cases("kamel", data_dir=folder, tokenizer=tokenizer, limit=3)
+                loaded = load_cases("kamel", data_dir=folder, tokenizer=tokenizer, limit=3)
+                return [*loaded.cases, *loaded.skipped]
 
-            return Target(inputs, run)
+            return Target(inputs, run, valid)
 
-        def run_file(data: bytes) -> None:
+        def run_file(data: bytes) -> Any:
             (folder / "data.json").write_bytes(data)
-            load_cases(name, data_file=folder / "data.json", limit=3)
+            loaded = load_cases(name, data_file=folder / "data.json", limit=3)
+            return [*loaded.cases, *loaded.skipped]
 
-        return Target(st.one_of(spoiled(records).map(dumped), torn(dumped(records))), run_file)
+        return Target(st.one_of(spoiled(records).map(dumped), torn(dumped(records))), run_file, dumped(records))
 
     return make
 
@@ -264,29 +283,25 @@ def statistics_target(folder: Path) -> Target:
     collecting._save(folder / "c.safetensors", collecting._Sums({"s": [torch.eye(3, dtype=torch.float64)] * 2}, 1, 2, 3))
     part = (folder / "c.safetensors").read_bytes()
 
-    def run(data: bytes) -> None:
+    def run(data: bytes) -> Any:
         path = folder / "x.safetensors"
         path.write_bytes(data)
-        try:
-            collecting._load(path, [site])
-        except EasyEditMDMError:
-            pass
-        read(path, "0" * 64)
+        return first_of(lambda: collecting._load(path, [site]), lambda: read(path, "0" * 64))
 
-    return Target(st.one_of(torn(whole), torn(part), tensor_file(["moment"]), tensor_file(["s|0", "s|1"])), run)
+    return Target(st.one_of(torn(whole), torn(part), tensor_file(["moment"]), tensor_file(["s|0", "s|1"])), run, whole, part)
 
 
 def text_target(folder: Path) -> Target:
     """JSON lines of text."""
     valid = b'{"text": "a b"}\n{"text": "c"}\n'
 
-    def run(data: bytes) -> None:
-        (folder / "t.jsonl").write_bytes(data)
-        list(text_source(folder / "t.jsonl").documents())
+    def run(data: bytes) -> Any:
         (folder / "t.txt").write_bytes(data)
-        list(text_source(folder / "t.txt").documents())
+        first_of(lambda: list(text_source(folder / "t.txt").documents()), lambda: [])
+        (folder / "t.jsonl").write_bytes(data)
+        return list(text_source(folder / "t.jsonl").documents())
 
-    return Target(st.one_of(torn(valid), spoiled([{"text": "a"}]).map(dumped)), run)
+    return Target(st.one_of(torn(valid), spoiled([{"text": "a"}]).map(dumped)), run, valid)
 
 
 def model_target(folder: Path) -> Target:
@@ -302,39 +317,39 @@ def model_target(folder: Path) -> Target:
         st.one_of(st.none(), st.none(), spoiled(index).map(dumped), torn(dumped(index))),
     )
 
-    def run(parts: tuple[bytes, bytes, bytes | None]) -> None:
+    def run(parts: tuple[bytes, bytes, bytes | None]) -> Any:
         (base / "config.json").write_bytes(parts[0])
         (base / "model.safetensors").write_bytes(parts[1])
         (base / "model.safetensors.index.json").unlink(missing_ok=True)
         if parts[2] is not None:
             (base / "model.safetensors.index.json").write_bytes(parts[2])
-        load_adapter(base)
+        return load_adapter(base)
 
-    return Target(inputs, run)
+    one_shard = {"weight_map": dict.fromkeys(load(weights), "model.safetensors")}
+    return Target(inputs, run, (dumped(config), weights, None), (dumped(config), weights, dumped(one_shard)))
 
 
 def applied_target(folder: Path) -> Target:
     """The record of edits in a model folder."""
-    base = folder / "edited"
-    if not base.exists():
-        write_checkpoint(base, "llada", 40)
-    adapter = load_adapter(base)
-    place = base / "edits" / "001"
-    shutil.rmtree(base / "edits", ignore_errors=True)
+    write_checkpoint(folder / "base", "llada", 40)
+    adapter = load_adapter(folder / "base")
     weight = adapter.site(1).weight
     edit = Edit([LowRank(weight, torch.ones(32, 1), torch.ones(1, 48))], {"facts": []}).seal(adapter)
-    edit.save(place)
-    save_file({weight: dict(adapter.named_parameters())[weight].detach().clone()}, place / "originals.safetensors")
-    valid = {"format": "easyedit_mdm.applied", "edits": [{"folder": "edits/001", "id": edit.card["id"], "edited": {weight: "0" * 64}}]}
-    originals = (place / "originals.safetensors").read_bytes()
-    inputs = st.tuples(st.one_of(spoiled(valid).map(dumped), torn(dumped(valid))), st.one_of(tensor_file([weight]), st.just(originals)))
+    edit.apply(adapter)
+    write_edited(adapter, folder / "edited")
+    place = folder / "edited" / "edits" / "001"
+    told, originals = json.loads((folder / "edited" / "applied.json").read_text()), (place / "originals.safetensors").read_bytes()
+    carrying = [load_adapter(folder / "edited")]
+    inputs = st.tuples(st.one_of(spoiled(told).map(dumped), torn(dumped(told))), st.one_of(tensor_file([weight]), st.just(originals)))
 
-    def run(parts: tuple[bytes, bytes]) -> None:
-        (base / "applied.json").write_bytes(parts[0])
+    def run(parts: tuple[bytes, bytes]) -> Any:
+        (folder / "edited" / "applied.json").write_bytes(parts[0])
         (place / "originals.safetensors").write_bytes(parts[1])
-        adopt_edits(adapter)
+        edits = adopt_edits(carrying[0])
+        carrying[0] = load_adapter(folder / "edited")  # the other one knows its edits now
+        return edits
 
-    return Target(inputs, run)
+    return Target(inputs, run, (dumped(told), originals))
 
 
 ZSRE = [{"src": "Where is A?", "subject": "A", "alt": "B", "answers": ["C"], "rephrase": "A is where?", "loc": "Who?", "loc_ans": "D",
@@ -378,10 +393,13 @@ def fuzz(name: str, target: Target, examples: int) -> None:
 
 @pytest.mark.parametrize("name", [*TARGETS, "kamel"])
 def test_short(tmp_path, name, tokenizer):
-    """A few inputs for each parser."""
+    """Valid input is read, before and after a few spoiled ones for each parser."""
     make = data_target("kamel", KAMEL, tokenizer) if name == "kamel" else TARGETS[name]
-    fuzz(name, make(tmp_path), SHORT)
-    assert TRIED[name] >= SHORT
+    target = make(tmp_path)
+    assert target.valid and all(target.run(value) for value in target.valid)
+    TRIED[name] = 0
+    fuzz(name, target, SHORT)
+    assert TRIED[name] >= SHORT and all(target.run(value) for value in target.valid)
 
 
 @pytest.mark.long
