@@ -17,5 +17,11 @@ def easyedit(home: str | Path | None = None) -> Finding:
         told = "`run`, `demo`, the hook, BaseEditor and EasyEdit's own methods in `bench` will not work; everything else does"
         return Finding("EasyEdit", str(error), "limited", told)
     form = "the repository" if host.form == "head" else "PyPI's wheel of October 2023"
-    cure = "" if host.form == "head" else "its runners (examples/run_*.py) and AlphaEdit are only in the repository: clone it and set EASYEDIT_HOME"
-    return Finding("EasyEdit", f"{form}, {host.source}, at {host.root}", "ok" if host.form == "head" else "limited", cure)
+    cure = (
+        ""
+        if host.form == "head"
+        else "its runners (examples/run_*.py) and AlphaEdit are only in the repository: clone it and set EASYEDIT_HOME"
+    )
+    return Finding(
+        "EasyEdit", f"{form}, {host.source}, at {host.root}", "ok" if host.form == "head" else "limited", cure
+    )

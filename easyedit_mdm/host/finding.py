@@ -54,14 +54,18 @@ def find_easyedit(home: str | Path | None = None) -> Host:
     if home:
         root = Path(home).expanduser().resolve()
         if not _holds_easyedit(root):
-            raise HostNotFoundError(f"{root} (EASYEDIT_HOME or --easyedit-home) holds no easyeditor/editors/editor.py. {how_to_get()}")
+            raise HostNotFoundError(
+                f"{root} (EASYEDIT_HOME or --easyedit-home) holds no easyeditor/editors/editor.py. {how_to_get()}"
+            )
         return _host(root, "home")
     spec = importlib.util.find_spec("easyeditor")
     if spec is not None and spec.submodule_search_locations:
         return _host(Path(next(iter(spec.submodule_search_locations))).parent, "installed")
     if _holds_easyedit(wheel_folder()):
         return _host(wheel_folder(), "own folder")
-    raise HostNotFoundError(f"EasyEdit is neither imported nor installed, and EASYEDIT_HOME is not set. {how_to_get()}")
+    raise HostNotFoundError(
+        f"EasyEdit is neither imported nor installed, and EASYEDIT_HOME is not set. {how_to_get()}"
+    )
 
 
 def _holds_easyedit(root: Path) -> bool:

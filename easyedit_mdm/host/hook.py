@@ -12,7 +12,12 @@ from easyedit_mdm.errors import HostNotFoundError
 from easyedit_mdm.host.finding import Host, find_easyedit, how_to_get
 from easyedit_mdm.host.importing import told
 from easyedit_mdm.host.joining import register
-from easyedit_mdm.host.runner import EASYEDIT_SEED, numbers_alone_in_locality, seed_everything, understanding_our_methods
+from easyedit_mdm.host.runner import (
+    EASYEDIT_SEED,
+    numbers_alone_in_locality,
+    seed_everything,
+    understanding_our_methods,
+)
 from easyedit_mdm.host.standins import standins
 
 

@@ -19,7 +19,12 @@ from easyedit_mdm.host.finding import Host, find_easyedit
 from easyedit_mdm.host.standins import older, pip_name, standins, version_of
 
 # BaseEditor and what joining it needs; attributes of the package itself are shadowed by names of its submodules
-_WANTED = ("easyeditor", "easyeditor.editors.editor", "easyeditor.util.alg_dict", "easyeditor.editors.batch_editor")
+_WANTED = (
+    "easyeditor",
+    "easyeditor.editors.editor",
+    "easyeditor.util.alg_dict",
+    "easyeditor.editors.batch_editor",
+)
 
 
 def import_easyedit(home: str | Path | None = None) -> Host:
@@ -71,10 +76,18 @@ def _host_import_error(host: Host, error: Exception) -> HostImportError:
 
 def _place(host: Host, error: Exception) -> str:
     """The line of EasyEdit that failed: the last one in the traceback."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(host.root / "easyeditor")]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if Path(f.filename).is_relative_to(host.root / "easyeditor")
+    ]
     if isinstance(error, SyntaxError) and error.filename:  # that file has no frame
         return f"{Path(error.filename).name}, line {error.lineno}"
-    return f"{Path(frames[-1].filename).relative_to(host.root)}, line {frames[-1].lineno}" if frames else "easyeditor"
+    return (
+        f"{Path(frames[-1].filename).relative_to(host.root)}, line {frames[-1].lineno}"
+        if frames
+        else "easyeditor"
+    )
 
 
 def _involved(error: Exception) -> list[str]:
@@ -89,12 +102,20 @@ def _involved(error: Exception) -> list[str]:
 def _cure(host: Host, error: Exception, packages: list[str]) -> str:
     """What to do: install what is missing, an older version of what has changed, or EasyEdit again where its own files fail."""
     if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "easyeditor":
-        again = f"git -C {host.root} status shows what is missing; clone it again" if host.form == "head" else "install it again"
+        again = (
+            f"git -C {host.root} status shows what is missing; clone it again"
+            if host.form == "head"
+            else "install it again"
+        )
         return f"A file of its own is missing: {again}"
     absent = [pip_name(package) for package in packages if version_of(package) is None]
     if absent:
         return f"Install what is missing: pip install {' '.join(absent)}"
-    update = f"update EasyEdit (git -C {host.root} pull), or install " if host.form == "head" else "install EasyEdit's repository, or "
+    update = (
+        f"update EasyEdit (git -C {host.root} pull), or install "
+        if host.form == "head"
+        else "install EasyEdit's repository, or "
+    )
     return f"What to do: {update}an older version of what has changed: {older(packages[0])}"
 
 
@@ -105,7 +126,9 @@ def _as_before() -> Iterator[None]:
     import torch
 
     seeds = (random.getstate(), numpy.random.get_state(), torch.get_rng_state())
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    cuda = (
+        torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    )
     environment = dict(os.environ)
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level

@@ -13,4 +13,7 @@ MOVED = {
 }
 
 # the first version of the package that lacks a name, where it is known
-LAST_WITH = {"transformers.modeling_utils.find_pruneable_heads_and_indices": "5", "transformers.modeling_attn_mask_utils": "5.24"}
+LAST_WITH = {
+    "transformers.modeling_utils.find_pruneable_heads_and_indices": "5",
+    "transformers.modeling_attn_mask_utils": "5.24",
+}

@@ -35,13 +35,22 @@ _PIP_NAMES = {"cv2": "opencv-python-headless", "sentence_transformers": "sentenc
 
 # the modules that every call of BaseEditor runs through, and what they cannot do without
 _EDITOR = ("easyeditor.editors.editor", "easyeditor.editors.utils", "easyeditor.editors.batch_editor")
-_NEEDED = ("torch", "numpy", "tqdm", "yaml", "transformers.AutoModelForCausalLM", "transformers.AutoTokenizer")
+_NEEDED = (
+    "torch",
+    "numpy",
+    "tqdm",
+    "yaml",
+    "transformers.AutoModelForCausalLM",
+    "transformers.AutoTokenizer",
+)
 
 
 # ---- what stands in ------------------------------------------------------------------------------------------------------------------
 
 
-class _StandInType(abc.ABCMeta):  # as a metaclass, so that a class with abstract methods may inherit from a stand-in
+class _StandInType(
+    abc.ABCMeta
+):  # as a metaclass, so that a class with abstract methods may inherit from a stand-in
     """A class that may be named, subclassed and passed around, and raises when it is called or read from."""
 
     def __getattr__(cls, name: str) -> Any:
@@ -62,7 +71,9 @@ class _StandInType(abc.ABCMeta):  # as a metaclass, so that a class with abstrac
 def make_standin(name: str, why: str | None = None) -> type:
     """A stand-in for the dotted `name`; `why` says what is wrong and what to do (default: the package is not installed)."""
     module, _, last = name.rpartition(".")
-    return _StandInType(last, (), {"__standin__": name, "__why__": why or _not_installed(name), "__module__": module})
+    return _StandInType(
+        last, (), {"__standin__": name, "__why__": why or _not_installed(name), "__module__": module}
+    )
 
 
 class _Answer(types.ModuleType):
@@ -98,7 +109,9 @@ def pip_name(package: str) -> str:
 
 def older(package: str, name: str = "") -> str:
     """The command that installs a version of an installed package that still has the dotted `name`."""
-    last = next((bound for gone, bound in LAST_WITH.items() if name == gone or name.startswith(f"{gone}.")), None)
+    last = next(
+        (bound for gone, bound in LAST_WITH.items() if name == gone or name.startswith(f"{gone}.")), None
+    )
     return f'pip install "{pip_name(package)}<{last or version_of(package)}"'
 
 
@@ -129,7 +142,12 @@ class _Import:
         self.asks, self.before, self.active = asks, builtins.__import__, True
 
     def __call__(
-        self, name: str, globals: dict | None = None, locals: Any = None, fromlist: Sequence[str] | None = (), level: int = 0
+        self,
+        name: str,
+        globals: dict | None = None,
+        locals: Any = None,
+        fromlist: Sequence[str] | None = (),
+        level: int = 0,
     ) -> types.ModuleType:
         """Python's own import, and an answer where it fails."""
         names = tuple(fromlist or ())
@@ -146,9 +164,17 @@ class _Import:
 
     def _answers(self, name: str, names: Iterable[str], importer: dict | None) -> bool:
         package = name.split(".")[0]
-        if not self.active or importer is None or package == "easyeditor" or package in sys.stdlib_module_names or not self.asks(importer):
+        if (
+            not self.active
+            or importer is None
+            or package == "easyeditor"
+            or package in sys.stdlib_module_names
+            or not self.asks(importer)
+        ):
             return False
-        return not _needed(importer.get("__name__", ""), [name, *(f"{name}.{n}" for n in names)]) and not _guarded(importer)
+        return not _needed(
+            importer.get("__name__", ""), [name, *(f"{name}.{n}" for n in names)]
+        ) and not _guarded(importer)
 
 
 def _needed(importer: str, wanted: Sequence[str]) -> bool:
@@ -172,13 +198,21 @@ def _guarded(importer: dict) -> bool:
         tree = ast.parse("".join(linecache.getlines(file, importer)))
     except SyntaxError:  # no source at hand, as under `python -c`
         return False
-    tries = [node for node in ast.walk(tree) if isinstance(node, ast.Try) and any(map(_catches, node.handlers))]
-    return any(body.lineno <= number <= (body.end_lineno or body.lineno) for node in tries for body in node.body)
+    tries = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Try) and any(map(_catches, node.handlers))
+    ]
+    return any(
+        body.lineno <= number <= (body.end_lineno or body.lineno) for node in tries for body in node.body
+    )
 
 
 def _catches(handler: ast.ExceptHandler) -> bool:
     kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
-    return any(k is None or getattr(k, "id", "") in ("ImportError", "ModuleNotFoundError", "Exception", "BaseException") for k in kinds)
+    return any(
+        k is None
+        or getattr(k, "id", "") in ("ImportError", "ModuleNotFoundError", "Exception", "BaseException")
+        for k in kinds
+    )
 
 
 def _missing(module: types.ModuleType, names: Iterable[str]) -> dict[str, Exception]:
