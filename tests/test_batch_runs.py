@@ -10,7 +10,8 @@ from test_bench import alike, lines
 from easyedit_mdm.cli import main
 from easyedit_mdm.editing.hparams import find_hparams
 from easyedit_mdm.errors import DataError, FileError, HyperParameterError
-from easyedit_mdm.report.summaries import read_run, summary
+from easyedit_mdm.evaluation.records import read_run
+from easyedit_mdm.report.summaries import summary
 from easyedit_mdm.runs import batches
 from easyedit_mdm.runs import run as running
 from easyedit_mdm.runs.batches import batches_file, edits_folder, read_batches

@@ -10,7 +10,7 @@ import torch
 from test_edits import quick_file, some_edit
 from test_rome import REQUEST, hparams
 
-from easyedit_mdm import Edit, make_edit, make_edits
+from easyedit_mdm import Edit, Session, make_edit, make_edits
 from easyedit_mdm.cli import main
 from easyedit_mdm.common.fingerprints import parameter_hashes
 from easyedit_mdm.editing import METHODS, LowRank, ROMEMDMHyperParams
@@ -18,7 +18,6 @@ from easyedit_mdm.editing.guard import GuardConfig, held_out, reasons, update_fi
 from easyedit_mdm.errors import CollapseError, HyperParameterError, StatisticsError
 from easyedit_mdm.evaluation import CollapseGuard
 from easyedit_mdm.evaluation import guard as guarding
-from easyedit_mdm.evaluation.guard import apply_guarded
 from easyedit_mdm.twins.benchmark import cases
 
 
@@ -120,11 +119,13 @@ def test_off_says_so(tiny):
     model = tiny("llada")
     edit = make_edit(model, REQUEST, hparams())
     assert edit.card["guard"] == {"on": False, "why": "guard is not set in the hyperparameters"}
-    assert apply_guarded(model, edit, hparams()) and edit.is_applied(model)
-    edit.revert(model)
+    session = Session(model, hparams())
+    session.apply(edit)
+    assert edit.is_applied(model)
+    session.undo()
     strict = hparams(guard={"norm_ratio": 1e-9})
     with pytest.raises(CollapseError, match="norm_ratio"):
-        apply_guarded(model, make_edit(model, REQUEST, strict), strict)
+        Session(model, strict).edit([REQUEST])
 
 
 @pytest.mark.parametrize(
