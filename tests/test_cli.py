@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from test_edits import quick_file
 
 from easyedit_mdm.cli import arguments, main
 
@@ -51,21 +52,11 @@ def test_statistics_bad_input(changed, message, capsys):
 
 def test_bench_and_compare(tmp_path, capsys):
     """Two methods on the same cases; each line is a case, in order; the report names both; a finished file is not overwritten."""
-    for alg in ("ROME_MDM", "MEMIT_MDM"):
-        asked = [
-            "bench",
-            "--alg",
-            alg,
-            "--hparams",
-            f"{alg}/twin-llada",
-            "--dataset",
-            "twins",
-            "--limit",
-            "2",
-            "--light",
-            "--out",
-            str(tmp_path / f"{alg}.jsonl"),
-        ]
+    for alg, more in (("ROME_MDM", {}), ("MEMIT_MDM", {"mom2_adjustment": True, "mom2_n_tokens": 1500})):
+        (tmp_path / alg).mkdir()
+        file = quick_file(tmp_path / alg, f"{alg}/twin-llada", **{"v_num_grad_steps": 3, **more})
+        asked = ["bench", "--alg", alg, "--hparams", file, "--dataset", "twins", "--limit", "2", "--light"]
+        asked += ["--out", str(tmp_path / f"{alg}.jsonl")]
         assert main(asked) == 0
     lines = [json.loads(line) for line in (tmp_path / "ROME_MDM.jsonl").read_text().splitlines()]
     assert lines[0]["header"] and len(lines) == 3 and all("multi_step" in line["post"] for line in lines[1:])

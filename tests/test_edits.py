@@ -324,30 +324,15 @@ def quick_file(folder, name="ROME_MDM/twin-llama", **changes) -> str:
     return str(folder / "quick.json")
 
 
+@pytest.mark.end_to_end
 def test_the_commands(tmp_path, twin_llama, capsys):
     """edit, diff, verify, apply, verify, revert, export and compose, on a twin; every state bit for bit what it should be."""
     base, here = parameter_hashes(twin_llama), str(tmp_path)
     fact = ["--prompt", "Where was Zano born?", "--subject", "Zano", "--target"]
     file = quick_file(tmp_path)
+    other = ["--prompt", "Tamos Latre was born in", "--subject", "Tamos Latre", "--target", "Zoter"]
     assert main(["edit", "--hparams", file, *fact, "Gugim", "--save", f"{here}/e1"]) == 0
-    assert (
-        main(
-            [
-                "edit",
-                "--hparams",
-                file,
-                "--prompt",
-                "Tamos Latre was born in",
-                "--subject",
-                "Tamos Latre",
-                "--target",
-                "Zoter",
-                "--save",
-                f"{here}/e2",
-            ]
-        )
-        == 0
-    )
+    assert main(["edit", "--hparams", file, *other, "--save", f"{here}/e2"]) == 0
     told = json.loads((tmp_path / "e1" / "edit.json").read_text())
     assert told["guard"]["verdict"] == "passed" and told["metrics"]["after"]["exact"] == 1.0 and told["base"]["name"] == "twin-llama"
     assert main(["verify", f"{here}/e1", "--json", f"{here}/v.json"]) == 0 and json.loads((tmp_path / "v.json").read_text())["holds"]
