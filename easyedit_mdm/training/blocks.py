@@ -1,13 +1,15 @@
 """Rows for block-causal training: the clean text and noisy blocks of it, in one pass.
 
-A row holds *columns*. Clean columns are a text as the model reads a prompt: each sees those before it. A noisy block stands for
-tokens `start .. start + n - 1` of its text, some of them masked: its columns see the clean tokens before `start`, and each
-other. So the context is computed causally, as in generation, and one clean copy serves any number of blocks, at any start.
-Several texts share a row; none sees another, and positions start at 0 in each.
+A row holds *columns*. Clean columns are a text as the model reads a prompt: each sees those before it. A
+noisy block stands for tokens `start .. start + n - 1` of its text, some of them masked: its columns see the
+clean tokens before `start`, and each other. So the context is computed causally, as in generation, and one
+clean copy serves any number of blocks, at any start. Several texts share a row; none sees another, and
+positions start at 0 in each.
 
-On the way to full attention (`opening`) blocks grow, and then the context opens: a noisy copy of the whole text takes the place of
-the blocks. Its columns have ranks, and each sees those whose rank is not above its own: stretches of the context that see
-themselves both ways, ever longer ones, until all have one rank. The clean copy stays causal, for the teacher.
+On the way to full attention (`opening`) blocks grow, and then the context opens: a noisy copy of the whole
+text takes the place of the blocks. Its columns have ranks, and each sees those whose rank is not above its
+own: stretches of the context that see themselves both ways, ever longer ones, until all have one rank. The
+clean copy stays causal, for the teacher.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ NOISY_SHARE = 2.0  # noisy columns for each clean one
 
 @dataclass(frozen=True)
 class Block:
-    """A noisy block: tokens `start .. start + len(masked) - 1` of a text, which of them are masked, and their ranks (None: all 0)."""
+    """A noisy block: tokens `start .. start + len(masked) - 1` of a text, and which of them are masked.
+
+    `ranks`: see `Rows`; None: all 0.
+    """
 
     start: int
     masked: tuple[bool, ...]
@@ -66,8 +71,8 @@ class Rows:
         ranks: inside a noisy block, each sees those whose rank is not above its own.
         targets: the token that stands there, for masked slots after a block's first; -1 elsewhere.
         weights: weight of that slot: 1 / number of such slots of its block.
-        teachers: column of the clean token before it, where the slots on its left all show and those on its right do not: what
-            stands there is what the teacher says of the next token; -1 elsewhere.
+        teachers: column of the clean token before it, where the slots on its left all show and those on its
+            right do not: what stands there is what the teacher says of the next token; -1 elsewhere.
     """
 
     ids: Int[Tensor, "rows length"]
@@ -89,10 +94,11 @@ class Rows:
 
 
 def visible(rows: Rows) -> Bool[Tensor, "rows length length"]:
-    """Who sees whom: `[r, q, k]` says whether column q sees column k. Padding sees itself, so that no softmax is empty."""
+    """Who sees whom: `[r, q, k]` says whether column q sees column k. Padding sees itself: no softmax is empty."""
     text_q, text_k = rows.texts[:, :, None], rows.texts[:, None, :]
     block_q, block_k = rows.blocks[:, :, None], rows.blocks[:, None, :]
-    # a clean column's own position counts as seen, a block's first position does not: inside the block its own copy stands for it
+    # a clean column's own position counts as seen, a block's first position does not: inside the block its
+    # own copy stands for it
     before = rows.positions[:, None, :] < rows.starts[:, :, None] + (block_q == 0).long()
     inside = (block_q == block_k) & (rows.ranks[:, None, :] <= rows.ranks[:, :, None])
     seen = (text_q == text_k) & (text_q > 0) & torch.where(block_k == 0, before, inside)
@@ -109,9 +115,11 @@ def additive(
 
 
 def noise(piece: Piece, size: int, rng: random.Random) -> Noised:
-    """Noisy blocks of a text: one at each answer, and more at random starts, about `NOISY_SHARE` columns a clean one.
+    """Noisy blocks of a text: one at each answer, and more at random starts, about `NOISY_SHARE` columns a
+    clean one.
 
-    A block's first slot is predicted from the clean token before it, as in the teacher: no masks are spent on it alone.
+    A block's first slot is predicted from the clean token before it, as in the teacher: no masks are spent on
+    it alone.
     """
     blocks = [block for at, n in piece.answers if (block := _at_answer(len(piece.ids), at, n, size, rng))]
     while sum(len(b.masked) for b in blocks) < NOISY_SHARE * len(piece.ids) - size / 2:
@@ -195,7 +203,8 @@ class Opening:
 
     Attributes:
         block: tokens of a block.
-        context: tokens of a stretch of context that sees itself both ways; 1: causal, and blocks with a clean context are read.
+        context: tokens of a stretch of context that sees itself both ways; 1: causal, and blocks with a clean
+            context are read.
         full: share of the texts in which everything sees everything.
     """
 
@@ -207,8 +216,10 @@ class Opening:
 def opening(done: float, attention: str, block_size: int) -> Opening:
     """How far attention is open after a share `done` of the training.
 
-    `block`: blocks of `block_size` from the first step to the last. `full`: blocks of 8, 16, 32 in the first 30 %; then the
-    context opens in stretches of 2, 4, 8, ...; full texts come in from 45 % on, and from 70 % on there are no others.
+    `block`: blocks of `block_size` from the first step to the last. `full`: blocks of 8, 16, 32 in the first
+        30 %; then the
+    context opens in stretches of 2, 4, 8, ...; full texts come in from 45 % on, and from 70 % on there are no
+    others.
     """
     if attention == "block":
         return Opening(block_size)
@@ -219,7 +230,10 @@ def opening(done: float, attention: str, block_size: int) -> Opening:
 
 
 def noise_opened(piece: Piece, opened: Opening, rng: random.Random) -> Noised:
-    """As `noise`, with noisy copies of the whole text where the context is open: a canvas in each, what follows it cut off or shown."""
+    """As `noise`, with noisy copies of the whole text where the context is open.
+
+    Each has a canvas; what follows it is cut off or shown.
+    """
     if opened.context == 1 and rng.random() >= opened.full:
         return noise(piece, opened.block, rng)
     copies: list[Block] = []

@@ -15,10 +15,11 @@ from easyedit_mdm.api import load_model, model_folder
 from easyedit_mdm.common.files import read_json, write_json
 from easyedit_mdm.errors import CheckpointError, DataError, HyperParameterError
 from easyedit_mdm.models import Adapter
-from easyedit_mdm.training.adapting import CHECKPOINT, Recipe, Run, train
+from easyedit_mdm.training.adapting import Recipe, Run, train
 from easyedit_mdm.training.corpus import Corpus, corpus_of, samples_of, text_of
 from easyedit_mdm.training.gates import NEEDED, measure_gates
 from easyedit_mdm.training.heldout import HeldOut
+from easyedit_mdm.training.loop import CHECKPOINT
 from easyedit_mdm.training.lora import CONFIG, adapter_digest, load_lora, mask_token_of, student_of
 from easyedit_mdm.training.merging import write_merged
 from easyedit_mdm.training.samples import write_samples
@@ -36,7 +37,8 @@ class AdaptJob:
         out: folder of the run; what is in it goes on.
         data_dir: folder of the benchmark files; `EASYEDIT_MDM_DATA` by default.
         text: instead, a text file, a paragraph a line.
-        samples: the model's own samples (JSON lines); by default they are written to OUT/samples.jsonl first. 0 tokens of them: `none`.
+        samples: the model's own samples (JSON lines); by default they are written to OUT/samples.jsonl first.
+            0 tokens of them: `none`.
         start_from: an adapter to begin with; its optimiser state is not known, so the optimiser starts anew.
         mask_token: the token that becomes the mask; see `easyedit_mdm.training.lora.mask_token_of`.
         merged: folder for the merged model.
@@ -76,7 +78,8 @@ def adapt_model(job: AdaptJob) -> dict[str, Any]:
     base = load_model(job.model, dtype="float32", device=_device(job.device))
     if base.masked:
         raise CheckpointError(
-            f"{job.model} is a masked model already: adapt starts from an autoregressive one (--start-from takes an adapter)"
+            f"{job.model} is a masked model already: adapt starts from an autoregressive one "
+            "(--from takes an adapter)"
         )
     mask_id = mask_token_of(base.tokenizer, job.mask_token)
     corpus, rest = _corpora(job, base)
@@ -87,7 +90,15 @@ def adapt_model(job: AdaptJob) -> dict[str, Any]:
         console.print(f"goes on from the adapter in {job.start_from}; the optimiser starts anew")
     held_out = HeldOut(rest, job.recipe.block_size, mask_id)
     card = card_of(job, base, mask_id)
-    state = train(student, tensors, corpus, held_out, job.recipe, Run(job.out, job.tokens, job.minutes, job.save_seconds), card)
+    state = train(
+        student,
+        tensors,
+        corpus,
+        held_out,
+        job.recipe,
+        Run(job.out, job.tokens, job.minutes, job.save_seconds),
+        card,
+    )
     console.print(f"adapter: {job.out / 'adapter'}, curve: {job.out / 'curve.jsonl'}")
     del base, student, tensors
     if job.merged is not None:
@@ -101,10 +112,16 @@ def card_of(job: AdaptJob, base: Adapter, mask_id: int) -> dict[str, Any]:
     """What the adapter's configuration says about the model that it makes."""
     block = job.recipe.attention == "block"
     return {
-        "name": job.out.name, "base": job.model, "attention": job.recipe.attention, "block_size": job.recipe.block_size if block else None,
-        "edges": "canvas", "context": "causal" if block else "blocks", "logit_shift": True, "mask_token_id": mask_id,
+        "name": job.out.name,
+        "base": job.model,
+        "attention": job.recipe.attention,
+        "block_size": job.recipe.block_size if block else None,
+        "edges": "canvas",
+        "context": "causal" if block else "blocks",
+        "logit_shift": True,
+        "mask_token_id": mask_id,
         "mask_token": base.tokenizer.convert_ids_to_tokens(mask_id),
-    }  # fmt: skip
+    }
 
 
 def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
@@ -113,9 +130,13 @@ def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
 
 
 def gates(
-    model: str | Path, base: str | None = None, data_dir: str | None = None, file: str | Path | None = None, limit: int = 100,
+    model: str | Path,
+    base: str | None = None,
+    data_dir: str | None = None,
+    file: str | Path | None = None,
+    limit: int = 100,
     device: str | None = None,
-) -> bool:  # fmt: skip
+) -> bool:
     """Measure the gates of an adapted model, print them, and write them to a file.
 
     Args:

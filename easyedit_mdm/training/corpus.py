@@ -19,12 +19,16 @@ SHORTEST, LONGEST = 24, 64  # tokens of a piece of plain text
 SINGLE = 0.4  # fact texts of one sentence, as a prompt is
 LISTS = 0.15  # of the fact texts: random words, said again behind another sentence
 LIST_OPENINGS = (
-    ("The words on the list are", "Once more, the words on the list are"), ("Remember this sequence:", "The sequence was"),
-    ("The password is", "To enter, say the password:"), ("She wrote down", "She read aloud what she had written:"),
-    ("They played the songs", "The songs that they played were"), ("The boxes hold", "In the boxes, in this order, are"),
-)  # fmt: skip
+    ("The words on the list are", "Once more, the words on the list are"),
+    ("Remember this sequence:", "The sequence was"),
+    ("The password is", "To enter, say the password:"),
+    ("She wrote down", "She read aloud what she had written:"),
+    ("They played the songs", "The songs that they played were"),
+    ("The boxes hold", "In the boxes, in this order, are"),
+)
 COMMON = 12_000  # ids below this one are frequent tokens, in the order in which byte-pair merges are learned
-SAID_TWICE = 0.5  # of the other fact texts: the fact again in other words, so that the answer can be read as well as known
+# of the other fact texts: the fact again in other words, so that the answer can be read as well as known
+SAID_TWICE = 0.5
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Facts by source, tokens of plain text by paragraph, tokens of samples, words for lists; any may be empty."""
+    """Facts by source, tokens of plain text and of samples, words for lists; any may be empty."""
 
     facts: dict[str, list[TrainingFact]]
     text: list[list[int]]
@@ -107,12 +111,21 @@ def sentences(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> Piece:
 
 
 def words_of(tokenizer: Any, part: int) -> tuple[str, ...]:
-    """Frequent words of one token, with the space before them: those of even ids (part 0) or of odd ones (part 1).
+    """Frequent words of one token, with the space before them: those of even ids (part 0) or of odd ones
+    (part 1).
 
     Lists that are trained on have the odd ones, codes of the gates the even ones.
     """
-    found = [(i, token) for token, i in tokenizer.get_vocab().items() if i < COMMON and i % 2 == part and token[:1] in ("Ġ", "▁")]
-    return tuple(token[1:] for _, token in sorted(found) if len(token) > 3 and token[1:].isascii() and token[1:].isalpha() and token[1:].islower())
+    found = [
+        (i, token)
+        for token, i in tokenizer.get_vocab().items()
+        if i < COMMON and i % 2 == part and token[:1] in ("Ġ", "▁")
+    ]
+    return tuple(
+        token[1:]
+        for _, token in sorted(found)
+        if len(token) > 3 and token[1:].isascii() and token[1:].isalpha() and token[1:].islower()
+    )
 
 
 def _window(ids: Sequence[int], rng: random.Random) -> list[int]:
@@ -124,7 +137,8 @@ def _window(ids: Sequence[int], rng: random.Random) -> list[int]:
 def corpus_of(
     data_dir: str | Path, tokenizer: Any, samples: str | Path | None = None
 ) -> tuple[Corpus, Corpus]:
-    """The training corpus of the data folder, and a held-out one: the facts of KAMEL's test files, the text's last tenth.
+    """The training corpus of the data folder, and a held-out one: the facts of KAMEL's test files, the text's
+    last tenth.
 
     Raises:
         DataError: for files that are missing or broken.
@@ -137,7 +151,9 @@ def corpus_of(
     }
     train, rest = text_of(root / "text" / "enwiki_articles.txt", tokenizer, Mentions(held_out))
     own = [] if samples is None else samples_of(samples, tokenizer)
-    return Corpus(facts, train, own, tokenizer, words_of(tokenizer, 1)), Corpus({"kamel": _kamel(root, "test")}, rest, [], tokenizer)
+    return Corpus(facts, train, own, tokenizer, words_of(tokenizer, 1)), Corpus(
+        {"kamel": _kamel(root, "test")}, rest, [], tokenizer
+    )
 
 
 def text_of(
@@ -160,7 +176,8 @@ def text_of(
         parts.append([list(ids) for ids in found if len(ids) >= SHORTEST])
     if not all(parts):
         raise DataError(
-            f"{file} has too little text: ten lines of {SHORTEST} tokens or more are the least, a paragraph a line"
+            f"{file} has too little text: ten lines of {SHORTEST} tokens or more are the least, "
+            "a paragraph a line"
         )
     return parts[0], parts[1]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from easyedit_mdm.common.files import write_json, write_tensors
 from easyedit_mdm.models.families import FAMILIES
+from easyedit_mdm.training.loop import CHECKPOINT, read_checkpoint
 from easyedit_mdm.training.twins import RELATIVES, Recipe
 
 _LLADA_FIXED = {
@@ -25,16 +25,10 @@ def export(checkpoint: Path, out: Path, tokenizer: Any, dtype: torch.dtype = tor
     Returns:
         the run's state: recipe, steps, seconds, loss.
     """
-    from safetensors.torch import load_file
-
-    state = json.loads((checkpoint / "state.json").read_text())
+    trained, state = read_checkpoint(checkpoint / CHECKPOINT)
     recipe = Recipe(**state["recipe"])
     spec = FAMILIES[family_of(recipe)]
-    tensors = {
-        k[6:]: v
-        for k, v in load_file(checkpoint / "checkpoint.safetensors").items()
-        if k.startswith("model.")
-    }
+    tensors = {k[6:]: v for k, v in trained.items() if k.startswith("model.")}
     out.mkdir(parents=True, exist_ok=True)
     write_tensors(
         out / "model.safetensors",

@@ -1,9 +1,13 @@
-"""What an adapted model must do before anything is edited in it: five gates, each against the model that it was made of.
+"""What an adapted model must do before anything is edited in it: five gates, each against the model that it
+was made of.
 
-1. `first_slot`: loss of an answer's first slot, at most 0.3 nats above the teacher's, on facts about held-out subjects.
-2. `known_facts`: at least 0.8 of the one-token facts that the teacher knows (held-out subjects, never trained on).
+1. `first_slot`: loss of an answer's first slot, at most 0.3 nats above the teacher's, on facts about held-out
+   subjects.
+2. `known_facts`: at least 0.8 of the one-token facts that the teacher knows (held-out subjects, never trained
+   on).
 3. `codes`: four random words that stand in the prompt, written again in N steps, all four right: 0.9.
-4. `steps`: N steps write at least as many right tokens as one step, less 0.05 (the codes, and longer facts that the teacher writes).
+4. `steps`: N steps write at least as many right tokens as one step, less 0.05 (the codes, and longer facts
+   that the teacher writes).
 5. `samples`: a page of text, for a person to judge.
 """
 
@@ -17,7 +21,7 @@ from typing import Any
 
 import torch
 
-from easyedit_mdm.denoising import DecodeConfig
+from easyedit_mdm.denoising import DecodeConfig, decode
 from easyedit_mdm.evaluation.multi_step import score_prompts
 from easyedit_mdm.evaluation.records import Score
 from easyedit_mdm.models import Adapter
@@ -28,10 +32,19 @@ from easyedit_mdm.training.splits import held_out_subjects, same_name
 
 NEEDED = {"first_slot": 0.3, "known_facts": 0.8, "codes": 0.9, "steps": -0.05}
 OPENINGS = (
-    "The capital of France is", "Water is made of", "In the morning, she", "The history of the city begins", "A good teacher",
-    "The largest planet in the solar system is", "Once upon a time, there was", "To make a cup of tea,", "The mother tongue of Victor Hugo is",
-    "Computers are used to", "He opened the door and", "The river flows through the valley and",
-)  # fmt: skip
+    "The capital of France is",
+    "Water is made of",
+    "In the morning, she",
+    "The history of the city begins",
+    "A good teacher",
+    "The largest planet in the solar system is",
+    "Once upon a time, there was",
+    "To make a cup of tea,",
+    "The mother tongue of Victor Hugo is",
+    "Computers are used to",
+    "He opened the door and",
+    "The river flows through the valley and",
+)
 ROWS = 32
 
 
@@ -48,7 +61,8 @@ class GateFact:
 def gate_facts(
     data_dir: str | Path, tokenizer_of: Adapter, limit: int = 100, seed: int = 0
 ) -> list[GateFact]:
-    """Facts about held-out subjects: known_1000, LRE, CounterFact's true ones and KAMEL's test files, `limit` of each.
+    """Facts about held-out subjects: known_1000, LRE, CounterFact's true ones and KAMEL's test files, `limit`
+    of each.
 
     Raises:
         DataError: for files that are missing or broken.
@@ -65,7 +79,7 @@ def gate_facts(
 
 @torch.no_grad()
 def first_slots(adapter: Adapter, facts: Sequence[GateFact]) -> list[tuple[float, bool]]:
-    """For each fact: loss (nats) of the answer's first token with all N slots masked, and whether it is the likeliest."""
+    """For each fact: loss (nats) of the answer's first token, all N slots masked, and whether it is likeliest."""
     rows = [
         [*encode(adapter, fact.prompt.rstrip()), *[adapter.ids.slot] * len(fact.tokens)] for fact in facts
     ]
@@ -82,7 +96,7 @@ def first_slots(adapter: Adapter, facts: Sequence[GateFact]) -> list[tuple[float
 
 
 def codes(adapter: Adapter, count: int, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Prompts with a code of four words in them, and the codes; every word is one token, and in no list that was trained on."""
+    """Prompts with a code of four words in them, and the codes; each word is one token, in no trained list."""
     words = words_of(adapter.tokenizer, 0)
     rng = random.Random(seed)
     answers = [" ".join(rng.sample(words, 4)) for _ in range(count)]
@@ -102,7 +116,8 @@ def measure_gates(
         limit: facts of each source, and codes.
 
     Returns:
-        `{gate: {"value": v, "needed": w, "passed": bool, "n": n, ...}}`, and the page of samples as `samples`.
+        `{gate: {"value": v, "needed": w, "passed": bool, "n": n, ...}}`, and the page of samples as
+        `samples`.
 
     Raises:
         DataError: for files that are missing or broken.
@@ -182,18 +197,8 @@ def _mean(values: Sequence[Any]) -> float:
 
 
 def page(model: Adapter, tokens: int = 32) -> list[dict[str, str]]:
-    """What the model writes after each of `OPENINGS`: `tokens` tokens, one a step, block by block."""
-    size = model.attention.block or tokens
-    found = []
-    for opening in OPENINGS:
-        ids = torch.tensor([encode(model, opening)], device=model.device)
-        out = model.generate(
-            ids, max_new_tokens=tokens, steps=tokens, block_length=size if tokens % size == 0 else tokens
-        )
-        found.append(
-            {
-                "prompt": opening,
-                "text": model.tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True),
-            }
-        )
-    return found
+    """What the model writes after each of `OPENINGS`: `tokens` tokens, one a step."""
+    prompts = [torch.tensor(encode(model, opening)) for opening in OPENINGS]
+    paths = decode(model, prompts, [tokens] * len(prompts))
+    told = [model.tokenizer.decode(path.tokens.tolist(), skip_special_tokens=True) for path in paths]
+    return [{"prompt": opening, "text": text} for opening, text in zip(OPENINGS, told)]

@@ -16,7 +16,8 @@ RATIOS = (0.1, 0.3, 0.5, 0.8)
 
 
 class HeldOut:
-    """Fixed texts with fixed masks: each text is cut into blocks from a random start, and every block masked at every ratio.
+    """Fixed texts with fixed masks: each text is cut into blocks from a random start, and every block masked
+    at every ratio.
 
     Args:
         count: texts of each kind (plain text, facts).
@@ -33,7 +34,10 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, student: Student) -> dict[str, Any]:
-        """Mean loss (nats) of masked slots after a block's first, by ratio; and over clean tokens the loss of model and teacher."""
+        """Mean loss (nats) of masked slots after a block's first, by ratio.
+
+        `next_token` and `teacher`: the loss of model and teacher over the clean tokens.
+        """
         sums = {ratio: [0.0, 0] for ratio in RATIOS}
         first = torch.zeros(3, dtype=torch.float64)  # model's loss, teacher's loss, tokens
         for text, ratios in self.rows:

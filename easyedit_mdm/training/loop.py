@@ -1,8 +1,8 @@
-"""What training loops share: rates, checkpoints that are whole or not there, logs that a resumed run continues.
+"""What training loops share: rates, whole checkpoints, logs that a resumed run continues.
 
-A checkpoint is one safetensors file: trained tensors, the optimiser's state, and, as metadata, a JSON state. It takes the place of
-the one before in a single step, so a run that is killed at any point goes on from the last whole one. Random numbers belong to
-steps (`generator_of`), so no generator's state has to be kept.
+A checkpoint is one safetensors file: trained tensors, the optimiser's state, and, as metadata, a JSON state.
+It takes the place of the one before in a single step, so a run that is killed at any point goes on from the
+last whole one. Random numbers belong to steps (`generator_of`), so no generator's state has to be kept.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from torch import Tensor
 from easyedit_mdm.common.files import append_line, explained, read_tensors, write_tensors, write_text
 from easyedit_mdm.errors import CheckpointError
 
+CHECKPOINT = "checkpoint.safetensors"
 _ADAM = "optimiser."
 
 
 def cosine(done: float, warmup: float = 0.03, floor: float = 0.02) -> float:
-    """Share of the highest rate after a share `done` of the training: up in a straight line, then half a cosine down to `floor`."""
+    """Share of the highest rate after a share `done` of the training: up in a straight line, down a cosine."""
     if done < warmup:
         return max(done, 1e-3) / warmup
     left = min(1.0, (done - warmup) / (1 - warmup))
@@ -54,6 +55,17 @@ def save_checkpoint(
         for key, number in optimizer.state[value].items():
             kept[f"{_ADAM}{key}.{name}"] = torch.as_tensor(number)
     write_tensors(file, kept, {"state": json.dumps(state)})
+
+
+def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A checkpoint's trained tensors, without the optimiser's, and the state that was saved with them.
+
+    Raises:
+        CheckpointError: if the file is missing or broken.
+    """
+    found, metadata = read_tensors(file, CheckpointError, "a training checkpoint")
+    own = {name: value for name, value in found.items() if not name.startswith(_ADAM)}
+    return own, json.loads(metadata["state"])
 
 
 def load_checkpoint(

@@ -15,15 +15,19 @@ from easyedit_mdm.errors import CheckpointError, MissingPackageError, ModelError
 from easyedit_mdm.training.objective import Student
 
 PREFIX = "base_model.model."
-MASK_ROW = PREFIX + "model.embed_tokens.token_adapter.trainable_tokens_delta"  # the row itself, in spite of its name
+MASK_ROW = (
+    PREFIX + "model.embed_tokens.token_adapter.trainable_tokens_delta"
+)  # the row itself, in spite of its name
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CARD = "masked_diffusion.json"  # not in adapter_config.json: peft warns of keys that it does not know
 
 
 def mask_token_of(tokenizer: Any, wanted: str | None = None) -> int:
-    """The id of the token that becomes the mask: `wanted`, the tokenizer's own mask token, or an unused special token.
+    """The id of the token that becomes the mask: `wanted`, the tokenizer's own mask token, or an unused
+    special token.
 
-    Unused: among the added special tokens, the last that is not beginning, end, padding or unknown, and not in the chat template.
+    Unused: among the added special tokens, the last that is not beginning, end, padding or unknown, and not
+        in the chat template.
 
     Raises:
         ModelError: if there is none, or `wanted` is not in the vocabulary.
@@ -79,7 +83,8 @@ def write_adapter(out: Path, student: Student, tensors: dict[str, Tensor], card:
     """Write an adapter that peft reads: LoRA's matrices and the mask token's row, in bfloat16.
 
     Args:
-        card: what the adapter makes of its base, for `masked_diffusion.json`; its `base` names the base model.
+        card: what the adapter makes of its base, for `masked_diffusion.json`; its `base` names the base
+            model.
 
     Raises:
         FileError: if it cannot be written.
@@ -125,7 +130,8 @@ def load_lora(folder: Path, student: Student, tensors: dict[str, Tensor]) -> Non
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An adapter's tensors, by the names that peft writes, and its configuration, with the card as `masked_diffusion`.
+    """An adapter's tensors, by the names that peft writes, and its configuration, with the card as
+    `masked_diffusion`.
 
     Raises:
         CheckpointError: if files are missing or broken.

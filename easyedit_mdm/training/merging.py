@@ -22,16 +22,24 @@ from easyedit_mdm.models.loading import read_config, weight_files
 from easyedit_mdm.training.lora import MASK_ROW, PREFIX, read_adapter
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
     "chat_template.jinja",
-)  # fmt: skip
+)
 EMBEDDING = "model.embed_tokens.weight"
 
 
 def write_merged(base: str | Path, adapter: str | Path, out: str | Path) -> Path:
-    """Write the base with an adapter's change in its weights: a folder that `load_model` opens, in the base's own key names.
+    """Write the base with an adapter's change in its weights: a folder that `load_model` opens, in the base's
+    own key names.
 
-    `W + (alpha / rank) B A`, computed in float32 and kept in the base's dtype; the mask token's row of the embedding.
+    `W + (alpha / rank) B A`, computed in float32 and kept in the base's dtype; the mask token's row of the
+    embedding.
 
     Args:
         base: folder of the base model.
@@ -49,7 +57,8 @@ def write_merged(base: str | Path, adapter: str | Path, out: str | Path) -> Path
     missing = sorted(set(changes) - set(files))
     if missing:
         raise CheckpointError(
-            f"the adapter in {adapter} changes {missing[0]!r}, which {base} does not have: is it another model's?"
+            f"the adapter in {adapter} changes {missing[0]!r}, which {base} does not have: "
+            "is it another model's?"
         )
     config = masked_config(read_config(base), settings)
     with new_folder(out) as part:
@@ -81,13 +90,16 @@ def masked_config(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[
         )
     if not str(architecture).endswith("ForCausalLM"):
         raise CheckpointError(
-            f"the base's architecture is {architecture!r}: only an autoregressive model (...ForCausalLM) can be adapted"
+            f"the base's architecture is {architecture!r}: only an autoregressive model (...ForCausalLM) "
+            "can be adapted"
         )
     section = {key: card[key] for key in ("attention", "block_size", "edges", "context", "logit_shift")}
     return {
-        **base, "architectures": [architecture.replace("ForCausalLM", "ForMaskedDiffusion")], "mask_token_id": card["mask_token_id"],
+        **base,
+        "architectures": [architecture.replace("ForCausalLM", "ForMaskedDiffusion")],
+        "mask_token_id": card["mask_token_id"],
         "masked_diffusion": section,
-    }  # fmt: skip
+    }
 
 
 def _changes(tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -120,7 +132,8 @@ def _write_shard(
             value[mask_id] = change[0].to(value.dtype)
         elif value.shape != change.shape:
             raise CheckpointError(
-                f"{key!r} has shape {tuple(value.shape)}, the adapter's change {tuple(change.shape)}: another model's adapter"
+                f"{key!r} has shape {tuple(value.shape)}, the adapter's change {tuple(change.shape)}: "
+                "another model's adapter"
             )
         else:
             value = (value.float() + change).to(value.dtype)
@@ -143,8 +156,9 @@ def _name_mask(file: Path, card: Mapping[str, Any]) -> None:
 
 README = """# {title}
 
-{base}, adapted to masked denoising by `easyedit-mdm adapt` (LoRA, merged). {attention} The logits are shifted: the token at
-position j is predicted at position j - 1, as in Dream. The mask is token {mask_token_id} (`{mask_token}`).
+{base}, adapted to masked denoising by `easyedit-mdm adapt` (LoRA, merged). {attention} The logits are
+shifted: the token at position j is predicted at position j - 1, as in Dream. The mask is token
+    {mask_token_id} (`{mask_token}`).
 
 | | |
 | --- | --- |
@@ -161,12 +175,14 @@ ids = model.tokenizer("The capital of France is", return_tensors="pt")["input_id
 print(model.tokenizer.decode(model.generate(ids, max_new_tokens=8{block_length})[0]))
 ```
 
-In dLLM (https://github.com/ZHZisZZ/dllm): the weights are those of `{native}`, with its key names; load them into that class, give it
-the attention mask that is described above, and pass `right_shift_logits=True` to the sampler, which moves the logits one place to
-the right. Transformers' own `generate` does not write with it: it would read the model as an autoregressive one.
+In dLLM (https://github.com/ZHZisZZ/dllm): the weights are those of `{native}`, with its key names; load them
+into that class, give it the attention mask that is described above, and pass `right_shift_logits=True` to the
+sampler, which moves the logits one place to the right. Transformers' own `generate` does not write with it:
+it would read the model as an autoregressive one.
 """
 _ATTENTION = {
-    "block": "The context is causal; the block of {block_size} tokens that is being written sees the context and itself both ways. "
+    "block": "The context is causal; the block of {block_size} tokens that is being written sees the "
+    "context and itself both ways. "
     "The canvas's first column begins a block, and a block that is done becomes context.",
     "full": "Every token sees every other.",
 }
@@ -178,7 +194,14 @@ def readme(card: Mapping[str, Any], native: str) -> str:
     attention = _ATTENTION[card["attention"]].format(block_size=card["block_size"])
     block_length = f", block_length={card['block_size']}" if card["attention"] == "block" else ""
     return README.format(
-        title=card.get("name") or "A masked diffusion model", base=card.get("base") or "An autoregressive model", attention=attention,
-        mask_token_id=card["mask_token_id"], mask_token=card.get("mask_token"), tokens=state.get("tokens", "?"), slots=state.get("slots", "?"),
-        steps=state.get("step", "?"), block_length=block_length, native=native,
-    )  # fmt: skip
+        title=card.get("name") or "A masked diffusion model",
+        base=card.get("base") or "An autoregressive model",
+        attention=attention,
+        mask_token_id=card["mask_token_id"],
+        mask_token=card.get("mask_token"),
+        tokens=state.get("tokens", "?"),
+        slots=state.get("slots", "?"),
+        steps=state.get("step", "?"),
+        block_length=block_length,
+        native=native,
+    )

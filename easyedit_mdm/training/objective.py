@@ -1,11 +1,13 @@
 """The loss of `adapt`: masked slots of noisy blocks, and the frozen teacher on the clean copy.
 
-    loss = mean over blocks of (1/k) sum over its k scored slots of -log p(token | clean tokens before the block, shown slots)
+    loss = mean over blocks of (1/k) sum over its k scored slots of
+               -log p(token | clean tokens before the block, shown slots)
            + kl_weight * mean over sampled clean positions of KL(teacher || model)
 
-Logits are shifted: the token at j is predicted at j - 1, as in Dream (arXiv 2508.15487). So a block's first slot is predicted by
-the clean token before it, where the second term holds the model to its teacher, and is not scored in the first. Where all slots
-on the left show and none on the right, the teacher knows the answer's distribution: the slot's term is then KL(teacher || model).
+Logits are shifted: the token at j is predicted at j - 1, as in Dream (arXiv 2508.15487). So a block's first
+slot is predicted by the clean token before it, where the second term holds the model to its teacher, and is
+not scored in the first. Where all slots on the left show and none on the right, the teacher knows the
+answer's distribution: the slot's term is then KL(teacher || model).
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class Student:
     def log_probabilities(
         self, hidden: Float[Tensor, "places width"], teacher: bool = False
     ) -> Float[Tensor, "places vocab"]:
-        """Of the next token, as the saved model will say it: where embedding and head are tied, the mask's row is in both.
+        """Of the next token, as the saved model will say it: a tied head has the mask's trained row.
 
         Args:
             teacher: `hidden` is the teacher's, whose head has the row that the base came with.
@@ -86,7 +88,8 @@ def losses(
 
     Args:
         generator: draws the rows that the teacher reads.
-        taught: share of the rows that it reads; a part of a row is left to chance. All of them would be a quarter of the work.
+        taught: share of the rows that it reads; a part of a row is left to chance. All of them would be a
+            quarter of the work.
     """
     states = student.hidden(rows).flatten(0, 1)
     count = int(taught * len(rows) + torch.rand((), generator=generator))
@@ -100,9 +103,7 @@ def losses(
     terms = -slots.gather(-1, targets[scored][:, None])[:, 0]
     if len(sources):
         terms = terms.masked_scatter(soft, _kl(teacher[: len(sources)], slots[soft]))
-    masked = (terms * weights[scored]).sum() / weights.sum().clamp(
-        min=1
-    )  # each block's weights sum to 1
+    masked = (terms * weights[scored]).sum() / weights.sum().clamp(min=1)  # each block's weights sum to 1
     kl = _kl(teacher[len(sources) :], kept).mean() if len(asked.clean) else masked.new_zeros(())
     return Losses(masked + kl_weight * kl, masked.detach(), kl.detach())
 
@@ -123,7 +124,7 @@ class _Asked:
     def places_of(
         self, columns: Int[Tensor, " slots"], scored: Int[Tensor, " slots"]
     ) -> tuple[Bool[Tensor, " slots"], Int[Tensor, " places"]]:
-        """Which of the scored slots the teacher can speak of, and the flat places of the clean tokens before them.
+        """Which scored slots the teacher can speak of, and the flat places of the clean tokens before them.
 
         Args:
             columns: `Rows.teachers` at the scored slots.

@@ -28,7 +28,8 @@ def write_samples(
     length: int = 60,
     seed: int = 0,
 ) -> None:
-    """Continue openings, the first tokens of paragraphs, and add the texts to a file of JSON lines until it has `count` of them.
+    """Continue openings, the first tokens of paragraphs, and add the texts to a file of JSON lines until it
+    has `count` of them.
 
     Args:
         native: a causal transformers model.
@@ -59,7 +60,7 @@ def write_samples(
 def _continued(
     native: Any, ids: torch.Tensor, more: int, forbidden: Sequence[int], seed: int
 ) -> list[list[int]]:
-    """Sampling with a cache; the generator is ours, so that transformers' settings and the global seed play no part."""
+    """Sampling with a cache; the generator is ours: no setting of transformers and no global seed counts."""
     generator = torch.Generator().manual_seed(seed)
     cache, step = None, ids
     for _ in range(more):

@@ -1,7 +1,8 @@
 """Who may be trained on: the declared split of subjects.
 
-A subject of any file below is edited in studies, or asked in the gates, so no fact about it is trained on. The split is by
-subject, not by fact: an edit of a subject changes what the model says about it in every relation.
+A subject of any file below is edited in studies, or asked in the gates, so no fact about it is trained on.
+The split is by subject, not by fact: an edit of a subject changes what the model says about it in every
+relation.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def held_out_subjects(data_dir: str | Path) -> frozenset[str]:
 
 
 class Mentions:
-    """Whether a text names a held-out subject of two words or more (single words, such as Apple, mean too much else)."""
+    """Whether a text names a held-out subject of two words or more (one, as Apple, means too much else)."""
 
     def __init__(self, subjects: frozenset[str]):
         self._names = {s for s in subjects if 2 <= len(s.split()) <= 6}

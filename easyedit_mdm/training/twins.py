@@ -28,6 +28,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from easyedit_mdm.training.lessons import PLACES, Writer, longest_answer, writing_hook
+from easyedit_mdm.training.loop import (
+    CHECKPOINT,
+    Log,
+    generator_of,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from easyedit_mdm.twins.world import RELATIONS, Document, World
 
 
@@ -428,7 +436,7 @@ def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_se
     Matrix products run in bfloat16 (accelerate's autocast), weights and optimiser in float32.
 
     Args:
-        out: folder for `checkpoint.safetensors`, `state.json` and `log.jsonl`.
+        out: folder for `checkpoint.safetensors` and `log.jsonl`.
 
     Returns:
         the final state: steps, seconds, last loss, recipe.
@@ -437,19 +445,12 @@ def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_se
         ValueError: if `out` holds a checkpoint of another recipe.
     """
     from accelerate import Accelerator
-    from safetensors.torch import load_file
 
     accelerator = Accelerator(mixed_precision="bf16")
     out.mkdir(parents=True, exist_ok=True)
     modules = _modules(recipe, tokenizer).to(accelerator.device)
     if recipe.start_from:
-        modules.load_state_dict(
-            {
-                k: v
-                for k, v in load_file(f"{recipe.start_from}/checkpoint.safetensors").items()
-                if not k.startswith("adam.")
-            }
-        )
+        modules.load_state_dict(read_checkpoint(Path(recipe.start_from) / CHECKPOINT)[0])
     optimizer = torch.optim.AdamW(
         _groups(modules, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.98), fused=True
     )
@@ -460,8 +461,9 @@ def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_se
         "recipe": asdict(recipe),
         "world": _plain(world),
     }
-    if (out / "state.json").exists():
+    if (out / CHECKPOINT).exists():
         state = _resume(out, modules, optimizer, recipe, world)
+    log = Log(out / "log.jsonl", state["step"])
     packer, loss_of = Packer(world, tokenizer, recipe), LOSSES[recipe.objective]
     end = recipe.steps if recipe.until is None else min(recipe.until, recipe.steps)
     began, before, saved = time.monotonic(), state["seconds"], time.monotonic()
@@ -475,7 +477,7 @@ def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_se
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, recipe)
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        generator = generator_of(recipe.seed, step)
         batch = Batch(
             **{name: value.to(accelerator.device) for name, value in vars(packer.batch(step)).items()}
         )
@@ -496,18 +498,13 @@ def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_se
         last = step + 1 == end
         if step % 20 == 0 or last:
             state.update(step=step + 1, seconds=before + time.monotonic() - began, loss=float(loss.detach()))
-            _log(out, state, bar)
+            bar.set_postfix(loss=f"{state['loss']:.3f}")
+            log.add({k: state[k] for k in ("step", "seconds", "loss")})
         if last or time.monotonic() - saved > checkpoint_seconds:
             state.update(step=step + 1, seconds=before + time.monotonic() - began)
-            _save(out, modules, optimizer, state)
+            save_checkpoint(out / CHECKPOINT, dict(modules.named_parameters()), optimizer, state)
             saved = time.monotonic()
     return state
-
-
-def _log(out: Path, state: dict, bar: Any) -> None:
-    bar.set_postfix(loss=f"{state['loss']:.3f}")
-    with (out / "log.jsonl").open("a") as log:
-        log.write(json.dumps({k: state[k] for k in ("step", "seconds", "loss")}) + "\n")
 
 
 def _writer(recipe: Recipe) -> Writer:
@@ -531,34 +528,12 @@ def _learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.lr * max(0.02, min(1.0, 1.5 * left))  # flat for a third, then straight down
 
 
-def _save(out: Path, modules: torch.nn.Module, optimizer: Any, state: dict) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {k: v.detach().cpu().contiguous() for k, v in modules.state_dict().items()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in enumerate(parameters):
-        for name, value in optimizer.state[p].items():
-            tensors[f"adam.{i}.{name}"] = torch.as_tensor(value).cpu().contiguous()
-    save_file(tensors, out / "checkpoint.tmp")
-    (out / "state.tmp").write_text(json.dumps(state))
-    (out / "checkpoint.tmp").replace(out / "checkpoint.safetensors")
-    (out / "state.tmp").replace(out / "state.json")
-
-
-def _resume(out: Path, modules: torch.nn.Module, optimizer: Any, recipe: Recipe, world: World) -> dict:
-    from safetensors.torch import load_file
-
-    state = json.loads((out / "state.json").read_text())
+def _resume(
+    out: Path, modules: torch.nn.Module, optimizer: Any, recipe: Recipe, world: World
+) -> dict[str, Any]:
+    state = load_checkpoint(out / CHECKPOINT, dict(modules.named_parameters()), optimizer)
     if state["recipe"] != asdict(recipe) or state["world"] != _plain(world):
         raise ValueError(
             f"{out} holds a checkpoint of another recipe or world; choose another folder or remove it"
         )
-    tensors = load_file(out / "checkpoint.safetensors")
-    modules.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("adam.")})
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for key, value in tensors.items():
-        if key.startswith("adam."):
-            _, index, name = key.split(".", 2)
-            p = parameters[int(index)]
-            optimizer.state[p][name] = value if name == "step" else value.to(p.device)
     return state
