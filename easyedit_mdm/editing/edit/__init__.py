@@ -2,6 +2,6 @@
 
 from easyedit_mdm.editing.edit.change import Change, Exact, LowRank
 from easyedit_mdm.editing.edit.edit import Edit
-from easyedit_mdm.editing.edit.stack import PlainEdit, carried, keeping, revert_all, write
+from easyedit_mdm.editing.edit.stack import PlainEdit, carried, identity, keeping, revert_all, write
 
-__all__ = ["Change", "Edit", "Exact", "LowRank", "PlainEdit", "carried", "keeping", "revert_all", "write"]
+__all__ = ["Change", "Edit", "Exact", "LowRank", "PlainEdit", "carried", "identity", "keeping", "revert_all", "write"]
