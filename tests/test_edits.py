@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from test_rome import REQUEST, hparams
 from easyedit_mdm import Edit, load_model, make_edit
 from easyedit_mdm.cli import main
 from easyedit_mdm.common.fingerprints import model_fingerprint, parameter_hashes
-from easyedit_mdm.editing import LowRank
+from easyedit_mdm.editing import LowRank, ROMEMDMHyperParams
 from easyedit_mdm.editing.edit import Exact, carried
 from easyedit_mdm.editing.edit.compose import conflicts
 from easyedit_mdm.editing.edit.export import write_model
@@ -363,6 +364,47 @@ def test_the_commands(tmp_path, twin_llama, capsys):
     assert not {p.name for p in tmp_path.iterdir()} & {"m3", "m4", "no"}
 
 
+def test_a_fact_that_is_not_written_is_not_saved(tmp_path, capsys):
+    """Status 3, what failed, how its optimisation ended and what to try; `--keep-failed` saves it all the same."""
+    file = quick_file(tmp_path, v_num_grad_steps=2, v_lr=1e-4)
+    command = ["edit", "--hparams", file, "--prompt", "Where was Zano born?", "--subject", "Zano", "--target", "Gugim"]
+    assert main([*command, "--save", str(tmp_path / "e")]) == 3
+    told = " ".join(capsys.readouterr().out.split())
+    assert "not written: 'Where was Zano born?' -> 'Gugim'; its loss was" in told and "v_num_grad_steps: 4" in told
+    assert "clamp_norm_factor: 8" in told and "easyedit-mdm sweep" in told and "--keep-failed" in told
+    assert not (tmp_path / "e").exists()
+    assert main([*command, "--save", str(tmp_path / "e"), "--keep-failed"]) == 0
+    assert Edit.load(tmp_path / "e").card["metrics"]["facts"][0]["exact"] is False
+
+
+def test_advice_after_a_value_that_was_found():
+    """Where the optimisation ended well, its steps are not the cause: layer, or the way through the weights."""
+    from easyedit_mdm.cli.edits import _advice
+
+    settings = ROMEMDMHyperParams(alg_name="ROME_MDM", model_name="m", layers=[1])
+    assert "optimise_through: weights" in _advice(0.01, settings) and "more steps" not in _advice(0.01, settings)
+    assert "optimise_through" not in _advice(0.01, replace(settings, optimise_through="weights"))
+    assert "more steps" in _advice(0.06, settings) and "more steps" in _advice(float("nan"), settings)
+
+
+def test_diff_at_80_columns_shows_the_layer(tmp_path, monkeypatch, capsys):
+    """Nothing of it is cut off, and what is said after the edit's own prompt is what `edit` said, on the same canvas."""
+    monkeypatch.setenv("COLUMNS", "80")
+    prompt = "Where was Zano born?"
+    command = ["edit", "--hparams", quick_file(tmp_path), "--prompt", prompt, "--subject", "Zano", "--target", "Gugim"]
+    assert main([*command, "--save", str(tmp_path / "e")]) == 0
+    capsys.readouterr()
+    other = "Tamos Latre was born in"
+    assert main(["diff", str(tmp_path / "e"), "--prompt", prompt, "--prompt", other, "--json", str(tmp_path / "d")]) == 0
+    told, effect = capsys.readouterr().out, json.loads((tmp_path / "d").read_text())["effect"]
+    assert max(map(len, told.splitlines())) <= 80 and "…" not in told
+    row = next(line for line in told.splitlines() if "model" in line and "128x512" in line)
+    assert row.split("│")[1].strip() == "3"
+    fact = Edit.load(tmp_path / "e").card["metrics"]["facts"][0]
+    assert [effect[0][k] for k in ("canvas", "before", "after")] == [fact[k] for k in ("canvas", "before", "after")]
+    assert effect[1]["canvas"] == 8
+
+
 def test_several_requests(tmp_path):
     """A file of requests: one after another for ROME, then one edit of all."""
     rows = [
@@ -370,10 +412,10 @@ def test_several_requests(tmp_path):
         {"prompt": "Tamos Latre was born in", "subject": "Tamos Latre", "target_new": "Zoter"},
     ]
     (tmp_path / "requests.json").write_text(json.dumps(rows))
-    assert (
-        main(["edit", "--hparams", quick_file(tmp_path), "--data-file", str(tmp_path / "requests.json"), "--save", str(tmp_path / "e"), "--no-guard"])
-        == 0
-    )
+    command = ["edit", "--hparams", quick_file(tmp_path), "--data-file", str(tmp_path / "requests.json"), "--no-guard"]
+    # the second edit undoes the first, which had nothing to do
+    assert main([*command, "--save", str(tmp_path / "e")]) == 3
+    assert main([*command, "--save", str(tmp_path / "e"), "--keep-failed"]) == 0
     edit = Edit.load(tmp_path / "e")
     assert edit.changes[0].right.shape[0] == 2 and [f["target_new"] for f in edit.card["facts"]] == ["Pute", "Zoter"]
     assert edit.card["guard"]["on"] is False and edit.card["metrics"]["after"]["n"] == 2

@@ -12,6 +12,7 @@ from easyedit_mdm.cli import arguments as args
 from easyedit_mdm.errors import DataError, EditError, HyperParameterError
 from easyedit_mdm.version import __version__
 
+NOT_WRITTEN = 3  # exit status of `edit` where a fact was not written
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 app = Typer(add_completion=False, rich_markup_mode=None, context_settings=_SETTINGS)
 twins = Typer(rich_markup_mode=None, help="Train the small models that ship with the package.")
@@ -25,7 +26,9 @@ Hparams = Annotated[str, Option(help="hyperparameter file, such as ROME_MDM/twin
 Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1 (default: the file's, else CUDA)")]
 Dtype = Annotated[str | None, Option(help="dtype to load the model in (default: the file's or checkpoint's)")]
 Json = Annotated[str | None, Option("--json", help="write the report to this file")]
-Home = Annotated[str | None, Option(help="a clone of EasyEdit (default: EASYEDIT_HOME, or the installed one)")]
+Home = Annotated[
+    str | None, Option(help="a clone of EasyEdit (default: EASYEDIT_HOME, or the installed one)")
+]
 DataDir = Annotated[str | None, Option(help="folder of the benchmark files")]
 DataFile = Annotated[str | None, Option(help="a file outside the folder's usual names")]
 Seed = Annotated[int, Option(help="of every random draw")]
@@ -37,7 +40,9 @@ class _Spreading(TyperCommand):
 
     def parse_args(self, ctx: Any, args_: list[str]) -> list[str]:
         """As typer's."""
-        several = [name for option in self.params if getattr(option, "multiple", False) for name in option.opts]
+        several = [
+            name for option in self.params if getattr(option, "multiple", False) for name in option.opts
+        ]
         return super().parse_args(ctx, args.repeated(args_, several))
 
 
@@ -55,7 +60,8 @@ def _main(version: Annotated[bool, Option("--version", callback=_version, is_eag
 
 @app.command()
 def demo(
-    out: Annotated[str, Option(help="folder for demo.html and demo.json")] = "demo", easyedit_home: Home = None
+    out: Annotated[str, Option(help="folder for demo.html and demo.json")] = "demo",
+    easyedit_home: Home = None,
 ) -> int:
     """Edit a fact in a small model, watch it denoise, undo it."""
     from easyedit_mdm.demo import run_demo
@@ -83,7 +89,8 @@ def run(
     script: Annotated[str, Argument(metavar="SCRIPT")],
     arguments: Annotated[list[str] | None, Argument(metavar="...", show_default=False)] = None,
     easyedit_home: Annotated[
-        str | None, Option(help="a clone of EasyEdit (default: the script's, EASYEDIT_HOME, the installed one)")
+        str | None,
+        Option(help="a clone of EasyEdit (default: the script's, EASYEDIT_HOME, the installed one)"),
     ] = None,
     seed: Annotated[int, Option(help="of the random generators at the script's first line")] = 42,
 ) -> None:
@@ -113,7 +120,9 @@ def edit(
     hparams: Hparams,
     save: Annotated[str, Option(metavar="DIR", help="folder for the edit; must not exist")],
     model: Annotated[str | None, Option(help="a twin, a folder or a hub id (default: the file's)")] = None,
-    prompt: Annotated[str | None, Option(help="the prompt, with its subject in it, or {} in its place")] = None,
+    prompt: Annotated[
+        str | None, Option(help="the prompt, with its subject in it, or {} in its place")
+    ] = None,
     subject: Annotated[str | None, Option(help="the subject")] = None,
     target: Annotated[str | None, Option(help="what is to follow the prompt")] = None,
     data_file: Annotated[
@@ -122,17 +131,23 @@ def edit(
     force: Annotated[bool, Option("--force", help="keep the edit whatever the collapse guard says")] = False,
     no_guard: Annotated[bool, Option("--no-guard", help="do not look for damage to the model")] = False,
     guard_text: Annotated[str | None, Option(help="text whose perplexity the guard takes")] = None,
+    keep_failed: Annotated[
+        bool, Option("--keep-failed", help="save it even if the model does not write all facts")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> int:
-    """Make an edit, show what it does, and save it as a folder."""
+    """Make an edit, show what it does, and save it as a folder.
+
+    Exit status 3, and nothing saved, if a fact was not written.
+    """
     args.free(save)
     requests = args.requests_of(prompt, subject, target, data_file)
     args.named_hparams(hparams)
     from easyedit_mdm.cli.edits import GuardOptions, new_edit
 
-    new_edit(hparams, requests, save, model, GuardOptions(not no_guard, force, guard_text), device, dtype)
-    return 0
+    guard = GuardOptions(not no_guard, force, guard_text)
+    return 0 if new_edit(hparams, requests, save, model, guard, device, dtype, keep_failed) else NOT_WRITTEN
 
 
 @app.command()
@@ -170,7 +185,9 @@ def revert(
 def diff(
     edit: Edit,
     model: Base = None,
-    prompt: Annotated[list[str] | None, Option(help="show the effect on it; may be given several times")] = None,
+    prompt: Annotated[
+        list[str] | None, Option(help="show the effect on it; may be given several times")
+    ] = None,
     prompts_file: Annotated[str | None, Option(help="a text file, a prompt a line")] = None,
     file: Json = None,
     device: Device = None,
@@ -203,7 +220,9 @@ def compose(
 @app.command()
 def verify(
     edit: Edit,
-    model: Annotated[str | None, Option(help="the model that should hold it (default: base and edit)")] = None,
+    model: Annotated[
+        str | None, Option(help="the model that should hold it (default: base and edit)")
+    ] = None,
     file: Json = None,
     device: Device = None,
 ) -> int:
@@ -238,7 +257,9 @@ def stats(
     model: Model,
     dataset: Annotated[str, Option(help="a text file, JSON lines, datasets:NAME:CONFIG:SPLIT, or twins")],
     layers: Annotated[str, Option(help="layers, such as 4-7 or 4,5,6")],
-    tokens: Annotated[int | None, Option(help="tokens to collect (default: 10 times the key's dimension)")] = None,
+    tokens: Annotated[
+        int | None, Option(help="tokens to collect (default: 10 times the key's dimension)")
+    ] = None,
     mask_ratio: Annotated[
         str, Option(help="0 (plain text), uniform, or a number: mask that share, take keys elsewhere")
     ] = "0",
@@ -315,7 +336,8 @@ def trace(
     out: Annotated[str, Option(help="folder for trace.html, trace.json and the figures")],
     model: Annotated[str | None, Option(help="a twin, a folder or a hub id (default: twin-llada)")] = None,
     compare: Annotated[
-        list[str] | None, Option(metavar="MODEL...", help="several models, on the facts that all of them know")
+        list[str] | None,
+        Option(metavar="MODEL...", help="several models, on the facts that all of them know"),
     ] = None,
     prompt: Annotated[str | None, Option(help="one fact: the prompt, with the subject, or {} for it")] = None,
     subject: Annotated[str | None, Option(help="the subject in --prompt")] = None,
@@ -324,7 +346,9 @@ def trace(
     known: Annotated[
         str | None, Option(help="facts: known_1000.json, requests, CounterFact (default: the twins' own)")
     ] = None,
-    limit: Annotated[int | None, Option(help="known facts to trace, drawn by the seed (default: all)")] = None,
+    limit: Annotated[
+        int | None, Option(help="known facts to trace, drawn by the seed (default: all)")
+    ] = None,
     corrupt: Annotated[
         Literal["noise", "replace", "mask"], Option(help="noise, other subjects, or masks (masked models)")
     ] = "noise",
@@ -400,7 +424,8 @@ def twins_train(
     out: Annotated[str, Option(help="folder for checkpoint, log and the finished model (OUT/model)")],
     steps: Annotated[int | None, Option(help="optimiser steps (default: the recipe's)")] = None,
     start_from: Annotated[
-        str | None, Option(help="training folder of the stage before it (default: trained too, in OUT/stages)")
+        str | None,
+        Option(help="training folder of the stage before it (default: trained too, in OUT/stages)"),
     ] = None,
     seed: Seed = 0,
     size: Annotated[
@@ -435,7 +460,9 @@ def twins_data(out: Annotated[str, Option(help="folder to write to")]) -> None:
 
 @app.command()
 def adapt(
-    model: Annotated[str | None, Option(help="the autoregressive model: smollm2, a folder or a hub id")] = None,
+    model: Annotated[
+        str | None, Option(help="the autoregressive model: smollm2, a folder or a hub id")
+    ] = None,
     out: Annotated[str | None, Option(help="folder for adapter, checkpoint, curve and log")] = None,
     tokens: Annotated[int | None, Option(help="tokens of text to train on in all")] = None,
     minutes: Annotated[float | None, Option(help="instead: minutes to train in all")] = None,
@@ -479,7 +506,9 @@ def adapt(
     recipe = Recipe(attention, block_size, lora_rank, lr, rows, seed=seed)
     sources = (data_dir, text, samples, start_from, mask_token, merged)
     adapt_model(
-        AdaptJob(model, Path(out), recipe, tokens, minutes, *sources, device=device, save_seconds=save_seconds)
+        AdaptJob(
+            model, Path(out), recipe, tokens, minutes, *sources, device=device, save_seconds=save_seconds
+        )
     )
     return 0
 

@@ -51,7 +51,8 @@ def new_edit(
     guard: GuardOptions = GuardOptions(),
     device: str | None = None,
     dtype: str | None = None,
-) -> Edit:
+    keep_failed: bool = False,
+) -> bool:
     """Make an edit, show what the model says before and after it, and save it. The model itself is nowhere changed.
 
     Several requests for a method that takes one at a time are edited one after another, and composed.
@@ -59,6 +60,10 @@ def new_edit(
     Args:
         out: the edit's folder; must not exist yet.
         model: instead of the one that the file names.
+        keep_failed: save the edit even if the model does not write all of its facts.
+
+    Returns:
+        whether it was saved: unless `keep_failed`, every fact has to be written then.
 
     Raises:
         CollapseError: if the guard stops it; nothing is saved then.
@@ -70,18 +75,56 @@ def new_edit(
     check_requests(asked)
     where, said = _device(device, hparams), {"mask_id": hparams.mask_id, "block": hparams.block}
     adapter = load_model(hparams.model_name, device=where, dtype=dtype or hparams.load_dtype, **said)
-    decode_config = hparams.decode_config()
-    before = _say(adapter, asked, decode_config)
     edit = _make(adapter, asked, hparams, guard)
+    edit.card["metrics"] = _metrics(adapter, edit, asked, hparams.decode_config())
+    edit.seal(adapter, str(hparams.model_name))
+    failures = failed_facts(edit, hparams)
+    saved = keep_failed or not failures
+    if saved:
+        edit.save(out)
+    _tell_edit(edit, Path(out) if saved else None, failures)
+    return saved
+
+
+def _metrics(
+    adapter: Adapter, edit: Edit, requests: Sequence[EditRequest], config: DecodeConfig
+) -> dict[str, Any]:
+    """What the model says before and with an edit; it is left as it was."""
+    before = _say(adapter, requests, config)
     edit.apply(adapter)
     try:
-        after = _say(adapter, asked, decode_config)
+        after = _say(adapter, requests, config)
     finally:
         edit.revert(adapter)
-    edit.card["metrics"] = {"before": _shares(before), "after": _shares(after), "facts": [_pair(b, a) for b, a in zip(before, after)]}
-    edit.seal(adapter, str(hparams.model_name)).save(out)
-    _tell_edit(edit, Path(out))
-    return edit
+    facts = [_pair(b, a) for b, a in zip(before, after)]
+    return {"before": _shares(before), "after": _shares(after), "facts": facts}
+
+
+def failed_facts(edit: Edit, hparams: ROMEMDMHyperParams) -> list[str]:
+    """A line for each fact that the edited model does not write: how its optimisation ended, and what to try."""
+    lines = []
+    several = "; or edit fewer facts together" if len(edit.card["facts"]) > 1 else ""
+    for fact, row in zip(edit.card["facts"], edit.card["metrics"]["facts"]):
+        if not row["exact"]:
+            loss = (fact.get("losses") or [float("nan")])[-1]
+            ended = f"its loss was {loss:.3g} after {fact.get('steps', 0)} steps"
+            what = f"not written: {fact['prompt']!r} -> {fact['target_new']!r}; {ended}"
+            lines.append(f"{what}. {_advice(loss, hparams)}{several}")
+    return lines
+
+
+def _advice(loss: float, hparams: ROMEMDMHyperParams) -> str:
+    if not loss <= hparams.early_stop_loss:
+        return (
+            f"The value did not reach {hparams.early_stop_loss:g} (early_stop_loss): try more steps "
+            f"(v_num_grad_steps: {2 * hparams.v_num_grad_steps}), a wider clamp (clamp_norm_factor: "
+            f"{2 * hparams.clamp_norm_factor:g}) or another layer (easyedit-mdm sweep)"
+        )
+    through = "weights" in hparams.THROUGH and hparams.optimise_through != "weights"
+    return (
+        "The value was found, but the update does not carry it: try another layer (easyedit-mdm sweep)"
+        f"{', optimise_through: weights' if through else ''} or a lower early_stop_loss"
+    )
 
 
 def apply_edit(folder: str | Path, out: str | Path, model: str | None = None, device: str | None = None) -> None:
@@ -154,7 +197,8 @@ def diff_edit(
         file: where to write the report as JSON.
 
     Returns:
-        `weights` (see `weight_figures`) and `effect`: for each prompt `before`, `after` (8 tokens, greedy) and `kl`, the divergence
+        `weights` (see `weight_figures`) and `effect`: for each prompt `canvas` (tokens that are written: after a
+            prompt of the edit's own facts the target's, else 8), `before`, `after`, and `kl`, the divergence
         KL(after || before) of the first token's distribution.
 
     Raises:
@@ -179,16 +223,17 @@ def effect(adapter: Adapter, edit: Edit, prompts: Sequence[str]) -> list[dict[st
     Raises:
         EditError: if the edit does not fit, or other edits stand on it.
     """
-    was = edit.is_applied(adapter)
-    sides = {was: _first_tokens(adapter, prompts)}
+    was, canvases = edit.is_applied(adapter), [_canvas(edit, prompt) for prompt in prompts]
+    sides = {was: _first_tokens(adapter, prompts, canvases)}
     (edit.revert if was else edit.apply)(adapter)
     try:
-        sides[not was] = _first_tokens(adapter, prompts)
+        sides[not was] = _first_tokens(adapter, prompts, canvases)
     finally:
         (edit.apply if was else edit.revert)(adapter)
     rows = []
-    for prompt, (before, p), (after, q) in zip(prompts, sides[False], sides[True]):
-        rows.append({"prompt": prompt, "before": before, "after": after, "kl": float((q.exp() * (q - p)).sum())})
+    for prompt, canvas, (before, p), (after, q) in zip(prompts, canvases, sides[False], sides[True]):
+        kl = float((q.exp() * (q - p)).sum())
+        rows.append({"prompt": prompt, "canvas": canvas.canvas, "before": before, "after": after, "kl": kl})
     return rows
 
 
@@ -334,7 +379,8 @@ def _shares(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    return {"before": before["text"], "after": after["text"], "exact": after["exact"], "was_exact_before": before["exact"]}
+    said = {"before": before["text"], "after": after["text"], "canvas": after["decode"]["canvas"]}
+    return {**said, "exact": after["exact"], "was_exact_before": before["exact"]}
 
 
 def _states(edit: Edit, adapter: Adapter) -> dict[str, str]:
@@ -348,19 +394,34 @@ def _states(edit: Edit, adapter: Adapter) -> dict[str, str]:
     return found
 
 
+def _canvas(edit: Edit, prompt: str) -> DecodeConfig:
+    """How to write after a prompt: after one of the edit's own as when it was made, after others on a short canvas."""
+    own = next((f for f in edit.card.get("facts", []) if f.get("prompt") == prompt), None)
+    if own is None or not isinstance(own.get("n_tokens"), int):
+        return DecodeConfig(canvas=EFFECT_TOKENS)
+    config = _decode_config(edit)
+    return replace(config, canvas=config.canvas or own["n_tokens"])
+
+
 @torch.no_grad()
-def _first_tokens(adapter: Adapter, prompts: Sequence[str]) -> list[tuple[str, torch.Tensor]]:
+def _first_tokens(
+    adapter: Adapter, prompts: Sequence[str], configs: Sequence[DecodeConfig]
+) -> list[tuple[str, torch.Tensor]]:
     """What is written after each prompt, and the log-probabilities of its first token."""
-    found = []
-    for prompt in prompts:
-        ids = torch.tensor(encode(adapter, prompt.rstrip()))
-        if not len(ids) or len(ids) + EFFECT_TOKENS > adapter.max_positions:
-            raise RequestError(f"prompt {prompt!r} has {len(ids)} tokens: it needs at least one, and {EFFECT_TOKENS} places after it")
-        path = decode(adapter, [ids], [EFFECT_TOKENS])[0]
-        row = torch.cat([ids, torch.full((EFFECT_TOKENS,), adapter.ids.slot)])[None].to(adapter.device)
-        logits = adapter.token_logits(row, at=torch.tensor([[len(ids)]], device=row.device))[0, 0, : adapter.vocabulary]
-        found.append((adapter.tokenizer.decode(path.tokens.tolist(), skip_special_tokens=True).strip(), logits.double().log_softmax(-1).cpu()))
-    return found
+    rows = []
+    for prompt, config in zip(prompts, configs):
+        ids, canvas = torch.tensor(encode(adapter, prompt.rstrip())), config.canvas or EFFECT_TOKENS
+        if not len(ids) or len(ids) + canvas > adapter.max_positions:
+            raise RequestError(
+                f"prompt {prompt!r} has {len(ids)} tokens: it needs at least one, and {canvas} places after it"
+            )
+        path = decode(adapter, [ids], [canvas], config)[0]
+        row = torch.cat([ids, torch.full((canvas,), adapter.ids.slot)])[None].to(adapter.device)
+        at = torch.tensor([[len(ids)]], device=row.device)
+        logits = adapter.token_logits(row, at=at)[0, 0, : adapter.vocabulary]
+        text = adapter.tokenizer.decode(path.tokens.tolist(), skip_special_tokens=True).strip()
+        rows.append((text, logits.double().log_softmax(-1).cpu()))
+    return rows
 
 
 def _lines(file: str | Path | None) -> list[str]:
@@ -375,36 +436,48 @@ def _lines(file: str | Path | None) -> list[str]:
 # ---- what is shown -------------------------------------------------------------------------------------------------------------------
 
 
-def _tell_edit(edit: Edit, folder: Path) -> None:
+def _tell_edit(edit: Edit, folder: Path | None, failures: Sequence[str]) -> None:
     console, metrics, guard = Console(), edit.card["metrics"], edit.card["guard"]
     table = Table(title=f"{edit.card['method']} on {edit.card['base']['name']}")
-    for column in ("prompt", "target", "before", "after", ""):
-        table.add_column(column)
+    for column in ("prompt", "target", "canvas", "before", "after", ""):
+        table.add_column(column, overflow="fold")
     for fact, row in zip(edit.card["facts"], metrics["facts"]):
-        cells = [escape(str(v)) for v in (fact["prompt"], fact["target_new"], row["before"], row["after"])]
-        table.add_row(*cells, "[green]✓" if row["exact"] else "[red]✗")
+        cells = (fact["prompt"], fact["target_new"], row["canvas"], row["before"], row["after"])
+        table.add_row(*(escape(str(v)) for v in cells), "[green]✓" if row["exact"] else "[red]✗")
     console.print(table)
     figures = ", ".join(f"{k} {v:.3g}" for k, v in guard.get("figures", {}).items() if v is not None)
-    told = f"guard: {guard['verdict']}" if guard["on"] else f"guard: off ({guard.get('why', 'not asked for')})"
-    console.print(escape(f"{told}{f'; {figures}' if figures else ''}"), highlight=False)
-    console.print(f"{escape(str(folder))} written (edit {edit.card['id']})", highlight=False)
+    verdict = f"guard: {guard['verdict']}" if guard["on"] else f"guard: off ({guard.get('why', 'not asked for')})"
+    console.print(escape(f"{verdict}{f'; {figures}' if figures else ''}"), highlight=False)
+    for line in failures:
+        console.print(escape(line), highlight=False, style="red")
+    if folder is None:
+        console.print("nothing saved; --keep-failed saves the edit all the same", highlight=False)
+    else:
+        console.print(f"{escape(str(folder))} written (edit {edit.card['id']})", highlight=False)
+
+
+def _layer(weight: str) -> str:
+    """The number of the layer that a parameter's name holds."""
+    return next((part for part in weight.split(".") if part.isdigit()), "")
 
 
 def _tell_diff(report: dict[str, Any]) -> None:
     console, table = Console(), Table(title=f"edit {report['id']}")
-    for column in ("weight", "shape", "kind", "rank", "||dW||", "largest singular value", "||dW|| / ||W||"):
-        table.add_column(column, justify="left" if column in ("weight", "kind") else "right")
+    for column in ("layer", "weight", "shape", "kind", "rank", "||dW||", "spectral", "/ ||W||"):
+        table.add_column(column, justify="left" if column in ("weight", "kind") else "right", overflow="fold")
     for row in report["weights"]:
-        shown = "" if row["norm_ratio"] is None else f"{row['norm_ratio']:.3g}"
-        norms = f"{row['norm']:.3g}", f"{row['spectral']:.3g}", shown
-        table.add_row(row["weight"], " x ".join(map(str, row["shape"])), row["kind"], str(row["rank"]), *norms)
+        ratio = "" if row["norm_ratio"] is None else f"{row['norm_ratio']:.3g}"
+        norms = f"{row['norm']:.3g}", f"{row['spectral']:.3g}", ratio
+        shape = "x".join(map(str, row["shape"]))
+        table.add_row(_layer(row["weight"]), row["weight"], shape, row["kind"], str(row["rank"]), *norms)
     console.print(table)
     if report["effect"]:
         table = Table(title="what the model says")
-        for column in ("prompt", "without the edit", "with it", "KL"):
-            table.add_column(column)
+        for column in ("prompt", "canvas", "without the edit", "with it", "KL"):
+            table.add_column(column, overflow="fold")
         for row in report["effect"]:
-            table.add_row(*(escape(row[key]) for key in ("prompt", "before", "after")), f"{row['kl']:.3g}")
+            before, after = escape(row["before"]), escape(row["after"])
+            table.add_row(escape(row["prompt"]), str(row["canvas"]), before, after, f"{row['kl']:.3g}")
         console.print(table)
 
 

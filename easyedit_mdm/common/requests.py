@@ -36,12 +36,16 @@ class EditRequest:
         for key in ("prompt", "subject", "target_new"):
             value = request.get(key)
             if not isinstance(value, str) or not value.strip():
-                raise RequestError(f"{key} is {value!r}: an edit needs a prompt, a subject and a target that are not empty")
+                raise RequestError(
+                    f"{key} is {value!r}: an edit needs a prompt, a subject and a target that are not empty"
+                )
             values[key] = value
         prompt, subject = values["prompt"], values["subject"]
         if "{}" not in prompt:
             if subject not in prompt:
-                raise RequestError(f"subject {subject!r} is not in prompt {prompt!r}: the edit is made at the subject's token")
+                raise RequestError(
+                    f"subject {subject!r} is not in prompt {prompt!r}: the edit is made at the subject's token"
+                )
             prompt = prompt.replace(subject, "{}", 1)
         return cls(prompt, subject, values["target_new"])
 

@@ -171,7 +171,12 @@ class ModuleHyperParams:
 # the last base's fields come first, and those without a default must
 @dataclass
 class ROMEMDMHyperParams(
-    ModuleHyperParams, ComparisonHyperParams, CostHyperParams, StatisticsHyperParams, LoadingHyperParams, MainHyperParams
+    ModuleHyperParams,
+    ComparisonHyperParams,
+    CostHyperParams,
+    StatisticsHyperParams,
+    LoadingHyperParams,
+    MainHyperParams,
 ):
     """ROME_MDM's hyperparameters, and what the other methods' have in common; a YAML file holds them by these names.
 
@@ -200,17 +205,25 @@ class ROMEMDMHyperParams(
             HyperParameterError, UnknownNameError: naming field and value.
         """
         if self.alg_name != self.ALG_NAME:
-            raise HyperParameterError(f"{type(self).__name__} is {self.ALG_NAME}'s, but {whose(self.alg_name)}")
-        for name, value in checked(type(self), {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}).items():
+            raise HyperParameterError(
+                f"{type(self).__name__} is {self.ALG_NAME}'s, but {whose(self.alg_name)}"
+            )
+        for name, value in checked(
+            type(self), {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        ).items():
             if isinstance(value, float):  # a whole number was given
                 setattr(self, name, value)
         self._check_layers()
         self._check_choices()
-        self.check_numbers(v_num_grad_steps=1, max_states=1, max_rows=1, facts_per_batch=1, seed=0, whole=True)
+        self.check_numbers(
+            v_num_grad_steps=1, max_states=1, max_rows=1, facts_per_batch=1, seed=0, whole=True
+        )
         self.check_numbers(v_lr=0, v_weight_decay=0, clamp_norm_factor=0, kl_factor=0, mom2_eps=0)
         for template in self.context_templates or []:
             if template.count("{}") != 1:
-                raise HyperParameterError(f"context template {template!r} must hold one {{}} where the prompt goes")
+                raise HyperParameterError(
+                    f"context template {template!r} must hold one {{}} where the prompt goes"
+                )
         if self.fp16 and self.load_dtype != "float16":
             raise HyperParameterError(f"fp16 is on, but dtype={self.dtype!r}: give one of the two")
         if self.mom2_adjustment and not self.mom2_dataset:
@@ -228,9 +241,13 @@ class ROMEMDMHyperParams(
     def _check_layers(self) -> None:
         layers = self.layers
         if not layers or min(layers) < 0:
-            raise HyperParameterError(f"layers={layers!r}: {self.ALG_NAME} needs a list of layer numbers such as [5]")
+            raise HyperParameterError(
+                f"layers={layers!r}: {self.ALG_NAME} needs a list of layer numbers such as [5]"
+            )
         if self.ONE_LAYER and len(layers) != 1:
-            raise HyperParameterError(f"layers={layers!r}: {self.ALG_NAME} edits one layer, given as a list such as [5]")
+            raise HyperParameterError(
+                f"layers={layers!r}: {self.ALG_NAME} edits one layer, given as a list such as [5]"
+            )
         if sorted(set(layers)) != layers:
             raise HyperParameterError(
                 f"layers={layers!r} must be in ascending order, each once: the residual is spread upwards"
@@ -299,7 +316,9 @@ class ROMEMDMHyperParams(
         given = values.values if isinstance(values, YamlFile) else values
         try:
             if given.get("alg_name", cls.ALG_NAME) != cls.ALG_NAME:
-                raise HyperParameterError(f"{cls.__name__} is {cls.ALG_NAME}'s, but {whose(given['alg_name'])}")
+                raise HyperParameterError(
+                    f"{cls.__name__} is {cls.ALG_NAME}'s, but {whose(given['alg_name'])}"
+                )
             return cls(**checked(cls, given))
         except (HyperParameterError, UnknownNameError) as error:
             where = values.where(str(error)) if isinstance(values, YamlFile) else source
