@@ -223,8 +223,8 @@ def test_against_one_run(two, tmp_path):
         report = compare([*two, third], tmp_path / "out", resamples=20, against=against)
         assert [pair["second"] for pair in report["pairs"]] == [reference] * 2
         assert reference not in {pair["first"] for pair in report["pairs"]}
-    first = compare([*two, third], tmp_path / "out", resamples=20, against="third")["pairs"][0]
-    assert first["measures"]["success"]["mean"] == -0.25
+    last = compare([*two, third], tmp_path / "out", resamples=20, against="third")["pairs"][1]
+    assert last["measures"]["success"]["mean"] == pytest.approx(-2 / 3, abs=1e-6), "the named one is subtracted"
     assert len(compare(two, tmp_path / "added", resamples=20, against=third)["runs"]) == 3
     with pytest.raises(DataError, match="0 runs are called 'none'.*third"):
         compare([*two, third], tmp_path / "nothing", resamples=20, against="none")

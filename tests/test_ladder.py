@@ -32,7 +32,7 @@ def own_words(model, prompt: str, n: int, order: str = "low_confidence") -> str:
 
 @pytest.mark.parametrize("family", ["llada", "dream", "llama", "sdar"])
 def test_rungs(tiny, family):
-    """All rungs of the paradigm. Teacher-forced and decoded from left to right, whole answers are right together."""
+    """All rungs of the paradigm; whole answers are right teacher-forced where they are from left to right."""
     model = tiny(family)
     prompts, answers = ["The river is", "The song of Anna was"], ["very good", "the old red river of the north sea"]
     prompts, answers = [*prompts, "The river is"], [*answers, own_words(model, "The river is", 3, "left_to_right")]
@@ -60,9 +60,9 @@ def test_rungs_tell_right_from_wrong(name, world, request):
 
 
 def constructed(model, target: torch.Tensor, right, surest_last: bool = False) -> None:
-    """Make a model predict token j of the target where `right(j, shown)`, else another one; after it the end of text.
+    """Make a model predict token j of the target where `right(j, shown)`, else another one; then the end of text.
 
-    `shown`: the slots that show their right token (in front of j, on a causal model). Slots on the left are surest.
+    `shown`: the slots that show their right token (in front of j, on a causal model). The left is surest.
     """
     other = next(t for t in range(5, 100) if t not in target.tolist())
 
@@ -184,7 +184,7 @@ def test_given_k_reveals_right_tokens(tiny, monkeypatch):
 
 @pytest.mark.parametrize("family", ["llada", "llama"])
 def test_counterfact_scores(tiny, family):
-    """Swapping the objects turns every comparison round; per token, sums are divided by the number of tokens."""
+    """Swapping the objects turns every comparison round; per token, sums are divided by their tokens."""
     model = tiny(family)
     prompts = "The river is", ["A river is"], ["The sea is", "The lake is"]
     new, true = model.tokenizer.decode([20]), model.tokenizer.decode([30, 40])

@@ -1,4 +1,4 @@
-"""CounterFact's scores from likelihoods (Meng et al., arXiv 2202.05262, section 3.3): which object is likelier."""
+"""CounterFact's scores from likelihoods (Meng et al., arXiv 2202.05262, section 3.3)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from easyedit_mdm.models.prompts import encode, target_ids
 class Preference:
     """log p of two objects after each of some prompts, by one likelihood.
 
-    A masked model's likelihood is `exact` where all targets are short enough for that, else `llada` for all of
-    them, from the same draws: an exact value is not held against an estimate.
+    A masked model's likelihood is `exact` where all targets are short enough for that, else `llada` for all
+    of them, from the same draws: an exact value is not held against an estimate.
 
     Args:
         samples, seed: of the Monte Carlo estimator (`easyedit_mdm.denoising.log_likelihood`).
@@ -49,7 +49,7 @@ class Preference:
         self.new_tokens, self.true_tokens = ([len(t) for t in targets] for targets in (new, true))
 
     def log_probabilities(self, per_token: bool) -> list[tuple[float, float]]:
-        """(new, true) for each prompt; divided by the number of tokens, so that longer objects are not punished."""
+        """(new, true) for each prompt; `per_token`: means, which do not punish longer objects."""
         if not per_token:
             return list(zip(self.new, self.true))
         counts = zip(self.new_tokens, self.true_tokens)
@@ -65,14 +65,14 @@ def counterfact_scores(
     target_true: str,
     samples: int = 128,
 ) -> Counterfact:
-    """ES, PS, NS (share of prompts on which the right object is likelier) and EM, PM, NM (mean difference in p).
+    """ES, PS, NS (share of prompts on which the right object is likelier), EM, PM, NM (mean difference in p).
 
     Right is the new object on the prompt and its paraphrases, the true one on neighbours, whose difference is
     turned round. All prompts are judged by one likelihood.
 
     Returns:
-        the scores from `sum` and `per_token` log-probabilities, and the name of the `likelihood`. A masked model's
-        is a bound of log p, and not to be compared with an autoregressive model's.
+        the scores from `sum` and `per_token` log-probabilities, and the name of the `likelihood`. A masked
+        model's is a bound of log p, and not to be compared with an autoregressive model's.
     """
     prompts = [prompt, *paraphrases, *neighbours]
     found = Preference(adapter, prompts, target_new, target_true, samples)

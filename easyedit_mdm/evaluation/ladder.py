@@ -1,4 +1,4 @@
-"""The ladder of honesty: the same edit, judged by measures that leak less and less. Defined in docs/metrics.md."""
+"""The ladder of honesty: one edit, judged by measures that leak different things. See docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def ladder(
     - `left_to_right`, `random`, `steps_half` (masked models): N steps in another order, or N/2 steps.
     - `multi_step`: exactly N masks, N steps, the surest first; causal: N greedy tokens.
     - `one_step` (masked models): all N masks committed at once.
-    - `any_order` (masked models): every still-masked slot in every state that shows right tokens elsewhere; in one
-      state for each number of them where there are more than 31. Right in all states means right on every rung
-      above: decoding goes through such states only.
-    - `canvas8`, `canvas16`, `canvas32`: a longer canvas; exact if nothing but the answer stands before the end of
+    - `any_order` (masked models): every masked slot in every state that shows right tokens elsewhere; in one
+      state for each number of them where there are more than 31. Right in all states means right on every
+      rung above: decoding goes through such states only.
+    - `canvas8`, `canvas16`, `canvas32`: a longer canvas; exact if only the answer stands before the end of
       the text. Left out where the answer does not fit.
     - `in_context`: as `multi_step`, with a sentence that has nothing to do with it before the prompt.
 
@@ -90,16 +90,19 @@ def _ids(adapter: Adapter, prompt: str, answer: str) -> tuple[Int[Tensor, " _"],
     return torch.tensor(encode(adapter, prompt.rstrip())), target_ids(adapter, prompt, answer)
 
 
-def _teacher_forced(adapter: Adapter, prompts: Sequence[str], answers: Sequence[str]) -> list[dict[str, Rung]]:
+def _teacher_forced(
+    adapter: Adapter, prompts: Sequence[str], answers: Sequence[str]
+) -> list[dict[str, Rung]]:
     ids = [_ids(adapter, prompt, answer) for prompt, answer in zip(prompts, answers)]
     found = teacher_forced(adapter, [prompt for prompt, _ in ids], [target for _, target in ids])
     return [
-        {"teacher_forced": {"token_acc": float(right.double().mean()), "exact": bool(right.all())}} for right in found
+        {"teacher_forced": {"token_acc": float(right.double().mean()), "exact": bool(right.all())}}
+        for right in found
     ]
 
 
 def any_order(adapter: Adapter, prompt: Int[Tensor, " _"], target: Int[Tensor, " _"]) -> Rung:
-    """The share of masked slots whose best token is right, averaged over states as `enumerate` weighs them."""
+    """The share of masked slots whose best token is right, over states as `enumerate` weighs them."""
     blocks = adapter.attention.blocks(len(prompt), len(target))
     states = schedule("enumerate", blocks, _MAX_STATES).draw(0, torch.Generator().manual_seed(0))
     right = right_in(adapter, prompt, target, states.revealed)
@@ -109,7 +112,7 @@ def any_order(adapter: Adapter, prompt: Int[Tensor, " _"], target: Int[Tensor, "
 
 
 def given_k(adapter: Adapter, prompt: str, answer: str, seed: int = 0) -> list[bool]:
-    """Exact match given k right tokens (a random set for each k, block by block), k = 0..N-1; masked models only."""
+    """Exact match given k right tokens (a random set for each k, block by block), k = 0..N-1; masked only."""
     target = target_ids(adapter, prompt, answer)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor(encode(adapter, prompt.rstrip()))

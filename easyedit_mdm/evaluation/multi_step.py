@@ -1,7 +1,7 @@
 """The multi-step metric: decode as many slots as the answer has tokens, really step by step, and compare.
 
-Defined in docs/metrics.md. For autoregressive models the same keys come from greedy generation, so that records of both
-paradigms can stand side by side.
+Defined in docs/metrics.md. For autoregressive models the same keys come from greedy generation, so that
+records of both paradigms can stand side by side.
 """
 
 from __future__ import annotations
@@ -133,11 +133,11 @@ def _share(written: Int[Tensor, " n"], target: Int[Tensor, " n"]) -> float:
 def teacher_forced(
     adapter: Adapter, prompts: Sequence[Int[Tensor, " _"]], targets: Sequence[Int[Tensor, " _"]]
 ) -> list[Bool[Tensor, " _"]]:
-    """Whether each token of an answer is predicted after the right tokens before it (EasyEdit's token accuracy).
+    """Whether each token of an answer is predicted after the right ones (EasyEdit's token accuracy).
 
-    In both paradigms from left to right; a masked model sees masks at and after the token. As in decoding, the
-    mask and ids without a token are never predicted. So all tokens are right just where decoding from left to
-    right writes the answer.
+    In both paradigms from left to right; a masked model sees masks at and after the token. As in decoding,
+    the mask and ids without a token are never predicted. So all tokens are right just where decoding from
+    left to right writes the answer.
     """
     if not adapter.masked:
         rows = [torch.cat([p, t]) for p, t in zip(prompts, targets)]
@@ -150,7 +150,7 @@ def teacher_forced(
 def right_in(
     adapter: Adapter, prompt: Int[Tensor, " _"], target: Int[Tensor, " n"], shown: Bool[Tensor, "states n"]
 ) -> Bool[Tensor, "states n"]:
-    """Whether a masked model's best token of each slot is the right one, in states that show some of the target."""
+    """Whether a masked model's best token of each slot is the right one, in states that show some others."""
     rows = [torch.cat([prompt, torch.where(some, target, adapter.ids.slot)]) for some in shown]
     best = best_tokens(adapter, rows, [len(prompt)] * len(rows), [len(target)] * len(rows))
     return torch.stack(best) == target

@@ -1,8 +1,8 @@
 """What is written of a case and of a run, and how it is read back.
 
 A run file holds JSON lines: a header, then one line a case. The types below say what stands in them; they are
-what `score_prompts`, the ladder and the judge return. Reading trusts no file: a value of another type than its
-record says counts as absent. So do NaN and infinity. Keys that are not named here are kept as they are.
+what `score_prompts`, the ladder and the judge return. Reading trusts no file: a value of another type than
+its record says counts as absent. So do NaN and infinity. Keys that are not named here are kept as they are.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Score(TypedDict, total=False):
         token_acc: share of the answer's N tokens that were written in their place.
         exact: all were.
         first_commit: the token committed first was right.
-        one_step, one_step_exact: masked models: share, and all, of the tokens that are right when every slot is
-            committed at the first step (parallel commit).
-        teacher_forced: autoregressive models: share of the tokens that are right after the right ones before them.
+        one_step, one_step_exact: masked models: share of the tokens that are right, and whether all are, when
+            every slot is committed at the first step (parallel commit).
+        teacher_forced: autoregressive models: share of the tokens that are right after the right ones.
         text, text_to_end: what was written; the part before the first end of the text.
         tokens: ids on the first N slots.
         decode: settings of the decoding.
@@ -245,10 +245,10 @@ def scores(part: object) -> list[Score]:
 
 
 def mirage_gap(rungs: Mapping[str, Rung]) -> float:
-    """Token accuracy when teacher-forced, minus token accuracy when the model's own tokens stand there instead.
+    """Token accuracy when teacher-forced, minus token accuracy when the model's own tokens stand there.
 
-    Both from left to right, in both paradigms. On whole targets there is no gap: by induction the two are right
-    together.
+    Both from left to right, in both paradigms. On whole targets there is no gap: by induction the two are
+    right together.
     """
     written = rungs["left_to_right"] if "left_to_right" in rungs else rungs["multi_step"]
     return rungs["teacher_forced"]["token_acc"] - written["token_acc"]
@@ -258,21 +258,24 @@ def read_run(path: str | Path) -> Run:
     """Read a run file as `easyedit-mdm bench` writes it, or wrote it in an earlier version.
 
     Raises:
-        DataError: for a file that cannot be read, a line that is no JSON object, a header that is missing or comes
-            twice, a case without an id, or two cases with the same one; it names the file, the line and what to do.
+        DataError: for a file that cannot be read, a line that is no JSON object, a header that is missing or
+            comes twice, a case without an id, or two cases with the same one. It names the file, the line and
+            what to do.
     """
     path = Path(path)
     try:
         lines = run_lines(path.read_bytes(), path, finite=True)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): give a run file of `easyedit-mdm bench`") from None
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}): give a run file of `easyedit-mdm bench`"
+        ) from None
     if not lines:
         raise DataError(f"{path}, line 1: the file is empty, without even a header: start the run again")
     (number, first), *rest = lines
     if first.get("header") is not True:
         raise DataError(
-            f'{path}, line {number}: the header (an object with "header": true) is missing: give a run file of '
-            "`easyedit-mdm bench`"
+            f'{path}, line {number}: the header (an object with "header": true) is missing: give a run file '
+            "of `easyedit-mdm bench`"
         )
     header: Header = _HEADER(first)
     cases: list[CaseRecord] = [_CASE(line) for _, line in rest]
@@ -298,12 +301,18 @@ def run_lines(data: bytes, path: str | Path, finite: bool = False) -> list[tuple
     texts = [(number, text) for number, text in enumerate(data.split(b"\n"), 1) if text.strip()]
     found = []
     for number, text in texts:
-        cure = "start the run again" if number == 1 else "delete this line and all after it, and finish with --resume"
+        cure = (
+            "start the run again"
+            if number == 1
+            else "delete this line and all after it, and finish with --resume"
+        )
         try:
             record = json.loads(text.decode("utf-8"), **options)
         except (ValueError, RecursionError) as error:
             if number > 1 and number == texts[-1][0] and not data.endswith(b"\n"):
-                raise DataError(f"{path}, line {number}: half-written: finish the run with --resume") from None
+                raise DataError(
+                    f"{path}, line {number}: half-written: finish the run with --resume"
+                ) from None
             raise DataError(f"{path}, line {number}: not JSON ({error}): {cure}") from None
         if not isinstance(record, dict):
             raise DataError(f"{path}, line {number}: {type(record).__name__}, not a JSON object: {cure}")
@@ -321,15 +330,18 @@ def _check_cases(path: Path, cases: list[tuple[int, CaseRecord]]) -> None:
     for number, case in cases:
         if case.get("header"):
             raise DataError(
-                f"{path}, line {number}: a second header: two runs were written into one file; split it here, one "
-                "file a run"
+                f"{path}, line {number}: a second header: two runs were written into one file; split it "
+                "here, one file a run"
             )
         if "case_id" not in case:
-            raise DataError(f"{path}, line {number}: no case_id: delete this line and finish the run with --resume")
+            raise DataError(
+                f"{path}, line {number}: no case_id: delete this line and finish the run with --resume"
+            )
         name = case["case_id"]
         if name in seen:
             raise DataError(
-                f"{path}, line {number}: case_id {name!r} was already in line {seen[name]}: delete one of the two lines"
+                f"{path}, line {number}: case_id {name!r} was already in line {seen[name]}: delete one of "
+                "the two lines"
             )
         seen[name] = number
 
@@ -337,8 +349,8 @@ def _check_cases(path: Path, cases: list[tuple[int, CaseRecord]]) -> None:
 def _rename(judgement: Judgement, masked: bool) -> None:
     """Names of version 1 turned into today's, where the meaning is the same.
 
-    There `one_step` also stood for teacher forcing, a masked model was teacher-forced in states of any order, and
-    the mirage gap was that of whole targets, to the answer in context.
+    There `one_step` also stood for teacher forcing, a masked model was teacher-forced in states of any order,
+    and the mirage gap was that of whole targets, to the answer in context.
     """
     for score in scores(list(judgement.get("multi_step", {}).values())):
         if "one_step" in score and not masked:
@@ -370,7 +382,9 @@ def _fitting(hint: Any) -> Callable[[Any], Any]:
     if origin is list:
         return lambda value: _list(value, parts[0]) if isinstance(value, list) else _MISFIT
     if origin is dict:
-        return lambda value: _record(value, dict.fromkeys(value, parts[1])) if isinstance(value, dict) else _MISFIT
+        return lambda value: (
+            _record(value, dict.fromkeys(value, parts[1])) if isinstance(value, dict) else _MISFIT
+        )
     return lambda value: _single(value, hint)
 
 
@@ -382,7 +396,11 @@ def _record(value: dict[str, Any], fields: Mapping[str, Callable[[Any], Any]]) -
 def _list(value: list[Any], fit: Callable[[Any], Any]) -> list[Any]:
     """Entries that do not fit are None where the list may hold None, which keeps the others' places."""
     found = [fit(entry) for entry in value]
-    return [entry for entry in (fit(None) if entry is _MISFIT else entry for entry in found) if entry is not _MISFIT]
+    return [
+        entry
+        for entry in (fit(None) if entry is _MISFIT else entry for entry in found)
+        if entry is not _MISFIT
+    ]
 
 
 def _single(value: Any, hint: Any) -> Any:
@@ -391,7 +409,9 @@ def _single(value: Any, hint: Any) -> Any:
     if hint is bool and not isinstance(value, bool):
         return bool(value) if isinstance(value, int | float) and value in (0, 1) else _MISFIT
     if hint is float:
-        return float(value) if isinstance(value, int | float) and abs(value) <= sys.float_info.max else _MISFIT
+        return (
+            float(value) if isinstance(value, int | float) and abs(value) <= sys.float_info.max else _MISFIT
+        )
     return value if isinstance(value, hint) and hint is not object else _MISFIT
 
 

@@ -27,15 +27,16 @@ def edit_quality(
 ) -> dict[str, Any]:
     """What EasyEdit's `compute_edit_quality` returns, from iterative denoising.
 
-    `rewrite_acc` and `rephrase_acc` are lists of token accuracies, `locality` holds the tokens written for each prompt
-    (compared before and after by EasyEdit), `portability` token accuracies, `multi_step` all of `score_prompts`.
+    `rewrite_acc` and `rephrase_acc` are lists of token accuracies, `locality` holds the tokens written for
+    each prompt (compared before and after by EasyEdit), `portability` token accuracies, `multi_step` all scores.
 
     Raises:
         HyperParameterError: for EasyEdit's perplexity metrics, which have no meaning for a masked model.
     """
     if eval_metric in _NOT_FOR_MASKED:
         raise HyperParameterError(
-            f"eval_metric={eval_metric!r} scores next tokens and means nothing for a masked model: use 'token_em'"
+            f"eval_metric={eval_metric!r} scores next tokens and means nothing for a masked model: use "
+            "'token_em'"
         )
     scored = multi_step(adapter, record, config)
     result: dict[str, Any] = {"metric_meta": {}}
@@ -44,10 +45,12 @@ def edit_quality(
             result[f"{name}_acc"] = [score["token_acc"] for score in scores(part)]
             result["metric_meta"][name] = meta(f"{name}_acc", GROUP)
     result["locality"] = {
-        f"{key}_output": [score["tokens"] for score in scores(part)] for key, part in scored["locality"].items()
+        f"{key}_output": [score["tokens"] for score in scores(part)]
+        for key, part in scored["locality"].items()
     }
     result["portability"] = {
-        f"{key}_acc": [score["token_acc"] for score in scores(part)] for key, part in scored["portability"].items()
+        f"{key}_acc": [score["token_acc"] for score in scores(part)]
+        for key, part in scored["portability"].items()
     }
     if test_generation:
         entropies = [fluency(adapter, p)["ngram_entropy"] for p in _listed(record["prompt"])]
@@ -90,8 +93,11 @@ def meta(result_key: str, group: str) -> dict[str, str]:
     """EasyEdit's metric metadata: numbers of different groups are not to be averaged together."""
     scorer = group.rsplit(".", 1)[1]
     return {
-        "result_key": result_key, "protocol": "multi_step_denoising", "scorer": scorer, "comparable_group": group,
-    }  # fmt: skip
+        "result_key": result_key,
+        "protocol": "multi_step_denoising",
+        "scorer": scorer,
+        "comparable_group": group,
+    }
 
 
 def _listed(value: Any) -> list:

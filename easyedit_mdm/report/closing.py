@@ -24,6 +24,8 @@ def summary_lines(path: str | Path, resamples: int = 2000) -> list[str]:
     told = [(MEASURES[name], found["measures"][name]) for name in TOLD if name in found["measures"]]
     lines += [f"{title}: {show(estimate)}, n {estimate['n']}" for title, estimate in told]
     lines += [f"failed, {count} times: {reason}" for reason, count in found["errors"].items()]
-    lines += [f"left out of the data set, {count} times: {reason}" for reason, count in found["skipped"].items()]
+    lines += [
+        f"left out of the data set, {count} times: {reason}" for reason, count in found["skipped"].items()
+    ]
     files = shlex.quote(str(path)), shlex.quote(str(path.with_name(f"{path.stem}-report")))
     return [*lines, f"written: {path}", f"next: easyedit-mdm compare {files[0]} --out {files[1]}"]

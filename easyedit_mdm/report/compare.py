@@ -67,16 +67,19 @@ EXTRAS = {
 }
 COST = {"edit_seconds": "seconds an edit", "forwards": "forwards an edit"}
 NOTES = (
-    "Success: all tokens of the target are right after decoding N masks in N steps (autoregressive: N greedy tokens). One step: all masks "
-    "committed at once. A failed case counts 0 in success, token accuracy, first commit, paraphrase, portability and the ladder. It is left "
-    "out of locality, mirage gap and cost.",
-    "In brackets: 95 % bootstrap intervals that resample subjects. They are too narrow with fewer than about ten subjects, and have no width where "
-    "all values are alike.",
-    "Mirage gap: token accuracy when teacher-forced, minus token accuracy when decoded, both from left to right. Files of version 1 "
-    "hold another one: exact when teacher-forced (masked: in any order), minus exact in context. Cost: medians of the edits that did not fail.",
-    "A masked model's likelihoods are bounds, an autoregressive model's are not: they stand in rows of their own.",
-    "Paired differences are first minus second on the cases that both runs have. One interval in twenty misses 0 by chance: "
-    "the more pairs, the more of these.",
+    "Success: all tokens of the target are right after decoding N masks in N steps (autoregressive: N "
+    "greedy tokens). One step: all masks committed at once. A failed case counts 0 in success, token "
+    "accuracy, first commit, paraphrase, portability and the ladder. It is left out of locality, mirage gap "
+    "and cost.",
+    "In brackets: 95 % bootstrap intervals that resample subjects. They are too narrow with fewer than "
+    "about ten subjects, and have no width where all values are alike.",
+    "Mirage gap: token accuracy when teacher-forced, minus token accuracy when decoded, both from left to "
+    "right. Files of version 1 hold another one: exact when teacher-forced (masked: in any order), minus "
+    "exact in context. Cost: medians of the edits that did not fail.",
+    "A masked model's likelihoods are bounds. They stand in rows of their own, apart from autoregressive "
+    "ones.",
+    "Paired differences are first minus second on the cases that both runs have. One interval in twenty "
+    "misses 0 by chance: the more pairs, the more of these.",
 )
 
 Cell = str | int | Estimate | None
@@ -115,11 +118,11 @@ def compare(
     Args:
         paths: run files of `easyedit-mdm bench`.
         seed, resamples: of the bootstrap.
-        against: the run that all others are held against, by name or file (added where it is a file that is not
-            among `paths`); by default every two runs are compared.
+        against: the run that all others are held against, by name or file. A file that is not among `paths` is
+            added. By default every two runs are compared.
 
     Raises:
-        DataError: without paths, for a broken file, or where `against` is none of the runs; nothing is written then.
+        DataError: without paths, for a broken file, or where `against` is none of the runs. Nothing is written.
         HyperParameterError: for less than one resample.
         MissingPackageError: where matplotlib or jinja2 is not installed.
     """
@@ -128,8 +131,9 @@ def compare(
     if resamples < 1:
         raise HyperParameterError(f"resamples {resamples}: give at least 1, 2000 is usual")
     files = [Path(path) for path in paths]
-    if against is not None and Path(against).is_file() and Path(against) not in files:
-        files.append(Path(against))
+    if against is not None and Path(against).is_file():
+        against = Path(against)
+        files += [against] if against not in files else []
     runs = [read_run(path) for path in files]
     names = names_of(runs)
     report: Report = {
@@ -310,17 +314,12 @@ def _sections(report: Report) -> list[tuple[str, Rows]]:
 # report.csv and report.md
 
 
-CSV_HEADS = (
-    "run", "against", "model", "method", "schedule", "measure", "length", "statistic", "value", "low", "high", "n",
-    "subjects",
-)  # fmt: skip
-
-
 def _csv(report: Report) -> str:
     """Every number in one long table; `low` and `high` are the interval of a mean and the quartiles of a median."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(CSV_HEADS)
+    heads = "run against model method schedule measure length statistic value low high n subjects"
+    writer.writerow(heads.split())
     for run in report["runs"]:
         start = (run["name"], "", run["model"], run["method"], run["schedule"])
         writer.writerows(_csv_rows((*start,), "mean", run["measures"], run["success_by_length"]))
@@ -340,11 +339,10 @@ def _csv_rows(
     measures: Mapping[str, Estimate],
     lengths: Mapping[str, Estimate],
 ) -> list[tuple[str | int | float | None, ...]]:
-    rows = [(name, "", e) for name, e in measures.items()] + [("success", length, e) for length, e in lengths.items()]
-    return [
-        (*start, name, length, statistic, e["mean"], e["low"], e["high"], e["n"], e["subjects"])
-        for name, length, e in rows
-    ]
+    rows = [(name, "", e) for name, e in measures.items()]
+    rows += [("success", length, e) for length, e in lengths.items()]
+    numbers = [(e["mean"], e["low"], e["high"], e["n"], e["subjects"]) for _, _, e in rows]
+    return [(*start, name, length, statistic, *row) for (name, length, _), row in zip(rows, numbers)]
 
 
 def _markdown(report: Report) -> str:
@@ -357,8 +355,9 @@ def _markdown(report: Report) -> str:
         heads = ["setting", *(run["name"] for run in report["runs"])]
         texts = [[_markdown_text(cell) for cell in row] for row in settings]
         lines += ["", "## Settings in which the runs differ", "", *_markdown_table(heads, texts)]
-    lines += _reasons("Failed cases", [(run["name"], run["errors"]) for run in report["runs"]])
-    lines += _reasons("Records left out of the data set", [(run["name"], run["skipped"]) for run in report["runs"]])
+    runs = report["runs"]
+    lines += _reasons("Failed cases", [(run["name"], run["errors"]) for run in runs])
+    lines += _reasons("Records left out of the data set", [(run["name"], run["skipped"]) for run in runs])
     return "\n".join(lines) + "\n"
 
 
@@ -460,8 +459,8 @@ def _bars(axes: Any, runs: Sequence[NamedSummary], rows: dict[str, str]) -> list
 class CasePage(TypedDict, total=False):
     """What the page's script shows of a case.
 
-    `runs`: a list for each run that has it, [number of the run, right (1, 0 or None), text before, text after,
-    error, denoising before, denoising after].
+    `runs`: a list for each run that has it, [number of the run, right (1, 0 or None), text before, text
+    after, error, denoising before, denoising after].
     """
 
     id: int | str
@@ -494,13 +493,13 @@ def case_pages(runs: Sequence[Run], names: Sequence[str]) -> CasePages:
 
 
 def _outcome(case: CaseRecord) -> list[Any]:
-    before, after = (
-        scores(part.get("multi_step", {}).get("rewrite")) for part in (case.get("pre", {}), case.get("post", {}))
-    )
+    judged = case.get("pre", {}), case.get("post", {})
+    before, after = (scores(part.get("multi_step", {}).get("rewrite")) for part in judged)
     right = None if failed(case) or not after or "exact" not in after[0] else int(after[0]["exact"])
     texts = [found[0].get("text") if found else None for found in (before, after)]
     error = str(case.get("error") or "no result") if failed(case) else None
-    return [right, *texts, error, *(_denoising(case.get("history", {}).get(when, {})) for when in ("pre", "post"))]
+    history = case.get("history", {})
+    return [right, *texts, error, *(_denoising(history.get(when, {})) for when in ("pre", "post"))]
 
 
 def _denoising(history: Denoising) -> Slots | None:

@@ -22,7 +22,7 @@ from easyedit_mdm.evaluation.records import CaseRecord, Header, Judgement, Run, 
 
 
 class Interval(TypedDict):
-    """A mean with its 95 % interval; None where there are no values, or fewer than two subjects for an interval."""
+    """A mean with its 95 % interval; None without values, the bounds also with fewer than two subjects."""
 
     mean: float | None
     low: float | None
@@ -52,7 +52,7 @@ class Median(TypedDict):
 
 
 class Summary(TypedDict):
-    """All numbers of one run; a measure that no case has is absent. `errors`, `skipped`: how often each reason."""
+    """All numbers of one run, without measures that no case has. `errors`, `skipped`: counts by reason."""
 
     file: str
     model: str | None
@@ -86,13 +86,12 @@ class NamedPair(Pair):
 
 Columns = dict[str, list[float | None]]
 
-PAIRED = (
-    "success", "success_one_step", "token_acc", "first_commit", "rephrase_exact", "locality_kept", "portability_exact",
-    "mirage_gap", "mirage_gap_exact",
-)  # fmt: skip
-SCORES = ("ES", "PS", "NS", "EM", "PM", "NM")
 # a failed case never reached its target; what it would have kept or cost is unknown
-ZERO_IF_FAILED = ("success", "success_one_step", "token_acc", "first_commit", "rephrase_exact", "portability_exact")
+ZERO_IF_FAILED = (
+    "success", "success_one_step", "token_acc", "first_commit", "rephrase_exact", "portability_exact",
+)  # fmt: skip
+PAIRED = (*ZERO_IF_FAILED[:5], "locality_kept", "portability_exact", "mirage_gap", "mirage_gap_exact")
+SCORES = ("ES", "PS", "NS", "EM", "PM", "NM")
 DIGITS = 6
 
 
@@ -126,9 +125,7 @@ def case_figures(case: CaseRecord) -> dict[str, float | None]:
     """Every figure of one case that did not fail, None where the file has none."""
     post, pre = case["post"], case.get("pre", {})
     sections = post.get("multi_step", {})
-    rewrite, rephrase, portability = (
-        scores(part) for part in (sections.get("rewrite"), sections.get("rephrase"), sections.get("portability"))
-    )
+    rewrite, rephrase = scores(sections.get("rewrite")), scores(sections.get("rephrase"))
     kept, rungs = post.get("locality_kept", {}), post.get("ladder", {})
     found = {
         "success": _mean(s.get("exact") for s in rewrite),
@@ -136,7 +133,7 @@ def case_figures(case: CaseRecord) -> dict[str, float | None]:
         "token_acc": _mean(s.get("token_acc") for s in rewrite),
         "first_commit": _mean(s.get("first_commit") for s in rewrite),
         "rephrase_exact": _mean(s.get("exact") for s in rephrase),
-        "portability_exact": _mean(s.get("exact") for s in portability),
+        "portability_exact": _mean(s.get("exact") for s in scores(sections.get("portability"))),
         "locality_kept": _mean(kept.values()),
         **{f"locality_kept.{name}": share for name, share in kept.items()},
         "same_subject_kept": post.get("same_subject_kept"),
@@ -160,17 +157,16 @@ def _likelihoods(post: Judgement) -> dict[str, float | None]:
 
 
 def _extras(pre: Judgement, post: Judgement) -> dict[str, bool | int | float | None]:
-    """Likelihoods, success given k tokens, where the first wrong token was committed, what became of other text."""
-    found: dict[str, bool | int | float | None] = {f"given_k.{k}": x for k, x in enumerate(post.get("given_k", []))}
+    """Success given k tokens, where the first wrong token was committed, what became of other text."""
+    found: dict[str, bool | int | float | None] = {}
+    found |= {f"given_k.{k}": right for k, right in enumerate(post.get("given_k", []))}
     found["first_wrong_step"] = (post.get("first_wrong") or {}).get("step")
     for name, part in (("with_statement_acc", post), ("with_statement_acc_before", pre)):
         said = scores(part.get("multi_step", {}).get("with_statement"))
         found[name] = _mean(s.get("token_acc") for s in said)
-    found["fluency_ratio"] = _ratio(
-        post.get("fluency", {}).get("ngram_entropy"), pre.get("fluency", {}).get("ngram_entropy")
-    )
-    found["perplexity_ratio"] = _ratio(post.get("perplexity", {}).get("value"), pre.get("perplexity", {}).get("value"))
-    return found
+    entropies = (part.get("fluency", {}).get("ngram_entropy") for part in (post, pre))
+    perplexities = (part.get("perplexity", {}).get("value") for part in (post, pre))
+    return {**found, "fluency_ratio": _ratio(*entropies), "perplexity_ratio": _ratio(*perplexities)}
 
 
 def _ratio(after: float | None, before: float | None) -> float | None:
@@ -321,13 +317,17 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
 
 def all_pairs(
-    runs: Sequence[Run], names: Sequence[str], seed: int = 0, resamples: int = 2000, against: str | Path | None = None
+    runs: Sequence[Run],
+    names: Sequence[str],
+    seed: int = 0,
+    resamples: int = 2000,
+    against: str | Path | None = None,
 ) -> list[NamedPair]:
     """Paired differences of every two runs, or of every run with one.
 
     Args:
-        against: the run that the others are held against (others minus this one): its name, file or file's name
-            without the ending.
+        against: the run that the others are held against (others minus this one): its name, its file, or the
+            file's name without the ending.
 
     Raises:
         DataError: where no run, or more than one, is called that.
@@ -335,10 +335,9 @@ def all_pairs(
     named = list(zip(names, runs))
     found = list(combinations(named, 2))
     if against is not None:
-        said = [(n, run) for n, run in named if str(against) in (n, run.name, run.path.stem) or Path(against) == run.path]
+        said = [(n, run) for n, run in named if str(against) in (n, run.name, run.path.stem, str(run.path))]
         if len(said) != 1:
-            raise DataError(f"{len(said)} runs are called {str(against)!r}: give one of {', '.join(names)}, or its file")
+            given = f"{len(said)} runs are called {str(against)!r}"
+            raise DataError(f"{given}: give one of {', '.join(names)}, or its file")
         found = [(other, said[0]) for other in named if other[1] is not said[0][1]]
-    return [
-        {"first": a, "second": b, **paired(run, other, seed, resamples)} for (a, run), (b, other) in found
-    ]
+    return [{"first": a, "second": b, **paired(run, other, seed, resamples)} for (a, run), (b, other) in found]

@@ -1,4 +1,4 @@
-"""Everything that is measured of one case, before and after its edit: the values of a run file's `pre` and `post`."""
+"""Everything that is measured of one case, before and after its edit: a run file's `pre` and `post`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,12 @@ class Judge:
                 result["given_k"] = [*given_k(adapter, case.prompt, case.target_new, self.decode.seed)]
         if case.target_true:
             result["counterfact"] = counterfact_scores(
-                adapter, case.prompt, case.rephrase_prompts, case.neighborhood, case.target_new, case.target_true
+                adapter,
+                case.prompt,
+                case.rephrase_prompts,
+                case.neighborhood,
+                case.target_new,
+                case.target_true,
             )
         if self.fluency:
             result["fluency"] = fluency(adapter, case.prompt, seed=self.decode.seed)
@@ -84,7 +89,11 @@ def _questions(case: BenchCase) -> list[Question]:
         asked += [Question(section, p, a, key) for key, pairs in parts.items() for p, a in pairs]
     # CounterFact+ (Hoelscher-Obermaier et al., 2023): the edit is said before a neighbour's prompt
     said = f"{case.prompt} {new}."
-    asked += [Question("with_statement", f"{said} {p}", a, key) for key, pairs in case.locality.items() for p, a in pairs]
+    asked += [
+        Question("with_statement", f"{said} {p}", a, key)
+        for key, pairs in case.locality.items()
+        for p, a in pairs
+    ]
     return [question for question in asked if question.answer.strip()]
 
 
@@ -111,7 +120,7 @@ def history(adapter: Adapter, case: BenchCase, config: DecodeConfig) -> Denoisin
 
 
 def kept(before: Judgement, after: Judgement) -> Judgement:
-    """Share of the tokens that an edit left as they were: by section of locality, and for the subject's other facts."""
+    """Share of the tokens that an edit left as they were: by section of locality, and of the subject."""
     then, now = before["multi_step"], after["multi_step"]
     shares = {key: _same(then["locality"][key], section) for key, section in now["locality"].items()}
     result: Judgement = {"locality_kept": shares}
