@@ -141,3 +141,35 @@ def test_a_file_of_batches_that_does_not_fit(config, tmp_path):
     with pytest.raises(DataError, match="start another run"):
         bench(config("MEMIT_MDM", "batch"), path, resume=True)
     assert json.loads(path.read_text().splitlines()[0])["mode"] == "batch"
+
+
+def asked(out, *more: str) -> list[str]:
+    """A bench of EasyEdit-shaped requests through the command line."""
+    return ["bench", "--alg", "ROME_MDM", "--hparams", "ROME_MDM/twin-llama", "--light", "--out", str(out), *more]
+
+
+def test_the_end_says_what_came_out(tmp_path, capsys, world):
+    """Figures with intervals, the file and the next command; a record that cannot be used has a line and a status."""
+    fact = next(iter(world.all_facts()))
+    good = {"prompt": fact.prompt(), "subject": fact.subject, "target_new": "red"}
+    (tmp_path / "mine.json").write_text(json.dumps([good, {**good, "subject": "Nobody At All"}]))
+    data = ["--dataset", "requests", "--data-file", str(tmp_path / "mine.json")]
+    assert main(asked(tmp_path / "run.jsonl", *data)) == 1
+    told = capsys.readouterr()
+    assert "1 cases, 1 subjects, 0 failed" in told.out
+    assert "next: easyedit-mdm compare" in told.out
+    assert "was skipped" in told.err
+    assert main(asked(tmp_path / "run.jsonl", *data, "--resume", "--allow-skipped")) == 0
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    """One line with the command that goes on, no traceback, status 130."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "load_cases", interrupted)
+    out = tmp_path / "a run.jsonl"
+    assert main(asked(out, "--dataset", "twins_validation", "--limit", "1")) == 130
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("easyedit-mdm:")]
+    assert line.endswith(f"--out '{out}' --dataset twins_validation --limit 1 --resume")

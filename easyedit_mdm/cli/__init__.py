@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        its exit status; 2, after one message on stderr, for a wrong call or an error of this package.
+        its exit status; 130 if it was interrupted; 2, after one message on stderr, for a wrong call or an error of this package.
     """
     same_bytes_on_any_number_of_threads()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -29,11 +30,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if package not in needed():
             raise
         return _failed(f"{error}. {advice(package)}")
+    except KeyboardInterrupt:
+        return _interrupted(arguments)
     except Exception as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # what the library makes of Ctrl-C
+            return _interrupted(arguments)
         # typer's errors of usage; their class is public in no version
         if not hasattr(error, "format_message"):
             raise
         return _failed(_usage(error))
+
+
+def _interrupted(arguments: list[str]) -> int:
+    """One line, with the command that goes on where there is one; 130, as a shell says of Ctrl-C."""
+    how = "nothing that was finished is lost"
+    if arguments[:1] == ["bench"]:
+        again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
+        how = f"go on with: easyedit-mdm {shlex.join(again)}"
+    print(f"easyedit-mdm: interrupted; {how}", file=sys.stderr)
+    return 130
 
 
 def _failed(message: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -300,12 +301,15 @@ def bench(
     held_out: Annotated[str | None, Option(help="a text whose perplexity is taken before and after")] = None,
     light: Annotated[bool, Option("--light", help="leave out the ladder of honesty and fluency")] = False,
     no_fluency: Annotated[bool, Option("--no-fluency", help="leave out fluency alone")] = False,
+    allow_skipped: Annotated[
+        bool, Option("--allow-skipped", help="exit with 0 although records of the data set could not be used")
+    ] = False,
     easyedit_home: Home = None,
     device: Device = None,
 ) -> None:
     """Edit and judge many cases, one line each.
 
-    Can be killed and resumed at any point.
+    Can be killed and resumed at any point. Ends with the figures, and with exit status 1 if records were skipped.
     """
     args.named_hparams(hparams)
     from easyedit_mdm.host.methods import easyedits_method
@@ -316,6 +320,15 @@ def bench(
         mode, batch_size,
     )  # fmt: skip
     bench(config, out, resume, others=lambda name, path: easyedits_method(name, path, easyedit_home))
+    from easyedit_mdm.evaluation.records import read_run
+    from easyedit_mdm.report.closing import summary_lines
+
+    print(*summary_lines(out), sep="\n")
+    skipped = read_run(out).header["dataset"]["skipped"]
+    for record in skipped:
+        print(f"record {record['record']} was skipped: {record['reason']}", file=sys.stderr)
+    if skipped and not allow_skipped:
+        raise Exit(1)
 
 
 @app.command()
