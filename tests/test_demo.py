@@ -5,42 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import pytest
+from pages import read_page
 
 from easyedit_mdm.cli import main
-
-ALONE = {"meta", "br", "hr", "img", "link", "input"}  # elements without an end tag
-
-
-class Page(HTMLParser):
-    """Reads a page; fails where tags do not match, and keeps what is fetched from elsewhere, and the text of each class."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[tuple[str, str]] = []
-        self.fetched: list[str] = []
-        self.texts: dict[str, list[str]] = {}
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note it, and what it fetches."""
-        told = dict(attrs)
-        if tag not in ALONE:
-            self.open.append((tag, told.get("class") or ""))
-        self.fetched += [str(told[name]) for name in ("src", "href", "data", "action") if name in told]
-        self.fetched += [tag] if tag in ("link", "script", "iframe") else []
-
-    def handle_endtag(self, tag: str) -> None:
-        """It ends what was opened last."""
-        assert self.open and self.open.pop()[0] == tag, f"</{tag}> at {self.getpos()}"
-
-    def handle_data(self, data: str) -> None:
-        """Keep it under the class of its element."""
-        if self.open:
-            self.texts.setdefault(self.open[-1][1], []).append(data.strip())
-            if self.open[-1][0] == "style":
-                self.fetched += [word for word in ("@import", "url(") if word in data]
 
 
 @pytest.mark.end_to_end
@@ -58,10 +27,8 @@ def test_demo(tmp_path):
     written = [c["text"] for c in report["shown"]["denoising"]["after"][-1]]
     assert " ".join(written) == report["shown"]["target"]
     text = (tmp_path / "out" / "demo.html").read_text()
-    page = Page()
-    page.feed(text)
-    page.close()
-    assert page.open == [] and page.fetched == [] and "http" not in text
+    page = read_page(text)
+    assert page.fetched == [] and "http" not in text
     assert page.texts["target"] == [report["shown"]["target"]] and page.texts["old"] == [report["shown"]["was"]]
     assert len(page.texts["yes"]) == 5 and "no" not in page.texts
     assert set(written) <= set(page.texts["cell kept"] + page.texts["cell new"])
