@@ -54,8 +54,8 @@ def wrap_model(native: Any, tokenizer: Any = None, **options: Any) -> Adapter:
 
 def with_decoder(adapter: Adapter) -> Adapter:
     """Give a masked adapter its `generate` (the models know nothing of denoising)."""
-    if adapter.masked and adapter.decoder is None:
-        adapter.decoder = generate
+    if adapter.masked and adapter.denoise is None:
+        adapter.denoise = generate
     return adapter
 
 

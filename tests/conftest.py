@@ -135,6 +135,19 @@ def tiny_config(family: str, vocabulary: int) -> dict:
             **common, **sizes, **masked, "architectures": ["Fast_dLLM_QwenForCausalLM"], "model_type": "Fast_dLLM_Qwen",
             "bd_size": 4, "tie_word_embeddings": True,
         },
+        "bert": {
+            "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "hidden_act": "gelu", "max_position_embeddings": 128, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 0,
+            "tie_word_embeddings": True, "architectures": ["BertForMaskedLM"], "model_type": "bert", "mask_token_id": 1,
+            "torch_dtype": "float32",
+        },
+        "modernbert": {
+            "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "hidden_activation": "gelu", "max_position_embeddings": 128, "local_attention": 8, "global_attn_every_n_layers": 3,
+            "global_rope_theta": 160000.0, "local_rope_theta": 10000.0, "pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2,
+            "eos_token_id": 3, "sep_token_id": 3, "architectures": ["ModernBertForMaskedLM"], "model_type": "modernbert",
+            "mask_token_id": 1, "torch_dtype": "float32",
+        },
         "mmada": {
             **common, "architectures": ["MMadaModelLM"], "model_type": "mmada", "block_type": "llama", "layer_norm_type": "rms",
             "rope": True, "activation_type": "silu", "embedding_size": vocabulary, "d_model": 32, "n_layers": 3, "n_heads": 4,
@@ -160,7 +173,7 @@ def write_checkpoint(folder: Path, family: str, vocabulary: int = 192, seed: int
     from safetensors.torch import save_file
 
     from easyedit_mdm.models.families import FAMILIES
-    from easyedit_mdm.models.loading import _empty_model, _tied_names
+    from easyedit_mdm.models.loading import _empty_model, tied_names
 
     folder.mkdir(parents=True, exist_ok=True)
     config = tiny_config(family, vocabulary)
@@ -170,7 +183,7 @@ def write_checkpoint(folder: Path, family: str, vocabulary: int = 192, seed: int
     tensors = {
         spec.hub_name(name): torch.randn(p.shape, generator=generator) * 0.15 + (1.0 if p.dim() == 1 and "bias" not in name else 0.0)
         for name, p in model.named_parameters()
-        if name not in _tied_names(model)
+        if name not in tied_names(spec, model)
     }
     (folder / "config.json").write_text(json.dumps(config))
     names = list(tensors)

@@ -13,14 +13,17 @@ import torch
 from conftest import tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from easyedit_mdm import load_model
+from easyedit_mdm import decode, load_model
 from easyedit_mdm.errors import CheckpointError, IncompatibleVersionError, ModelError
 from easyedit_mdm.models import FAMILIES, adapt, geometry, native
 from easyedit_mdm.models.attention import Attention
+from easyedit_mdm.models.prompts import encode, span, target_ids
 from easyedit_mdm.models.tables import with_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
-REFERENCES = {"a2d_qwen3": {"mask_id": 190}, "sdar": {}, "illada": {"mask_id": 190}, "mmada": {}, "fast_dllm_v2": {"mask_id": 190}}
+ENCODERS = ["bert", "modernbert"]
+REFERENCES = {"a2d_qwen3": {"mask_id": 190}, "sdar": {}, "illada": {}, "mmada": {}, "fast_dllm_v2": {"mask_id": 190}}
+REFERENCES |= {name: {} for name in ENCODERS}
 
 
 def seen(attention: Attention, length: int, canvas: int, padding: int = 0) -> list[list[bool]]:
@@ -238,12 +241,22 @@ def fast_dllm_cases(known: dict[str, torch.Tensor]) -> Iterator[tuple[dict, torc
             yield {}, known[f"prompt{found[1]}_ids"], settings, result
 
 
+def encoder_cases(known: dict[str, torch.Tensor]) -> Iterator[tuple[dict, torch.Tensor, dict, torch.Tensor]]:
+    """dLLM's MDLMSampler on BERT-type models."""
+    for name, result in known.items():
+        if found := re.fullmatch(r"generated_mdlm_low_confidence_prompt5_len8_steps(\d)_block(\d)", name):
+            settings = {"steps": int(found[1]), "block_length": int(found[2]), "pace": "linear"}
+            yield {}, known["prompt5_ids"], settings, result
+
+
 SAMPLERS = {
     "a2d_qwen3": (a2d_cases, 8),
     "sdar": (sdar_cases, 10),
     "illada": (llada_cases, 3),
     "mmada": (llada_cases, 3),
     "fast_dllm_v2": (fast_dllm_cases, 12),
+    "bert": (encoder_cases, 3),
+    "modernbert": (encoder_cases, 3),
 }
 
 
@@ -274,6 +287,62 @@ def test_a_padded_batch_writes_what_its_rows_do(data_dir):
     made = model.generate(ids, attention_mask=mask, max_new_tokens=8, steps=8, block_length=8, pace="linear")
     wanted = known["generated_mdlm_batch_12_and_9_len8_steps8_block8"]
     assert torch.equal(made[0, 12:], wanted[0, 12:20]) and torch.equal(made[1, 12:], wanted[1, 9:17])
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("folder", ENCODERS)
+@torch.no_grad()
+def test_masked_encoders(data_dir, folder):
+    """Right-padded rows as the rows alone; masks inside a text filled one a pass, the most probable first."""
+    path = data_dir / "reference" / folder
+    model, known = load_model(path), load_file(path / "reference.safetensors")
+    logits = model.token_logits(known["right_padded_ids"], known["right_padded_attention_mask"])
+    for name, length in (("row1_first14_logits", 14), ("row2_first10_logits", 10)):
+        assert (logits[int(name[3]), :length] - known[name]).abs().max() < 1e-4
+    text = known["prompt_ids"][0]
+    start = int((text == model.ids.mask).nonzero()[0])
+    given = torch.where(text == model.ids.mask, -1, text)[start:]
+    filled = decode(model, [text[:start]], [len(given)], given=[given])[0]
+    assert torch.equal(torch.cat([text[:start], filled.tokens]), known["generated_low_confidence_one_per_step"][0])
+
+
+def test_what_a_tokenizer_puts_behind_a_text(tiny, tokenizer):
+    """[CLS] stays in front of a prompt, [SEP] behind it would stand before the target: it is left out."""
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    model = tiny("bert")
+    plain = encode(model, "The river of Ann")
+    model.tokenizer = copy.deepcopy(tokenizer)
+    pieces = {name: model.tokenizer.convert_ids_to_tokens(i) for name, i in (("first", 2), ("last", 3))}
+    model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{pieces['first']} $A {pieces['last']}", special_tokens=[(pieces["first"], 2), (pieces["last"], 3)]
+    )
+    assert model.tokenizer("The river of Ann")["input_ids"] == [2, *plain, 3]
+    assert encode(model, "The river of Ann") == [2, *plain]
+    ids, first, last = span(model, "The river of Ann", 13, 16)
+    assert ids == [2, *plain] and model.tokenizer.decode(ids[first : last + 1]).strip() == "Ann"
+    behind = target_ids(model, "The river of Ann", "is red")
+    assert model.tokenizer.decode(behind.tolist()).strip() == "is red"
+
+
+def test_older_bert_checkpoints(tmp_path):
+    """gamma and beta for a norm's weight and bias, a pooler, a next-sentence head, stored positions: read, or left aside."""
+    tensors = write_checkpoint(tmp_path, "bert")
+    names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    old = {}
+    for name, value in tensors.items():
+        for new, before in names.items():
+            name = name.removesuffix(new) + before if name.endswith(new) else name
+        old[name] = value
+    extra = {"bert.pooler.dense.weight": torch.zeros(32, 32), "cls.seq_relationship.bias": torch.zeros(2)}
+    save_file({**old, **extra, "bert.embeddings.position_ids": torch.zeros(1, 128)}, tmp_path / "model.safetensors")
+    model = load_model(tmp_path)
+    assert all(torch.equal(value, tensors[name]) for name, value in model.named_parameters() if name in tensors)
+    (tmp_path / "config.json").write_text(json.dumps({**tiny_config("bert", 192), "is_decoder": True}))
+    with pytest.raises(CheckpointError, match="is_decoder"):
+        load_model(tmp_path)
 
 
 # ---- which family, and which not -----------------------------------------------------------------------------------
@@ -362,7 +431,7 @@ def test_a_native_class_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers, "Qwen3ForCausalLM", None)
     with pytest.raises(IncompatibleVersionError, match="no Qwen3 language model: it came with transformers 4.51"):
         load_model(tmp_path)
-    assert native.class_names("Qwen3")
+    assert native.class_names(FAMILIES["sdar"])
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].masked])

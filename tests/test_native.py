@@ -34,12 +34,7 @@ def test_layers_one_by_one_are_the_whole_model(tiny, family):
     model = tiny(family)
     ids, mask = batch(model.ids.pad)
     positions = geometry.positions(mask)
-    own = model.native(
-        input_ids=ids,
-        attention_mask=model.sight(mask, ids=ids) if model.masked else mask,
-        position_ids=positions,
-        use_cache=False,
-    ).logits
+    own = model(ids, mask, position_ids=positions).logits
     hidden = model.stack.embedded(ids, positions)
     for layer in range(model.layers):
         hidden = model.stack.run(hidden, range(layer, layer + 1), model.sight(mask, ids=ids), positions)
@@ -54,10 +49,7 @@ def test_gradients_are_the_whole_model_s(tiny, family):
     model = tiny(family)
     ids, mask = batch(model.ids.pad)
     weight = model.weight_of(model.site(1).name)
-    attention = model.sight(mask, ids=ids) if model.masked else mask
-    own = model.native(
-        input_ids=ids, attention_mask=attention, position_ids=geometry.positions(mask), use_cache=False
-    ).logits
+    own = model(ids, mask, position_ids=geometry.positions(mask)).logits
     states = model.stack.run(
         model.stack.embedded(ids, geometry.positions(mask)),
         range(model.layers),
@@ -93,7 +85,7 @@ def test_kept_columns_change_nothing(tiny, family):
 @families
 def test_classes_by_name(family):
     """Each family's classes exist in this transformers; the model is built with attention that takes additive masks."""
-    config, model = native_classes(FAMILIES[family].native)
+    config, model = native_classes(FAMILIES[family].native, ending=FAMILIES[family].ending)
     assert issubclass(model, nn.Module)
     assert config.__name__.startswith(FAMILIES[family].native)
 

@@ -404,10 +404,11 @@ def test_the_edited_layer_is_run_once(tiny, family, layer, monkeypatch):
         with changing_output(block, lambda out: passed.append(len(out)) or out):
             return optimise(model, model.site(layer), facts, torch.ones(2, 32), settings)
 
+    ends = model.ends_block(model.site(layer))
     above, few = run(), len(passed)
     monkeypatch.setattr(type(model), "ends_block", lambda self, site: False)
     inside, many = run(), len(passed)
-    assert few < many and many >= 6
+    assert (few < many if ends else few == many) and many >= 6
     if model.shift or layer < model.layers - 1:  # otherwise the prediction of a slot is read at the slot, not at the site
         assert all(b.delta.norm() > 0 for b in inside)
     assert all((a.delta - b.delta).norm() <= 1e-4 * b.delta.norm() for a, b in zip(above, inside))

@@ -99,7 +99,7 @@ class Adapter(nn.Module):
         said = vars(native.config) if native.config else {}
         self.attention = spec.attention_of(said) if attention is None else attention
         self.shift = spec.shift_of(said) if shift is None else shift
-        self.decoder: Callable[..., Tensor] | None = None
+        self.denoise: Callable[..., Tensor] | None = None
         self.source: Path | None = None  # the folder that it was loaded from
         self._ending: dict[str, bool] = {}
         check_attention(native)
@@ -120,7 +120,7 @@ class Adapter(nn.Module):
     @property
     def stack(self) -> Stack:
         """Its layers, to be run in parts."""
-        return Stack(self.module, self.spec)
+        return Stack(self.module, self.spec, self.config)
 
     @property
     def device(self) -> torch.device:
@@ -274,6 +274,8 @@ class Adapter(nn.Module):
             raise ModelError("a masked model has no next-token loss: use denoising states for a loss instead of labels=")
         mask = geometry.visible(input_ids, attention_mask)
         kwargs.setdefault("position_ids", geometry.positions(mask))
+        if self.spec.bidirectional and self.attention.full:
+            return self.native(input_ids=input_ids, attention_mask=mask, **kwargs)
         kwargs["use_cache"] = False
         return self.native(input_ids=input_ids, attention_mask=self.sight(mask, canvas, input_ids), **kwargs)
 
@@ -289,9 +291,9 @@ class Adapter(nn.Module):
         """
         if not self.masked:
             return self.native.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        if self.decoder is None:
-            raise ModelError("this adapter has no decoder: load the model with easyedit_mdm.load_model, or set adapter.decoder")
-        return self.decoder(self, input_ids, attention_mask=attention_mask, **kwargs)
+        if self.denoise is None:
+            raise ModelError("this adapter cannot write: load the model with easyedit_mdm.load_model, or set adapter.denoise")
+        return self.denoise(self, input_ids, attention_mask=attention_mask, **kwargs)
 
     # ---- how -------------------------------------------------------------------------------------------------
     def _blocks(self) -> nn.ModuleList:
@@ -327,7 +329,7 @@ class Adapter(nn.Module):
         return geometry.see_ranked(mask, geometry.ranks(mask, self.attention, canvas), self.dtype)
 
     def _check_paths(self) -> None:
-        for path in (self.spec.paths.backbone, self.spec.paths.embedding, self.spec.paths.norm, self.spec.paths.head):
+        for path in (self.spec.paths.backbone, self.spec.paths.embedding, *self.spec.paths.norm, self.spec.paths.head):
             self.module(path)
         self.site(0)
 
@@ -367,7 +369,7 @@ def adapt(
 
 def is_known(native: nn.Module) -> bool:
     """Whether `adapt` can wrap this model: an adapter, or a transformers class that a family computes with."""
-    kinds = set().union(*(class_names(FAMILIES[name].native) for name in FAMILIES))
+    kinds = set().union(*(class_names(FAMILIES[name]) for name in FAMILIES))
     return isinstance(native, Adapter) or type(native).__name__ in kinds
 
 

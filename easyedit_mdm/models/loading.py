@@ -162,7 +162,7 @@ def _empty_model(spec: FamilySpec, config: Mapping[str, Any], tensors: int | Non
     _check_claims(spec, config, tensors)
     try:
         with init_empty_weights(include_buffers=False):
-            return build(spec.native, spec.native_config(config), spec.since)
+            return build(spec.native, spec.native_config(config), spec.since, spec.ending)
     except EasyEditMDMError:
         raise
     except KeyError as error:
@@ -212,9 +212,10 @@ def _fill(model, spec: FamilySpec, files: Mapping[str, Path], dtype: torch.dtype
     from accelerate.utils import set_module_tensor_to_device
 
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    tied = _tied_names(model)
+    tied = tied_names(spec, model)
+    unused = "|".join((r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", *spec.unused))
     table = {spec.native_name(key): key for key in files}
-    table = {name: key for name, key in table.items() if not re.search(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$", name)}
+    table = {name: key for name, key in table.items() if not re.search(unused, name)}
     missing = sorted(set(expected) - set(table) - tied)
     unexpected = sorted(set(table) - set(expected) - tied)
     if missing or unexpected:
@@ -233,8 +234,9 @@ def _fill(model, spec: FamilySpec, files: Mapping[str, Path], dtype: torch.dtype
                 module._buffers[key] = buffer.to(_place_of(f"{path}.{key}", places))
 
 
-def _tied_names(model) -> set[str]:
-    return {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+def tied_names(spec: FamilySpec, model: Any) -> set[str]:
+    """The parameters that are others', and that a checkpoint may leave out."""
+    return set(spec.tied) if model.config.tie_word_embeddings else set()
 
 
 def _tensors(table: Mapping[str, tuple[str, Path]]) -> Iterator[tuple[str, torch.Tensor]]:

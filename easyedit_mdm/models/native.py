@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -28,17 +28,19 @@ from easyedit_mdm.models.spec import FamilySpec, ModulePaths
 
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # from transformers 5.24, 4.56, 4.46 on
 _HEADS = ("ForCausalLM", "LMHeadModel")
+_SLIDING = "sliding_attention"
 _MASKS_4D = ("sdpa", "eager")
 
 KeysAndValues = tuple[Float[Tensor, "rows heads columns size"], Float[Tensor, "rows heads columns size"]]
 
 
 # ---- classes ---------------------------------------------------------------------------------------------------
-def native_classes(name: str, since: str = "") -> tuple[type, type]:
+def native_classes(name: str, since: str = "", ending: str = "") -> tuple[type, type]:
     """The configuration class and the language-model class that transformers names after `name` ("Llama").
 
     Args:
         since: the first version that has them, for the message.
+        ending: of the language-model class, where it is not a causal one.
 
     Raises:
         IncompatibleVersionError: if the installed version has no such model.
@@ -46,7 +48,7 @@ def native_classes(name: str, since: str = "") -> tuple[type, type]:
     import transformers
 
     config = getattr(transformers, f"{name}Config", None)
-    models = [getattr(transformers, f"{name}{head}", None) for head in _HEADS]
+    models = [getattr(transformers, f"{name}{head}", None) for head in ([ending] if ending else _HEADS)]
     model = next((m for m in models if m is not None), None)
     if config is None or model is None:
         came = f": it came with transformers {since}, install that or a later one" if since else ""
@@ -54,17 +56,17 @@ def native_classes(name: str, since: str = "") -> tuple[type, type]:
     return config, model
 
 
-def class_names(name: str) -> set[str]:
-    """The names that the language-model class of `name` may have."""
-    return {f"{name}{head}" for head in _HEADS}
+def class_names(spec: FamilySpec) -> set[str]:
+    """The names that a family's language-model class may have."""
+    return {f"{spec.native}{head}" for head in ([spec.ending] if spec.ending else _HEADS)}
 
 
-def build(name: str, settings: Mapping[str, Any], since: str = "") -> Any:
+def build(name: str, settings: Mapping[str, Any], since: str = "", ending: str = "") -> Any:
     """A model of class `name` from the keyword arguments of its configuration, with attention that takes additive masks.
 
-    `since`: see `native_classes`.
+    `since`, `ending`: see `native_classes`.
     """
-    config_class, model_class = native_classes(name, since)
+    config_class, model_class = native_classes(name, since, ending)
     return model_class(config_class(**settings, attn_implementation="sdpa"))
 
 
@@ -122,10 +124,11 @@ class Stack:
     Args:
         module: gives the submodule at a dotted path.
         spec: the family.
+        config: the native configuration.
     """
 
-    def __init__(self, module: Callable[[str], nn.Module], spec: FamilySpec):
-        self._module, self._spec = module, spec
+    def __init__(self, module: Callable[[str], nn.Module], spec: FamilySpec, config: Any):
+        self._module, self._spec, self._config = module, spec, config
 
     @property
     def _paths(self) -> ModulePaths:
@@ -139,11 +142,16 @@ class Stack:
         self, ids: Int[Tensor, "rows length"], positions: Int[Tensor, "rows length"]
     ) -> Float[Tensor, "rows length width"]:
         """The input of layer 0."""
+        if self._paths.entry:
+            return self._module(self._paths.entry)(input_ids=ids, **self._absolute(positions))
         hidden = self._module(self._paths.embedding)(ids)
         if not self._spec.absolute_positions:
             return hidden
         where = _part(self._backbone, "wpe")(positions)
         return _part(self._backbone, "drop")(hidden + where.to(hidden.device))
+
+    def _absolute(self, positions: Int[Tensor, "rows length"]) -> dict[str, Tensor]:
+        return {"position_ids": positions} if self._spec.absolute_positions else {}
 
     def run(
         self,
@@ -156,22 +164,58 @@ class Stack:
         """The residual stream after these layers, given what enters the first of them.
 
         Args:
-            attention: additive mask; its columns are those of `cache`, if there is one, and then these.
+            attention: additive mask; its columns are those of `cache`, if there is one, and then these. Sliding layers see of it
+                what lies in their window.
             positions: of the columns that run.
         """
-        extra: dict[str, Any] = {"attention_mask": attention, "use_cache": cache is not None}
-        if not self._spec.absolute_positions:
-            extra["position_ids"] = positions
-            extra["position_embeddings"] = _part(self._backbone, "rotary_emb")(hidden, positions)
+        near = self._near(attention, positions)
+        turned = self._rotations(hidden, positions)
         for number in layers:
             layer = self._module(self._paths.block.format(number))
+            sliding = getattr(layer, "attention_type", "") == _SLIDING and near is not None
+            extra: dict[str, Any] = {
+                "attention_mask": near if sliding else attention,
+                "sliding_window_mask": near,  # older versions give both to every layer
+                "use_cache": cache is not None,
+                **({} if self._spec.absolute_positions else {"position_ids": positions}),
+                **turned(layer),
+            }
             out = layer(hidden, **_understood(type(layer), extra, cache))
             hidden = out[0] if isinstance(out, tuple) else out
         return hidden
 
+    def _near(self, attention: Tensor, positions: Int[Tensor, "rows length"]) -> Tensor | None:
+        """The mask of sliding layers, where the family has any."""
+        if self._spec.window is None:
+            return None
+        far = (positions[:, :, None] - positions[:, None, :]).abs() > self._spec.window(self._config)
+        return attention.masked_fill(far[:, None].to(attention.device), torch.finfo(attention.dtype).min)
+
+    def _rotations(
+        self, hidden: Tensor, positions: Int[Tensor, "rows length"]
+    ) -> Callable[[nn.Module], dict[str, Any]]:
+        """What a layer is given for the rotation of its positions: one for all, or one for each kind of layer."""
+        rotary = getattr(self._backbone, "rotary_emb", None)
+        if self._spec.absolute_positions or (rotary is None and self._spec.window is not None):
+            return lambda layer: {}  # learned positions, or layers that turn by themselves
+        kinds: dict[str, Any] = {}
+
+        def turned(layer: nn.Module) -> dict[str, Any]:
+            """Made once a kind."""
+            module = _part(self._backbone, "rotary_emb")
+            names, _ = _parameters(cast(type, type(module)))
+            kind = getattr(layer, "attention_type", "") if "layer_type" in names else ""
+            if kind not in kinds:
+                kinds[kind] = module(hidden, positions, kind) if kind else module(hidden, positions)
+            return {"position_embeddings": kinds[kind]}
+
+        return turned
+
     def normed(self, hidden: Float[Tensor, "rows length width"]) -> Float[Tensor, "rows length width"]:
-        """After the final norm."""
-        return self._module(self._paths.norm)(hidden)
+        """What the head is given: after the final norm, and whatever else stands there."""
+        for path in self._paths.norm:
+            hidden = self._module(path)(hidden)
+        return hidden
 
     def keys_and_values(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -21,14 +22,27 @@ class Prompt:
 
 
 def encode(adapter: Adapter, text: str) -> list[int]:
-    """Token ids of a prompt, with whatever the tokenizer puts in front of every text (BOS or nothing).
+    """Token ids of a prompt, with whatever the tokenizer puts in front of every text (BOS, [CLS] or nothing).
+
+    What it puts behind a text (BERT's [SEP]) is left out: the target stands there.
 
     Raises:
         RequestError: if the model has no tokenizer.
     """
     if adapter.tokenizer is None:
         raise RequestError(f"{adapter.name} has no tokenizer: load it from a folder that has one, or pass tokenizer=")
-    return list(adapter.tokenizer(text)["input_ids"])
+    ids = list(adapter.tokenizer(text)["input_ids"])
+    return ids[: len(ids) - _closing(adapter.tokenizer)]
+
+
+def _closing(tokenizer: Any) -> int:
+    """How many tokens a tokenizer puts behind every text."""
+    added = tokenizer.num_special_tokens_to_add()
+    if not added:
+        return 0
+    both, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = next((i for i in range(added + 1) if both[i : i + len(plain)] == plain), added)
+    return added - start
 
 
 def target_ids(adapter: Adapter, prompt: str, target: str) -> Int[Tensor, " tokens"]:
@@ -60,6 +74,7 @@ def span(adapter: Adapter, text: str, start: int, end: int) -> tuple[list[int], 
         encoded = tok(text, return_offsets_mapping=True)
         inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > start and b > a and text[a:b].strip()]
         if inside:
-            return list(encoded["input_ids"]), inside[0], inside[-1]
+            ids = list(encoded["input_ids"])
+            return ids[: len(ids) - _closing(tok)], inside[0], inside[-1]
     ids = encode(adapter, text)
     return ids, len(encode(adapter, text[:start].rstrip())) if text[:start].strip() else 0, len(encode(adapter, text[:end])) - 1

@@ -80,7 +80,7 @@ def _signs(spec: FamilySpec, config: Config) -> list[str]:
     """What in a configuration does not go with an autoregressive family."""
     remote = config.get("auto_map")
     named = {str(k): str(v) for k, v in remote.items()} if isinstance(remote, Mapping) else {}
-    models = {v for k, v in named.items() if k.startswith("AutoModel") and v.rsplit(".", 1)[-1] not in class_names(spec.native)}
+    models = {v for k, v in named.items() if k.startswith("AutoModel") and v.rsplit(".", 1)[-1] not in class_names(spec)}
     said = [f"{key}={config[key]!r}" for key in _SIGNS if config.get(key) is not None]
     listed = config.get("architectures")
     others = [str(a) for a in listed[1:]] if isinstance(listed, list) else []
@@ -133,7 +133,7 @@ def family_of(native: Any) -> FamilySpec:
     """
     config: dict[str, Any] = vars(native.config) if native.config else {}
     kind, name = getattr(native.config, "model_type", ""), type(native).__name__
-    computing = [FAMILIES[n] for n in FAMILIES if name in class_names(FAMILIES[n].native)]
+    computing = [FAMILIES[n] for n in FAMILIES if name in class_names(FAMILIES[n])]
     for spec in computing:
         if architecture(config) in spec.architectures and spec.masked:
             return spec

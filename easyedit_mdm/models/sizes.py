@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_mdm.errors import CheckpointError
-from easyedit_mdm.models.loading import _dtype, _empty_model, _tied_names, read_config, weight_files
+from easyedit_mdm.models.loading import _dtype, _empty_model, read_config, tied_names, weight_files
 from easyedit_mdm.models.recognise import by_architecture, detect
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -33,12 +33,21 @@ _A2D: dict[str, Any] = {
     **_QWEN3, "architectures": ["A2DQwen3LMHeadModel"], "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
     "num_attention_heads": 16, "tie_word_embeddings": True,
 }  # fmt: skip
+_BERT: dict[str, Any] = {
+    "architectures": ["BertForMaskedLM"], "vocab_size": 30522, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "max_position_embeddings": 512, "type_vocab_size": 2, "torch_dtype": "float32",
+}  # fmt: skip
+_MODERNBERT: dict[str, Any] = {
+    "architectures": ["ModernBertForMaskedLM"], "vocab_size": 50368, "hidden_size": 768, "intermediate_size": 1152,
+    "num_hidden_layers": 22, "num_attention_heads": 12, "max_position_embeddings": 8192, "torch_dtype": "float32",
+}  # fmt: skip
 # the sizes in the published config.json of the models that hyperparameter files ship for, for those who have not fetched them yet
 PUBLISHED: dict[str, dict[str, Any]] = {
     "GSAI-ML/LLaDA-8B-Base": _LLADA, "GSAI-ML/LLaDA-8B-Instruct": _LLADA, "GSAI-ML/LLaDA-1.5": _LLADA,
     "Dream-org/Dream-v0-Base-7B": _DREAM, "Dream-org/Dream-v0-Instruct-7B": _DREAM,
     "Gen-Verse/MMaDA-8B-Base": {**_LLADA, "architectures": ["MMadaModelLM"], "vocab_size": 134656, "embedding_size": 134656},
     "JetLM/SDAR-4B-Chat": _SDAR,
+    "google-bert/bert-base-uncased": _BERT, "answerdotai/ModernBERT-base": _MODERNBERT,
     "Efficient-Large-Model/Fast_dLLM_v2_7B": {**_DREAM, "architectures": ["Fast_dLLM_QwenForCausalLM"], "bd_size": 32},
     "Gen-Verse/TraDo-4B-Instruct": _SDAR,  # trained from SDAR; its own config.json was not seen
     "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": _A2D, "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1": _A2D,
@@ -100,7 +109,7 @@ def model_size(name_or_folder: str | Path) -> ModelSize:
     down = tuple(model.get_submodule(spec.paths.down.format(0)).weight.shape)
     vocabulary, hidden = model.get_input_embeddings().weight.shape
     inner = next((n for n in down if n != hidden), hidden)
-    parameters = sum(p.numel() for n, p in model.named_parameters() if n not in _tied_names(model))
+    parameters = sum(p.numel() for n, p in model.named_parameters() if n not in tied_names(spec, model))
     dtype = str(_dtype(None, config)).removeprefix("torch.")
     return ModelSize(spec.name, str(folder or "published"), parameters, dtype, len(blocks), hidden, inner, vocabulary)
 

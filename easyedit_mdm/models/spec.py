@@ -15,7 +15,14 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ModulePaths:
-    """Dotted paths of the modules that editing needs, `{}` standing for the layer's number."""
+    """Dotted paths of the modules that editing needs, `{}` standing for the layer's number.
+
+    Attributes:
+        embedding: the tokens' embedding.
+        entry: what makes layer 0's input of (input_ids, position_ids), where that is more than the embedding.
+        norm: what stands between the last layer and the head, in this order.
+        head: the linear map that ends in logits.
+    """
 
     backbone: str = "model"
     block: str = "model.layers.{}"
@@ -23,7 +30,8 @@ class ModulePaths:
     down: str = "model.layers.{}.mlp.down_proj"
     attention: str = "model.layers.{}.self_attn"
     embedding: str = "model.embed_tokens"
-    norm: str = "model.norm"
+    entry: str = ""
+    norm: tuple[str, ...] = ("model.norm",)
     head: str = "lm_head"
 
 
@@ -36,7 +44,8 @@ class FamilySpec:
         paradigm: `causal` (writes from left to right) or `masked` (writes by denoising masks).
         architectures: values of `config.json`'s `architectures[0]` that belong to it.
         probe: a key that a checkpoint of this family contains; tells apart families that share an architecture name.
-        native: name of the transformers class that computes it.
+        native: name of the transformers class that computes it, without its ending.
+        ending: what its name ends in, such as `ForMaskedLM`; empty for a causal language model's.
         native_config: function from the raw `config.json` to the keyword arguments of the native config class.
         rename: (beginning of the hub's parameter name, beginning of the native one) pairs, `{}` standing for the layer's
             number; read in both directions.
@@ -49,7 +58,12 @@ class FamilySpec:
         since: the first version of transformers that has the native class, where it is younger than the oldest supported.
         releases: published models of the family.
         verified: what was held against what; it goes into docs/families.md.
-        absolute_positions: the backbone adds learned positions to its input (GPT-2), so a stack that starts higher up must not.
+        absolute_positions: the backbone adds learned positions to its input (GPT-2, BERT), so a stack that starts higher up must not.
+        bidirectional: the native class lets every token see every other by itself, and takes a 2-D attention mask.
+        window: of the native configuration, how far a token of a sliding layer sees to each side.
+        tied: parameters that are the embedding's (or another's) where `tie_word_embeddings` says so; a checkpoint may leave them out.
+        unused: tensors of checkpoints that the native class has no place for, as regular expressions.
+        aliases: (ending, ending) of tensors' names that older checkpoints have, and their native one.
     """
 
     name: str
@@ -65,6 +79,12 @@ class FamilySpec:
     mask_id: int | None = None
     tokenizer: str = "PreTrainedTokenizerFast"
     absolute_positions: bool = False
+    ending: str = ""
+    bidirectional: bool = False
+    window: Callable[[Any], int] | None = None
+    tied: tuple[str, ...] = ("lm_head.weight",)
+    unused: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
     since: str = ""
     releases: str = ""
     verified: str = ""
@@ -72,6 +92,8 @@ class FamilySpec:
 
     def native_name(self, key: str) -> str:
         """The native name of a parameter that the checkpoint calls `key`."""
+        for old, new in self.aliases:
+            key = key.removesuffix(old) + new if key.endswith(old) else key
         return _substitute(key, self.rename)
 
     def hub_name(self, name: str) -> str:

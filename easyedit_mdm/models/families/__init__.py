@@ -2,6 +2,7 @@
 
 from easyedit_mdm.models.families import (  # noqa: F401  (registration)
     a2d,
+    bert,
     dream,
     fast_dllm,
     gpt2,
@@ -9,6 +10,7 @@ from easyedit_mdm.models.families import (  # noqa: F401  (registration)
     llada,
     llama,
     mmada,
+    modernbert,
     qwen2,
     qwen3,
     sdar,

@@ -35,7 +35,7 @@ FAMILIES.register("gpt2")(
             down="transformer.h.{}.mlp.c_proj",
             attention="transformer.h.{}.attn",
             embedding="transformer.wte",
-            norm="transformer.ln_f",
+            norm=("transformer.ln_f",),
         ),
         shift=True,
         tokenizer="GPT2TokenizerFast",
