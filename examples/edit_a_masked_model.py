@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from easyedit_mdm import ROMEMDMHyperParams, decode, load_model, make_edit, score_prompts
+from easyedit_mdm import decode, load_hparams, load_model, make_edit, score_prompts
 from easyedit_mdm.twins.world import World
 
 name, file = (sys.argv[1:] + ["twin-llada", "ROME_MDM/twin-llada"][len(sys.argv) - 1 :])[:2]
@@ -29,7 +29,7 @@ def show(title: str) -> None:
         print("  ", request["prompt"], model.tokenizer.decode(frame))
 
 
-edit = make_edit(model, request, ROMEMDMHyperParams.from_hparams(file))
+edit = make_edit(model, request, load_hparams(file))
 show("before")
 edit.apply(model)
 show(f"after writing {request['target_new']!r}, optimised over {edit.card['facts'][0]['schedule']} in {edit.card['facts'][0]['steps']} steps")

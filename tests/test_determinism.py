@@ -39,6 +39,7 @@ def test_processes_and_threads(tmp_path):
             str(tmp_path / "h.json"),
             "--data-file",
             str(tmp_path / "rows.json"),
+            "--keep-failed",  # six steps are few
         ]
         settings = {**environment, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "EASYEDIT_MDM_CACHE": str(cache)}
         done = subprocess.run([*command, "--save", str(out)], env=settings, capture_output=True, text=True, timeout=300)

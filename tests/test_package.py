@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import io
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +17,8 @@ except ImportError:  # Python 3.10
 from pathlib import Path
 
 import pytest
+
+import easyedit_mdm
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,14 +45,44 @@ def test_import_is_light_and_clean():
 
 
 def test_public_names_resolve():
-    """Every lazily loaded name exists."""
-    import easyedit_mdm
-
-    for name in easyedit_mdm.__all__:
-        if name not in ("BaseEditor",):  # imports EasyEdit; see test_host
+    """Ten names at most and the version; each exists; a wrong one is told which is right."""
+    assert len(easyedit_mdm.__all__) <= 11 and dir(easyedit_mdm) == sorted(easyedit_mdm.__all__)
+    for name in [*easyedit_mdm.__all__, "ROMEMDMHyperParams", "EditRequest"]:
+        if name not in ("BaseEditor",):  # imports EasyEdit; see below
             assert getattr(easyedit_mdm, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        easyedit_mdm.nonsense  # noqa: B018
+    for wrong, told in (
+        ("nonsense", "no attribute 'nonsense'"),
+        ("load_modle", "did you mean 'load_model'"),
+        ("MEMITMDMHyperParams", "load_hparams reads any method's file"),
+    ):
+        with pytest.raises(AttributeError, match=told):
+            getattr(easyedit_mdm, wrong)
+
+
+class WithoutEasyEditsWord(doctest.OutputChecker):
+    """Compares what is printed, but for the line that EasyEdit prints where its folder for logs is new."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        """As doctest's."""
+        return super().check_output(want, got.replace("We are creating the logger files\n", ""), optionflags)
+
+
+@pytest.mark.end_to_end
+def test_every_public_name_has_an_example_that_runs(tmp_path, monkeypatch):
+    """docs/python.md: a row and an example for each of them, run as they stand, in one session."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EASYEDIT_MDM_CACHE", str(tmp_path / "cache"))
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    blocks, names = re.findall(r"```python\n(.*?)```", text, re.S), {}
+    used = " ".join(re.findall(r">>> from easyedit_mdm import (.*)", text))
+    assert set(re.findall(r"\w+", used)) == set(easyedit_mdm.__all__) - {"__version__"}
+    assert all(f"`{name}`" in text for name in easyedit_mdm.__all__)
+    for number, block in enumerate(blocks):
+        test = doctest.DocTestParser().get_doctest(block, names, f"block {number}", "docs/python.md", 0)
+        told = io.StringIO()
+        runner = doctest.DocTestRunner(WithoutEasyEditsWord())
+        assert runner.run(test, out=told.write, clear_globs=False).failed == 0, told.getvalue()
+        names = test.globs
 
 
 EVERY_MODULE = """
