@@ -404,10 +404,37 @@ def rendered(page: Path, folder: Path, *options: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
+@pytest.mark.parametrize("width", [1200, 420])
+def test_page_does_not_scroll_sideways(tmp_path, width):
+    """Not the page, whatever its width and its tokens; nor, where there is room, the grids of canvases that end early."""
+    words = ["<|endoftext|>"] * 8, ["unbroken" * 12] * 3
+    cases = []
+    for i, tokens in enumerate(words):
+        path = {"tokens": tokens, "step": list(range(len(tokens))), "confidence": [0.5] * len(tokens)}
+        cases.append(case(i, history={"pre": path, "post": path}, target_new=tokens[0] * 4, prompt="x" * 300))
+    compare([write(tmp_path / "a.jsonl", header(label="y" * 90), *cases), write(tmp_path / "b.jsonl", header(), *cases)], tmp_path / "out")
+    page = tmp_path / "out" / "report.html"
+    script = """<script>
+    for (const box of document.querySelectorAll("details")) box.open = true;
+    boxes.forEach((box, i) => box.childElementCount === 1 && fill(box, data.cases[i]));
+    const wide = node => node.scrollWidth - node.clientWidth;
+    document.body.dataset.page = wide(document.documentElement);
+    document.body.dataset.grids = Math.max(...[...boxes[0].querySelectorAll(".pair > section")].map(wide));
+    </script></body>"""
+    page.write_text(page.read_text().replace("</body>", script))
+    dom = rendered(page, tmp_path / "browser", f"--window-size={width},900")
+    assert int(re.search('data-page="(-?[0-9]+)"', dom)[1]) <= 0
+    assert width < 1000 or int(re.search('data-grids="(-?[0-9]+)"', dom)[1]) <= 0
+
+
 def test_page_in_a_browser(two, tmp_path):
     """The DOM holds tables, figures and every case, and no script has failed or was smuggled in."""
-    evil = '<script>document.body.id="pwned"</script>'
-    three = write(tmp_path / "c.jsonl", header(label=evil), case(0, target_new=evil), {"case_id": 1, "target_new": evil, "error": "not finite"})
+    evil = '</script><script>document.body.id="pwned"</script><img src=x onerror="document.body.id=\'pwned\'">'
+    tokens = {"tokens": [evil], "step": [0], "confidence": [0.5]}
+    one = case(0, target_new=evil, subject=evil, prompt=evil, history={"pre": tokens, "post": tokens})
+    one["post"]["multi_step"]["rewrite"]["text"] = evil
+    failure = {"case_id": 1, "subject": evil, "target_new": evil, "error": f"not finite {evil}"}
+    three = write(tmp_path / "c.jsonl", header(label=evil), one, failure)
     compare([*two, three], tmp_path / "out", resamples=50)
     page = tmp_path / "out" / "report.html"
     # a second script opens every case, so that all of them are drawn
@@ -417,5 +444,5 @@ def test_page_in_a_browser(two, tmp_path):
     assert dom.count("<svg") == 2 and "<table" in dom
     assert '<details id="case-23"' in dom and '<table class="grid">' in dom and "26 of 26 cases" in dom
     assert re.search(r'<p id="trouble" class="bad" hidden="">\s*</p>', dom), "a script failed"
-    assert '<body id="pwned"' not in dom and "&lt;script&gt;document.body.id" in dom
+    assert '<body id="pwned"' not in dom and "&lt;script&gt;document.body.id" in dom and "<img" not in dom
     assert "✓ exact" in dom and "✗ failed" in dom and "not finite" in dom

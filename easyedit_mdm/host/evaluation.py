@@ -28,7 +28,8 @@ def edit_quality(
     """What EasyEdit's `compute_edit_quality` returns, from iterative denoising.
 
     `rewrite_acc` and `rephrase_acc` are lists of token accuracies, `locality` holds the tokens written for
-    each prompt (compared before and after by EasyEdit), `portability` token accuracies, `multi_step` all scores.
+    each prompt (compared before and after by EasyEdit), `portability` token accuracies, `multi_step` all
+    scores.
 
     Raises:
         HyperParameterError: for EasyEdit's perplexity metrics, which have no meaning for a masked model.
