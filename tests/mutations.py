@@ -319,7 +319,7 @@ class Runner:
         path = self.tree / PACKAGE / mutation.file
         path.write_text(mutation.applied(source), encoding="utf-8")
         try:
-            done = run_tests(self.tree, tests, 60 + 3 * self.baseline(tests) if tests else None)
+            done = run_tests(self.tree, tests, 20 + 2 * self.baseline(tests))
         finally:
             path.write_text(source, encoding="utf-8")
         result = {None: "too long", 0: "unseen"}.get(done["code"], "seen")

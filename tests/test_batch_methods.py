@@ -14,7 +14,7 @@ from easyedit_mdm.editing.facts import tokenise
 from easyedit_mdm.editing.methods.alphaedit import null_space, projected
 from easyedit_mdm.editing.methods.memit import least_squares
 from easyedit_mdm.editing.solve import batch, sites
-from easyedit_mdm.editing.solve.batch import System
+from easyedit_mdm.editing.solve.batch import System, pivots
 from easyedit_mdm.editing.solve.keys import key_columns
 from easyedit_mdm.errors import HyperParameterError, ModelError, OptimisationError, RequestError, StatisticsError
 from easyedit_mdm.models import FAMILIES
@@ -27,6 +27,11 @@ REQUESTS = [
     {"prompt": "The river of Anna is", "subject": "Anna", "target_new": "the"},
     {"prompt": "The old song of Robert was", "subject": "Robert", "target_new": "a very good one"},
 ]
+
+
+def test_which_methods_these_are():
+    """All tests over BATCHED run for these three at least."""
+    assert set(BATCHED) >= {"MEMIT_MDM", "EMMET_MDM", "AlphaEdit_MDM"} and not {"ROME_MDM", "R-ROME_MDM"} & set(BATCHED)
 
 
 def moments_of(size: int, seed: int = 0) -> SecondMoments:
@@ -83,7 +88,7 @@ def test_edit_apply_revert(tiny, family, method):
     before = parameter_hashes(model)
     edit = make_edit(model, REQUESTS, hparams(method))
     assert parameter_hashes(model) == before, "making an edit must not change the model"
-    assert all(fact["losses"][-1] < fact["losses"][0] for fact in edit.card["facts"])
+    assert all(fact["losses"][-1] < fact["losses"][0] - 0.05 for fact in edit.card["facts"])
     assert len({fact["n_tokens"] for fact in edit.card["facts"]}) > 1
     first, last = (edit.card["layers"][str(layer)]["residual"] for layer in (0, 1))
     assert last < first, "what is missing must shrink from layer to layer"
@@ -125,6 +130,27 @@ def test_emmet_meets_every_equality():
     twice = dataclasses.replace(task, keys=task.keys[:, [0, 0]], residual=task.residual[:, [0, 1]])
     with pytest.raises(StatisticsError, match="linearly dependent.*fewer facts"):
         least_squares(0.0, 0.0)(twice)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_singular_whatever_the_units(scale):
+    """Dependent keys are found, independent ones accepted, however large or small keys are."""
+    task = system(3)
+    good = dataclasses.replace(task, keys=task.keys * scale)
+    left, right = least_squares(0.0, 0.0)(good)
+    assert torch.allclose(left @ right @ good.keys, task.residual, atol=1e-6)
+    with pytest.raises(StatisticsError, match=f"system of 3 keys at layer 0 is singular .statistics of {task.moments.tokens} tokens"):
+        least_squares(0.0, 0.0)(dataclasses.replace(good, keys=good.keys[:, [0, 1, 0]]))
+
+
+def test_pivots():
+    """Smallest over largest of the squared diagonal; a closed form notes its system's."""
+    assert pivots(torch.diag(torch.tensor([3.0, 1.0, 2.0]))) == pytest.approx(1 / 9)
+    task = system(4)
+    least_squares(0.0, 0.3)(task)
+    solved = torch.linalg.solve(task.moments.moment, task.keys)
+    factor = torch.linalg.cholesky(task.keys.T @ solved + 0.3 * torch.eye(4, dtype=torch.float64))
+    assert task.figures["denominator"] == pytest.approx(pivots(factor), rel=1e-6)
 
 
 @pytest.mark.parametrize("carried", [False, True])
@@ -260,7 +286,7 @@ def test_contradictions(tiny, requests, message):
         ({"mom2_adjustment": False}, HyperParameterError, "defined by its statistics"),
         ({"key_states": "all"}, HyperParameterError, "full_mask, average, per_state"),
         ({"clamp_reference": "head"}, HyperParameterError, "block, mlp"),
-        ({"mom2_update_weight": -1.0}, HyperParameterError, "at least 0"),
+        ({"mom2_update_weight": -1.0}, HyperParameterError, "mom2_update_weight=-1.0 must be .* at least 0"),
         ({"batch_size": 0}, HyperParameterError, "whole number"),
     ],
 )
@@ -268,6 +294,23 @@ def test_bad_settings(tiny, changes, error, message):
     """Each with a clear error."""
     with pytest.raises(error, match=message):
         make_edit(tiny("llada"), REQUESTS, hparams("MEMIT_MDM", **changes))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("EMMET_MDM", {"emmet_lambda": -0.5}, "emmet_lambda=-0.5 must be"),
+        ("AlphaEdit_MDM", {"L2": -1}, "L2=-1 must be"),
+        ("AlphaEdit_MDM", {"nullspace_threshold": float("nan")}, "nullspace_threshold=nan must be"),
+        ("AlphaEdit_MDM", {"nullspace_scale": "log"}, "nullspace_scale='log' is not one of"),
+        ("AlphaEdit_MDM", {"mom2_eps": 0.1}, "mom2_eps=0.1: AlphaEdit_MDM does not use it"),
+        ("AlphaEdit_MDM", {"mom2_update_weight": 3}, "mom2_update_weight=3: AlphaEdit_MDM does not use it"),
+    ],
+)
+def test_bad_settings_of_their_own(method, changes, message):
+    """What a method adds is checked, too."""
+    with pytest.raises(HyperParameterError, match=message):
+        hparams(method, **changes)
 
 
 def test_statistics_are_never_left_out(tiny, monkeypatch):

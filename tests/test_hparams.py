@@ -92,6 +92,36 @@ def test_numbers_as_easyedit_reads_them(tmp_path):
     assert ROMEMDMHyperParams.from_hparams("hparams/ROME_MDM/llada-8b").model_name == "GSAI-ML/LLaDA-8B-Instruct"
 
 
+ROME_DEFAULTS = {
+    "fact_token": "subject_last", "v_num_grad_steps": 25, "v_lr": 0.1, "v_loss_layer": None, "v_weight_decay": 0.5, "clamp_norm_factor": 0.75,
+    "kl_factor": 0.0625, "mom2_adjustment": False, "context_template_length_params": [[5, 10], [10, 10]], "mom2_mask_ratio": 0,
+    "mom2_eps": 1e-6, "state_schedule": "enumerate", "max_states": 31, "key_average": "single", "kl_position": "slot",
+    "early_stop_loss": 0.05, "early_stop_on": "cycle", "optimise_through": "activation", "v_lr_schedule": "constant",
+    "key_states": "full_mask", "max_rows": 256, "facts_per_batch": 64, "guard": None, "seed": 0, "max_length": 40,
+}  # fmt: skip
+BATCH_DEFAULTS = {
+    **ROME_DEFAULTS, "mom2_adjustment": True, "mom2_update_weight": 15000, "context_template_length_params": [[10, 5]],
+    "clamp_reference": "block", "batch_size": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "defaults"),
+    [
+        ("ROME_MDM", ROME_DEFAULTS),
+        ("R-ROME_MDM", ROME_DEFAULTS),
+        ("MEMIT_MDM", BATCH_DEFAULTS),
+        ("EMMET_MDM", {**BATCH_DEFAULTS, "emmet_lambda": 0.1}),
+        ("AlphaEdit_MDM", {**BATCH_DEFAULTS, "mom2_update_weight": 0, "mom2_eps": 0.0, "nullspace_threshold": 2e-2, "L2": 1.0}),
+    ],
+)
+def test_defaults(method, defaults):
+    """As they were: runs of earlier versions are gone on with under what a header leaves out."""
+    text = {"mom2_dataset": "twins"} if defaults["mom2_adjustment"] else {}
+    found = METHODS[method].hparams.from_dict({"alg_name": method, "model_name": "m", "layers": [1], **text}).to_dict()
+    assert {name: found[name] for name in defaults} == defaults
+
+
 def test_fields_are_easyedits():
     """Every field of EasyEdit's ROMEHyperParams that a ROME YAML holds can stand in ours, mom2 counts aside."""
     ours = {f.name for f in dataclasses.fields(ROMEMDMHyperParams)}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from easyedit_mdm.denoising import log_likelihood
+from easyedit_mdm.denoising.likelihood import _monte_carlo
 from easyedit_mdm.errors import HyperParameterError
 
 
@@ -55,6 +56,31 @@ def test_monte_carlo_converges_to_exact(tiny, method):
         spread[samples] = float(values.std())
         assert abs(float(values.mean()) - exact) < 4 * spread[samples] / 40**0.5 + 1e-4
     assert spread[64] < 0.6 * spread[4]
+
+
+def test_monte_carlo_estimators_are_the_published_ones():
+    """LLaDA's: k ~ U{1..N} tokens masked, weight N / k. Dream's: each masked with probability t, weight 1 / t, t stratified in (eps, 1]."""
+    shown, weights = _monte_carlo(6, "llada", 3000, torch.Generator().manual_seed(0))
+    k = (~shown).sum(1)
+    assert torch.allclose(weights, (~shown) * (6 / k[:, None]) / 3000) and set(k.tolist()) == {1, 2, 3, 4, 5, 6}
+    assert all(400 < int((k == n).sum()) < 600 for n in range(1, 7)) and ((~shown).float().mean(0) - 3.5 / 6).abs().max() < 0.03
+    shown, weights = _monte_carlo(4000, "dream", 64, torch.Generator().manual_seed(0))
+    ratio = torch.where(weights > 0, 1 / (weights * 64), 0).amax(1)
+    assert torch.equal(weights > 0, ~shown) and torch.allclose(weights, (~shown) / ratio[:, None] / 64)
+    assert ((~shown).float().mean(1) - ratio).abs().max() < 0.04
+    t = ((ratio - 1e-3) / (1 - 1e-3)).sort().values
+    assert torch.allclose(t.diff(), torch.tensor(1 / 64), atol=1e-5) and 0 <= t[0] < 1 / 64, "one in each of 64 strata"
+
+
+def test_pairs_belong_together(tiny):
+    """As many targets as prompts; each pair draws its own samples, others for another seed; rows that weigh nothing are not run."""
+    model = tiny("llada")
+    prompt, target = pair(model, 6)
+    with pytest.raises(ValueError, match="zip"):
+        log_likelihood(model, [prompt], [target, target])
+    same = log_likelihood(model, [prompt, prompt], [target, target], "llada", 8)
+    assert same[0] != same[1] and same == log_likelihood(model, [prompt, prompt], [target, target], "llada", 8, max_rows=3)
+    assert log_likelihood(model, [prompt], [target], "llada", 8, seed=1)[0] != same[0] == log_likelihood(model, [prompt], [target], "llada", 8)[0]
 
 
 def test_causal_is_the_chain_rule(tiny):

@@ -311,6 +311,15 @@ def test_bad_settings(tiny, change, error, message):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_the_last_layer_may_be_named(tiny):
+    """v_loss_layer: the last one, by number, is what is done anyway."""
+    model = tiny("llada")
+    named, plain = (make_edit(model, REQUEST, hparams(v_num_grad_steps=3, **more)).changes[0].dense() for more in ({"v_loss_layer": 2}, {}))
+    assert torch.equal(named, plain)
+    with pytest.raises(HyperParameterError, match="v_loss_layer=3: the loss is read after the last layer, 2"):
+        make_edit(model, REQUEST, hparams(v_loss_layer=3))
+
+
 def test_nan_weights(tiny):
     """A model that computes NaN is refused before anything is changed."""
     model = tiny("llada")

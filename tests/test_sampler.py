@@ -108,6 +108,50 @@ def test_causal_models_write_greedily(tiny):
     assert path.tokens.tolist() == theirs[0, 7:].tolist()
 
 
+@pytest.mark.parametrize("family", ["llada", "dream", "llama"])
+def test_a_canvas_of_one(tiny, family):
+    """One mask, one step, alone or beside longer ones: the likeliest token that is no mask."""
+    model = tiny(family)
+    prompt = torch.arange(5, 12)
+    (alone,), (_, beside) = decode(model, [prompt], [1]), decode(model, [prompt, prompt], [4, 1])
+    with torch.no_grad():
+        logits = model.token_logits(torch.cat([prompt, torch.tensor([model.ids.slot])])[None])[0, -1]
+    if model.masked:
+        logits[model.ids.mask] = -torch.inf
+    for path in (alone, beside):
+        assert path.tokens.tolist() == [int(logits.argmax())] and path.step.tolist() == [0] and path.first_committed() == 0
+
+
+def test_given_tokens_of_any_number(tiny):
+    """Token 0 is a token; what is not given is -1."""
+    model = tiny("llada")
+    path = decode(model, [torch.arange(5, 12)], [3], given=[torch.tensor([0, -1, 9])])[0]
+    assert path.tokens[[0, 2]].tolist() == [0, 9] and path.step.tolist() == [-1, 0, -1]
+
+
+def test_temperature_as_in_transformers(tiny):
+    """generate: a temperature is used if positive and sampling not switched off; do_sample alone means 1; the generator decides."""
+    model = tiny("llada")
+    ids = torch.arange(5, 12)[None]
+
+    def write(**options) -> list[int]:
+        """Six tokens, from the same random numbers."""
+        return model.generate(ids, max_new_tokens=6, generator=torch.Generator().manual_seed(3), **options)[0, 7:].tolist()
+
+    def path(temperature: float) -> list[int]:
+        """The sampler's own."""
+        config = DecodeConfig(temperature=temperature)
+        return decode(model, [ids[0]], [6], config, torch.Generator().manual_seed(3))[0].tokens.tolist()
+
+    assert write() == write(temperature=0.0) == write(temperature=None) == path(0.0)
+    assert write(temperature=0.7) == write(temperature=0.7, do_sample=True) == path(0.7)
+    assert write(do_sample=True) == path(1.0) and len({str(path(t)) for t in (0.0, 0.7, 1.0)}) == 3
+    torch.manual_seed(5)
+    first, second = (model.generate(ids, max_new_tokens=6, do_sample=True) for _ in range(2))
+    torch.manual_seed(5)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=True), first) and not torch.equal(first, second)
+
+
 def test_settings_are_checked(tiny):
     """Bad settings say what is wrong; records hold every setting."""
     model = tiny("llada")

@@ -85,6 +85,51 @@ def test_enumerate_becomes_stratified_and_says_so():
     assert len(schedule("enumerate", 40, 8).draw(0, generator).weights) == 8
 
 
+@pytest.mark.parametrize(
+    ("name", "fixed", "cycle", "dealt", "rolled"),
+    [
+        ("full_mask", True, 1, False, ""), ("cycle", False, 3, False, ""), ("uniform", False, 3, False, ""), ("stratified", False, 1, False, ""),
+        ("enumerate", True, 1, False, ""), ("left_to_right", True, 1, False, ""), ("spread", True, 3, True, ""),
+        ("confidence", False, 1, False, "right"), ("on_policy", False, 1, False, "own"),
+    ],
+)  # fmt: skip
+def test_what_schedules_say_of_themselves(name, fixed, cycle, dealt, rolled):
+    """Whether states stay, after how many steps all kinds were seen, and whether they are dealt out or rolled out; N = 1 is fixed."""
+    plan, one = schedule(name, 3), schedule(name, 1)
+    assert (plan.name, plan.used, plan.fixed, plan.cycle, plan.dealt, plan.rolled) == (name, name, fixed, cycle, dealt, rolled)
+    assert one.fixed and one.cycle == 1 and not one.rolled
+    assert schedule(name, 3, 2).most == (2 if rolled else 31)
+    if not rolled:
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        first, *others = [plan.draw(0, g).revealed for g in generators] + [plan.draw(1, generators[0]).revealed for _ in range(20)]
+        assert all(torch.equal(first, other) for other in others) == fixed
+
+
+def test_every_schedule_is_told():
+    """The table above holds all of them."""
+    (told,) = [mark.args[1] for mark in test_what_schedules_say_of_themselves.pytestmark if mark.name == "parametrize"]
+    assert {row[0] for row in told} == set(SCHEDULES)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if not schedule(name, 2).rolled])
+def test_few_states(name):
+    """One state a step is enough for every schedule but the prefixes, of which none is left out; less is refused, by name."""
+    states = schedule(name, 4, 1).draw(0, torch.Generator().manual_seed(0))
+    assert len(states.weights) == (4 if name == "left_to_right" else 1) and float(states.weights.sum()) == pytest.approx(1)
+    for length, most in ((0, 5), (3, 0)):
+        with pytest.raises(HyperParameterError, match=f"got {length}.*got {most}"):
+            schedule(name, length, most)
+
+
+def test_random_states_are_fair():
+    """Every set of its size comes up about equally often, in `cycle` and in what `enumerate` keeps for long targets."""
+    generator, plan = torch.Generator().manual_seed(0), schedule("cycle", 4)
+    drawn = [tuple(plan.draw(2, generator).revealed[0].tolist()) for _ in range(1200)]
+    assert {sum(state) for state in drawn} == {2} and len(set(drawn)) == 6
+    assert all(140 < drawn.count(state) < 260 for state in set(drawn))
+    assert schedule("enumerate", 12).draw(0, generator).revealed.sum(1).tolist() == list(range(12))
+
+
 def test_names():
     """Unknown names say what was meant; states that need a model say so."""
     with pytest.raises(UnknownNameError, match="did you mean 'enumerate'"):
@@ -92,8 +137,6 @@ def test_names():
     for name in ("confidence", "on_policy"):
         with pytest.raises(HyperParameterError, match="cannot be drawn without"):
             schedule(name, 3).draw(0, torch.Generator())
-    with pytest.raises(HyperParameterError, match="at least one token"):
-        schedule("cycle", 0)
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5])

@@ -250,8 +250,11 @@ def test_rome_uses_them(tiny, tmp_path):
         mom2_n_tokens=300, mom2_eps=1e-3, stats_dir=str(tmp_path),
     )  # fmt: skip
     request = {"prompt": "The song of Anna is", "subject": "Anna", "target_new": "good"}
-    off = make_edit(model, request, ROMEMDMHyperParams(**settings)).changes[0].right[0]
-    on = make_edit(model, request, ROMEMDMHyperParams(**settings, mom2_adjustment=True)).changes[0].right[0]
-    expected = moments_for(model, [model.site(1)], tmp_path / "text.txt", 300, tmp_path)[0].solve(off, 1e-3)
+    without, with_ = (make_edit(model, request, ROMEMDMHyperParams(**settings, mom2_adjustment=flag)) for flag in (False, True))
+    off, on = without.changes[0].right[0], with_.changes[0].right[0]
+    (moments,) = moments_for(model, [model.site(1)], tmp_path / "text.txt", 300, tmp_path)
+    expected = moments.solve(off, 1e-3)
+    figures = moments.cheap_figures(1e-3)
+    assert figures["tokens"] == 300 and {name: with_.card[name] for name in figures} == figures and "tokens" not in without.card
     assert torch.allclose(on, expected / expected.norm(), atol=1e-5)
     assert not torch.allclose(on, off, atol=1e-2)
