@@ -181,7 +181,8 @@ def test_texts(tmp_path):
 def test_on_the_command_line(tmp_path, capsys):
     """On by default; a destructive edit leaves nothing behind, --force keeps it, --no-guard says that nobody looked."""
     file = quick_file(tmp_path, clamp_norm_factor=1e5, v_lr=1000.0, v_weight_decay=0.0, kl_factor=0.0, early_stop_loss=0.0, v_num_grad_steps=4)
-    call = ["edit", "--hparams", file, "--prompt", "Tamos Latre was born in", "--subject", "Tamos Latre", "--target", "Zoter", "--keep-failed", "--save"]
+    call = ["edit", "--hparams", file, "--prompt", "Tamos Latre was born in", "--subject", "Tamos Latre", "--target", "Zoter"]
+    call += ["--keep-failed", "--save"]
     assert main([*call, str(tmp_path / "a")]) == 2 and not (tmp_path / "a").exists()
     assert "would damage the model" in capsys.readouterr().err
     assert main([*call, str(tmp_path / "b"), "--force"]) == 0

@@ -9,6 +9,7 @@ import torch
 
 from easyedit_mdm.denoising import log_likelihood
 from easyedit_mdm.denoising.likelihood import _monte_carlo
+from easyedit_mdm.denoising.states import Slots
 from easyedit_mdm.errors import HyperParameterError
 
 
@@ -60,11 +61,11 @@ def test_monte_carlo_converges_to_exact(tiny, method):
 
 def test_monte_carlo_estimators_are_the_published_ones():
     """LLaDA's: k ~ U{1..N} tokens masked, weight N / k. Dream's: each masked with probability t, weight 1 / t, t stratified in (eps, 1]."""
-    shown, weights = _monte_carlo(6, "llada", 3000, torch.Generator().manual_seed(0))
+    shown, weights = _monte_carlo(Slots((6,)), "llada", 3000, torch.Generator().manual_seed(0))
     k = (~shown).sum(1)
     assert torch.allclose(weights, (~shown) * (6 / k[:, None]) / 3000) and set(k.tolist()) == {1, 2, 3, 4, 5, 6}
     assert all(400 < int((k == n).sum()) < 600 for n in range(1, 7)) and ((~shown).float().mean(0) - 3.5 / 6).abs().max() < 0.03
-    shown, weights = _monte_carlo(4000, "dream", 64, torch.Generator().manual_seed(0))
+    shown, weights = _monte_carlo(Slots((4000,)), "dream", 64, torch.Generator().manual_seed(0))
     ratio = torch.where(weights > 0, 1 / (weights * 64), 0).amax(1)
     assert torch.equal(weights > 0, ~shown) and torch.allclose(weights, (~shown) / ratio[:, None] / 64)
     assert ((~shown).float().mean(1) - ratio).abs().max() < 0.04

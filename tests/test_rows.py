@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from easyedit_mdm.denoising import schedule
+from easyedit_mdm.editing.facts import Fact
 from easyedit_mdm.editing.request import Prompt
-from easyedit_mdm.editing.rows import Fact, Rows, build_rows
+from easyedit_mdm.editing.solve.plans import Plan
+from easyedit_mdm.editing.solve.rows import Rows, build_rows
 
 
 def facts() -> dict[int, Fact]:
@@ -22,7 +23,7 @@ def facts() -> dict[int, Fact]:
 
 def built(model, name: str = "enumerate", kl_position: str = "slot") -> Rows:
     """Their rows under a schedule."""
-    plans = {i: schedule(name, len(fact.target)) for i, fact in facts().items()}
+    plans = {i: Plan.of(model, fact, name) for i, fact in facts().items()}
     states = {i: plan.draw(0, torch.Generator().manual_seed(0)) for i, plan in plans.items()}
     return build_rows(model, facts(), states, kl_position, plans[3].dealt)
 
@@ -39,7 +40,8 @@ def test_masked_rows(tiny):
     assert rows.fact.tolist() == [3] * 15 + [5] * 3 and rows.anchor.tolist() == ([False] * 14 + [True] + [False] * 2 + [True])
     assert shown(rows, 0) == [10, 11, mask, mask, mask] and shown(rows, 1) == [7, 8, 10, 11, mask, mask, mask]
     assert shown(rows, 2) == [10, 11, 50, mask, mask] and shown(rows, 13) == [7, 8, 10, 11, mask, 51, 52]
-    assert rows.site[:2].tolist() == [1, 3] and rows.at[:2].tolist() == [[2, 3, 4], [4, 5, 6]]
+    assert rows.site[:2].tolist() == [1, 3] and rows.canvas[:2].tolist() == [2, 4] and rows.canvas[14] == 3
+    assert rows.at[:2].tolist() == [[2, 3, 4], [4, 5, 6]]
     assert rows.tokens[0].tolist() == [50, 51, 52] and rows.tokens[15, 0] == 60
     assert shown(rows, 14) == [40, 41, 42, mask] and rows.at[14].tolist() == [3, 3, 3] and rows.site[14] == 1
     assert built(model, kl_position="subject_last").at[14, 0] == 2, "the token after the subject's last"
@@ -85,7 +87,7 @@ def test_shifted_rows(tiny):
         by = 3 - int(rows.site[i])
         assert shown(moved, i) == shown(rows, i) and int(moved.mask[i].argmax()) == by
         assert moved.ids[i, moved.site[i]] == rows.ids[i, rows.site[i]] and (moved.ids[i][moved.mask[i] == 0] == 0).all()
-        assert torch.equal(moved.at[i], rows.at[i] + by)
+        assert torch.equal(moved.at[i], rows.at[i] + by) and moved.canvas[i] == rows.canvas[i] + by
     with pytest.raises(AssertionError, match="weights would change"):
         dataclasses.replace(rows, reach=torch.zeros(rows.ids.shape)).aligned(pad=0)
 
