@@ -520,9 +520,10 @@ def adapt(
     sources = (data_dir, text, samples, start_from, mask_token, merged)
     adapt_model(
         AdaptJob(
-            model, Path(out), recipe, tokens, minutes, *sources, device=device, save_seconds=save_seconds
+            model, Path(out), recipe, tokens, minutes, *sources, device=device,
+            save_seconds=save_seconds, limit=limit,
         )
-    )
+    )  # fmt: skip
     return 0
 
 

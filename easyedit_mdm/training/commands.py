@@ -44,6 +44,7 @@ class AdaptJob:
         merged: folder for the merged model.
         gates: whether to measure the gates at the end, where it is not `text` that was trained on.
         save_seconds: time between checkpoints.
+        limit: facts of each source for the gates.
     """
 
     model: str
@@ -59,6 +60,7 @@ class AdaptJob:
     merged: str | None = None
     gates: bool = True
     save_seconds: float = 300.0
+    limit: int = 100
     device: str | None = None
 
 
@@ -104,7 +106,7 @@ def adapt_model(job: AdaptJob) -> dict[str, Any]:
     if job.merged is not None:
         merge(job.model, job.out / "adapter", job.merged)
     if job.gates and job.text is None:
-        gates(job.out / "adapter", job.model, job.data_dir, job.out / "gates.json", device=job.device)
+        gates(job.out / "adapter", job.model, job.data_dir, job.out / "gates.json", job.limit, job.device)
     return state
 
 
