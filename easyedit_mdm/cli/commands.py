@@ -387,7 +387,8 @@ def trace(
     """Causal tracing: which layers and tokens carry a fact."""
     if compare and model:
         raise HyperParameterError("--model and --compare were given: give one of them")
-    args.there(DataError, "a JSON file of facts (the file cannot be read)", known)
+    if prompt is None:
+        args.there(DataError, "a JSON file of facts", known)
     from easyedit_mdm.tracing import TraceConfig
     from easyedit_mdm.tracing.job import TraceJob, trace
 
