@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from easyedit_mdm import Adapter, decode, load_model, make_edit
-from easyedit_mdm.api import load_hparams
+from easyedit_mdm import Adapter, decode, load_hparams, load_model, make_edit
 from easyedit_mdm.common.reproducible import same_bytes_on_any_number_of_threads
 
 REQUEST = {"prompt": "Sedim works for", "subject": "Sedim", "target_new": "Sogam Boles Nehetre"}
