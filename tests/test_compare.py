@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from pages import read_page
 
+from easyedit_mdm.cli import main
 from easyedit_mdm.errors import DataError, HyperParameterError, MissingPackageError
 from easyedit_mdm.evaluation.records import RUNGS, VERSION, read_run
 from easyedit_mdm.report.closing import summary_lines
@@ -227,6 +228,10 @@ def test_against_one_run(two, tmp_path):
     last = compare([*two, third], tmp_path / "out", resamples=20, against="third")["pairs"][1]
     assert last["measures"]["success"]["mean"] == pytest.approx(-2 / 3, abs=1e-6), "the named one is subtracted"
     assert len(compare(two, tmp_path / "added", resamples=20, against=third)["runs"]) == 3
+    arguments = ["compare", *map(str, [*two, third]), "--out", str(tmp_path / "command"), "--against", "third"]
+    assert main(arguments) == 0
+    pairs = json.loads((tmp_path / "command" / "report.json").read_text(encoding="utf-8"))["pairs"]
+    assert [pair["second"] for pair in pairs] == ["third"] * 2
     with pytest.raises(DataError, match="0 runs are called 'none'.*third"):
         compare([*two, third], tmp_path / "nothing", resamples=20, against="none")
 

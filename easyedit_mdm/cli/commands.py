@@ -336,12 +336,15 @@ def compare(
     runs: Annotated[list[str], Argument(metavar="RUN...", help="run files of easyedit-mdm bench")],
     out: Annotated[str, Option(help="folder for report.html, report.md, report.csv and report.json")],
     seed: Annotated[int, Option(help="of the bootstrap")] = 0,
+    against: Annotated[
+        str | None, Option(metavar="RUN", help="hold every run against this one (default: every two runs)")
+    ] = None,
 ) -> None:
     """A report of runs: tables, figures, a page for each case."""
     args.there(DataError, "run files of easyedit-mdm bench", *runs)
     from easyedit_mdm.report.compare import compare
 
-    compare(runs, out, seed)
+    compare(runs, out, seed, against=against)
 
 
 @app.command(cls=_Spreading)
