@@ -398,8 +398,8 @@ def test_diff_at_80_columns_shows_the_layer(tmp_path, monkeypatch, capsys):
     assert main(["diff", str(tmp_path / "e"), "--prompt", prompt, "--prompt", other, "--json", str(tmp_path / "d")]) == 0
     told, effect = capsys.readouterr().out, json.loads((tmp_path / "d").read_text())["effect"]
     assert max(map(len, told.splitlines())) <= 80 and "…" not in told
-    row = next(line for line in told.splitlines() if "model" in line and "128x512" in line)
-    assert row.split("│")[1].strip() == "3"
+    row = next(line for line in told.splitlines() if "128x512" in line)
+    assert row.split()[:3] == ["3", "mlp.down_proj.weight", "128x512"]
     fact = Edit.load(tmp_path / "e").card["metrics"]["facts"][0]
     assert [effect[0][k] for k in ("canvas", "before", "after")] == [fact[k] for k in ("canvas", "before", "after")]
     assert effect[1]["canvas"] == 8

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -456,20 +457,22 @@ def _tell_edit(edit: Edit, folder: Path | None, failures: Sequence[str]) -> None
         console.print(f"{escape(str(folder))} written (edit {edit.card['id']})", highlight=False)
 
 
-def _layer(weight: str) -> str:
-    """The number of the layer that a parameter's name holds."""
-    return next((part for part in weight.split(".") if part.isdigit()), "")
+def _place(weight: str) -> tuple[str, str]:
+    """The number of the layer that a parameter's name holds, and its name within the layer."""
+    parts = weight.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return ("", weight) if number is None else (parts[number], ".".join(parts[number + 1 :]))
 
 
 def _tell_diff(report: dict[str, Any]) -> None:
-    console, table = Console(), Table(title=f"edit {report['id']}")
-    for column in ("layer", "weight", "shape", "kind", "rank", "||dW||", "spectral", "/ ||W||"):
-        table.add_column(column, justify="left" if column in ("weight", "kind") else "right", overflow="fold")
+    console, table = Console(), Table(title=f"edit {report['id']}", box=SIMPLE_HEAD, pad_edge=False, padding=0)
+    for column in ("layer", "weight", "shape", "rank", "||dW||", "spectral", "/ ||W||"):
+        table.add_column(column, justify="left" if column == "weight" else "right", overflow="fold")
     for row in report["weights"]:
         ratio = "" if row["norm_ratio"] is None else f"{row['norm_ratio']:.3g}"
         norms = f"{row['norm']:.3g}", f"{row['spectral']:.3g}", ratio
-        shape = "x".join(map(str, row["shape"]))
-        table.add_row(_layer(row["weight"]), row["weight"], shape, row["kind"], str(row["rank"]), *norms)
+        rank = f"{row['rank']} ({row['kind']})" if row["kind"] != "low rank" else str(row["rank"])
+        table.add_row(*_place(row["weight"]), "x".join(map(str, row["shape"])), rank, *norms)
     console.print(table)
     if report["effect"]:
         table = Table(title="what the model says")
