@@ -12,7 +12,7 @@ from easyedit_mdm.api import load_hparams, load_model
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.editing.hparams import MainHyperParams, packaged_hparams
-from easyedit_mdm.errors import HyperParameterError, UnknownNameError
+from easyedit_mdm.errors import CheckpointError, HyperParameterError, UnknownNameError
 from easyedit_mdm.runs.methods import load_ours
 from easyedit_mdm.twins import TWINS, twin_folder
 
@@ -203,3 +203,22 @@ def test_twins_are_the_same_by_name_and_by_folder(name):
     models = [load_model(name), load_model(twin_folder(name))]
     assert [str(m.dtype) for m in models] == ["torch.float32"] * 2
     assert len({model_fingerprint(m.native) for m in models}) == 1
+
+
+@pytest.mark.parametrize(("line", "asked", "dtype"), [("fp16: true", None, "float16"), ("fp16: true", "bfloat16", "bfloat16")])
+def test_edit_follows_the_same_rule(tmp_path, monkeypatch, line, asked, dtype):
+    """`easyedit-mdm edit` loads in the file's dtype, and in the one of `--dtype` where that is given."""
+    from easyedit_mdm.cli import edits
+
+    seen = {}
+
+    def load(name, **options):
+        seen.update(options)
+        raise CheckpointError("not loaded")
+
+    monkeypatch.setattr(edits, "load_model", load)
+    (tmp_path / "x.yaml").write_text(f"alg_name: ROME_MDM\nmodel_name: twin-llama\nlayers: [1]\n{line}\n")
+    fact = {"prompt": "Ann is", "subject": "Ann", "target_new": "old"}
+    with pytest.raises(CheckpointError, match="not loaded"):
+        edits.new_edit(tmp_path / "x.yaml", [fact], tmp_path / "e", dtype=asked)
+    assert seen["dtype"] == dtype
