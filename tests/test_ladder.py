@@ -84,6 +84,7 @@ PATHS = {"left_to_right", "multi_step", "random", "steps_half", "one_step"}
 MODELS = {  # which predictions are right -> rungs that are exact, on a masked model
     "always": (lambda j, shown: True, False, MASKED),
     "never": (lambda j, shown: False, False, set()),
+    "only where its own token is shown": (lambda j, shown: j in shown, False, set()),
     "only while nothing is shown": (lambda j, shown: not shown, False, {"one_step"}),
     "only after all tokens before it": (
         lambda j, shown: set(range(j)) <= shown, True, {"teacher_forced", "left_to_right"},
