@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from easyedit_mdm import Session, load_model
+from easyedit_mdm import Session
 from easyedit_mdm.editing import METHODS, ROMEMDMHyperParams
 from easyedit_mdm.editing.edit import Edit, LowRank
 from easyedit_mdm.editing.methods import Method
@@ -254,7 +254,6 @@ def test_the_docstring_s_example():
 
     import easyedit_mdm.session
 
-    assert load_model is not None
     results = doctest.testmod(easyedit_mdm.session)
     assert results.attempted >= 5
     assert results.failed == 0
