@@ -30,6 +30,7 @@ from easyedit_mdm.data.cases import BenchCase, Loaded, load_cases
 from easyedit_mdm.denoising import DecodeConfig
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.errors import DataError, EasyEditMDMError, EditError, HyperParameterError
+from easyedit_mdm.evaluation.records import run_lines
 from easyedit_mdm.runs.batches import WATCHED, Batches, run_batches
 from easyedit_mdm.runs.judge import Judge, history, kept
 from easyedit_mdm.runs.methods import BenchMethod, Others, bench_method
@@ -310,22 +311,7 @@ def _prepare(path: Path, header: dict[str, Any], resume: bool) -> int:
 
 
 def _records(data: bytes, path: Path) -> list[dict[str, Any]]:
-    """The lines of a run file, which end with the last byte.
-
-    Raises:
-        DataError: for a line that is no JSON object.
-    """
-    records = []
-    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            cure = "start the run again" if number == 1 else "delete this line and all after it, and finish the run with --resume"
-            raise DataError(f"{path}, line {number}: not JSON ({error}): {cure}") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{path}, line {number}: {type(record).__name__}, not a JSON object: is it a file of easyedit-mdm bench?")
-        records.append(record)
-    return records
+    return [record for _, record in run_lines(data, path)]
 
 
 def _case_ids(path: Path) -> list[Any]:
