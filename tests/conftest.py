@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "ignore::SyntaxWarning",
         "ignore:.*SwigPy.*:DeprecationWarning",
         "ignore:.*swigvarlink.*:DeprecationWarning",
+        "ignore::FutureWarning:easyeditor.*",
         "ignore::FutureWarning:transformers.*",
         "ignore::FutureWarning:accelerate.*",
         "ignore::UserWarning:torch.*",

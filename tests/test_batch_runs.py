@@ -105,7 +105,7 @@ def test_one_fact_at_a_time_in_sequence(config, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mode", "bacth"], "did you mean 'batch'"),
+        (["--mode", "bacth"], "'bacth' is not one of"),
         (["--batch-size", "2"], "with --mode batch or sequential"),
         (["--mode", "batch", "--batch-size", "0"], "at least 1"),
     ],

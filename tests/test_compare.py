@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pages import read_page
+from read_pages import read_page
 
 from easyedit_mdm.cli import main
 from easyedit_mdm.errors import DataError, HyperParameterError, MissingPackageError

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from pages import read_page
+from read_pages import read_page
 
 from easyedit_mdm.cli import main
 
@@ -40,16 +40,16 @@ def test_command_line(capsys, tmp_path):
     """Errors of ours are one message on stderr and status 2; `hook` prints a folder."""
     assert main(["run", str(tmp_path / "none.py"), "--alg", "ROME_MDM"]) == 2
     told = capsys.readouterr()
-    assert told.out == "" and told.err.startswith("easyedit-mdm: ") and "no script" in told.err and "Traceback" not in told.err
+    assert told.out == "" and told.err.startswith("easyedit-mdm: ") and "none.py cannot be read" in told.err and "Traceback" not in told.err
     assert main(["hook"]) == 0
     assert "autoload" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["demo --out {}", "doctor --json {}", "hook", "stats --model twin-llada --dataset twins --layers 0 --out {}"])
 def test_unknown_arguments_are_refused(capsys, tmp_path, command):
-    """Whatever the command: status 2, all of them named, and nothing is done."""
+    """Whatever the command: status 2, one line that names it, and nothing is done."""
     out = tmp_path / "out"
-    with pytest.raises(SystemExit) as stopped:
-        main([*command.format(out).split(), "--nonsense", "3"])
-    assert stopped.value.code == 2 and "unknown arguments: --nonsense 3" in capsys.readouterr().err
+    assert main([*command.format(out).split(), "--nonsense", "3"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--nonsense" in line
     assert list(tmp_path.iterdir()) == []

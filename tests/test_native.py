@@ -163,7 +163,7 @@ def test_only_one_file_touches_what_moves():
     import easyedit_mdm
 
     pattern = re.compile(
-        r"DynamicCache|past_key_value|_attn_implementation|_no_split_modules|layer_types|getattr\(transformers|\b_modules\b"
+        r"DynamicCache|past_key_value|_attn_implementation|_no_split_modules|getattr\(transformers|\b_modules\b"
     )
     root = Path(easyedit_mdm.__file__).parent
     found = [

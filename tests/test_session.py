@@ -220,6 +220,7 @@ def test_the_guard_in_easyedit_s_sequential_loop(nudging, tmp_path, requests, mo
     from easyedit_mdm import register
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("EASYEDIT_HOME", raising=False)  # the form that the other tests of this process import
     editor_class = register().editor_class
     METHODS.unregister("NUDGE_MDM")
     METHODS.register("NUDGE_MDM")(Method("NUDGE_MDM", nudging, nudge, lambda *_: [], stands_for="ROME"))

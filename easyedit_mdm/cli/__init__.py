@@ -10,6 +10,8 @@ from easyedit_mdm.cli.commands import app
 from easyedit_mdm.common.reproducible import same_bytes_on_any_number_of_threads
 from easyedit_mdm.errors import EasyEditMDMError
 
+_INTERRUPTED = 130  # as a shell says of Ctrl-C
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -20,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     same_bytes_on_any_number_of_threads()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return app(arguments, prog_name="easyedit-mdm", standalone_mode=False) or 0
+        status = app(arguments, prog_name="easyedit-mdm", standalone_mode=False) or 0
+        return _interrupted(arguments) if status == _INTERRUPTED else status  # what the library makes of Ctrl-C
     except EasyEditMDMError as error:
         return _failed(str(error))
     except ImportError as error:
@@ -33,8 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _interrupted(arguments)
     except Exception as error:
-        if isinstance(error.__cause__, KeyboardInterrupt):  # what the library makes of Ctrl-C
-            return _interrupted(arguments)
         # typer's errors of usage; their class is public in no version
         if not hasattr(error, "format_message"):
             raise
@@ -42,13 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _interrupted(arguments: list[str]) -> int:
-    """One line, with the command that goes on where there is one; 130, as a shell says of Ctrl-C."""
+    """One line, with the command that goes on where there is one."""
     how = "nothing that was finished is lost"
     if arguments[:1] == ["bench"]:
         again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
         how = f"go on with: easyedit-mdm {shlex.join(again)}"
     print(f"easyedit-mdm: interrupted; {how}", file=sys.stderr)
-    return 130
+    return _INTERRUPTED
 
 
 def _failed(message: str) -> int:

@@ -141,7 +141,13 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         ready[name] = value.clone() if place in seen else value  # safetensors refuses memory that two tensors share
         seen.add(place)
     with replacing(path) as part:
-        save_file(ready, part, metadata=dict(metadata or {}) or None)
+        beside = part.with_name(f"{part.name.removesuffix('.part')}-tensors.part")  # the library writes a file of its own first
+        beside.mkdir()
+        try:
+            save_file(ready, beside / "tensors", metadata=dict(metadata or {}) or None)
+            os.replace(beside / "tensors", part)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def append_line(stream: Any, path: Path, line: str) -> None:
@@ -230,7 +236,7 @@ def _sweep(path: Path) -> None:
     """Remove what processes of this machine that are no more left beside `path`."""
     start = f".{path.name}.{socket.gethostname()}-"
     for left in path.parent.glob(f".*{socket.gethostname()}-*.part"):
-        number = left.name.removeprefix(start).removesuffix(".part")
+        number = left.name.removeprefix(start).removesuffix(".part").removesuffix("-tensors")
         if left.name.startswith(start) and number.isdigit() and not _alive(int(number)):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 

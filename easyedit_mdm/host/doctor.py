@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from easyedit_mdm.common.findings import Finding
-from easyedit_mdm.errors import HostImportError, HostNotFoundError
 from easyedit_mdm.host.importing import import_easyedit
 
 
@@ -13,9 +12,9 @@ def easyedit(home: str | Path | None = None) -> Finding:
     """EasyEdit's form and place, after importing it as `easyedit-mdm run` would; never worse than `limited`."""
     try:
         host = import_easyedit(home)
-    except (HostNotFoundError, HostImportError) as error:
+    except Exception as error:  # whatever its own modules raise at import
         told = "`run`, `demo`, the hook, BaseEditor and EasyEdit's own methods in `bench` will not work; everything else does"
-        return Finding("EasyEdit", str(error), "limited", told)
+        return Finding("EasyEdit", str(error) or type(error).__name__, "limited", told)
     form = "the repository" if host.form == "head" else "PyPI's wheel of October 2023"
     cure = (
         ""

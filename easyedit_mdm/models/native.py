@@ -93,6 +93,16 @@ def check_attention(native: nn.Module) -> None:
         )
 
 
+def continued(model: nn.Module, ids: Int[Tensor, "rows new"], cache: Any = None) -> tuple[Tensor, Any]:
+    """Raw logits of a causal model for some more columns, and its cache, to be handed in with the next ones."""
+    names, _ = _parameters(type(model))
+    name = next((n for n in _CACHE_NAMES if n in names), None)
+    if name is None:
+        raise _incompatible(f"{type(model).__name__}.forward takes no cache by a known name")
+    out = model(input_ids=ids, use_cache=True, **{name: cache})
+    return out.logits, getattr(out, name)
+
+
 # ---- layers ----------------------------------------------------------------------------------------------------
 class _Kept:
     """What a layer takes for a cache: it notes the keys and values of the columns that run, and puts earlier ones before them."""

@@ -103,6 +103,10 @@ def bench(config: BenchConfig, out: str | Path, resume: bool = False, others: Ot
         loaded = _loaded(config, config.limit, method)
         judge = judge_of(config, method)
         header = header_of(config, method, loaded, judge)
+        if config.mode == "batch" and method.session is not None and not method.session.method.batchable:
+            raise HyperParameterError(
+                f"{config.alg_name} writes one fact at a time: use --mode each or sequential, or a method such as MEMIT_MDM"
+            )
         if config.mode != "each":
             _run_in_batches(path, header, loaded.cases, method, judge, config, resume)
         elif not (world > 1 and path.exists() and _is_whole(path, header, loaded.cases)):

@@ -69,7 +69,7 @@ class Corpus:
 
     def _list_text(self, rng: random.Random) -> Piece:
         first, again = rng.choice(LIST_OPENINGS)
-        words = " ".join(rng.sample(self.words, rng.randint(2, 6)))
+        words = " ".join(rng.sample(self.words, min(len(self.words), rng.randint(2, 6))))
         between = self._sentences(self._fact(rng), False, rng) if rng.random() < 0.7 else []
         piece = sentences([(first, words), *between, (again, words)], self.tokenizer)
         return Piece(piece.ids, piece.answers[1:])  # nothing says what the first list will be

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from easyedit_mdm.common.files import append_line, explained
+from easyedit_mdm.models.native import continued
 
 ROWS = 64
 OPENING = (2, 5)  # tokens of an opening, at least and at most
@@ -64,8 +65,8 @@ def _continued(
     generator = torch.Generator().manual_seed(seed)
     cache, step = None, ids
     for _ in range(more):
-        out = native(input_ids=step, past_key_values=cache, use_cache=True)
-        cache, logits = out.past_key_values, out.logits[:, -1].float()
+        logits, cache = continued(native, step, cache)
+        logits = logits[:, -1].float()
         logits[:, list(forbidden)] = -torch.inf
         best, names = (logits / TEMPERATURE).topk(min(TOP_K, logits.shape[-1]), dim=-1)
         step = names.gather(
