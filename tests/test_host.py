@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ import transformers
 from easyedit_mdm import ROMEMDMHyperParams, load_model
 from easyedit_mdm.common.fingerprints import parameter_hashes
 from easyedit_mdm.editing import METHODS
-from easyedit_mdm.errors import HostNotFoundError, HyperParameterError, ModelError
+from easyedit_mdm.errors import HostNotFoundError, HyperParameterError, MissingPackageError, ModelError
+from easyedit_mdm.evaluation import ngram_entropy
 from easyedit_mdm.host import Host, find_easyedit, register
 from easyedit_mdm.host.names import LoadedName
 from easyedit_mdm.host.runner import MethodName
@@ -116,12 +118,25 @@ def test_sequential_edits_stay(joined, world):
     assert [m["post"]["rewrite_acc"] for m in metrics] == [[1.0], [1.0]]
 
 
-def test_fluency(joined, world):
-    """EasyEdit's test_generation works for masked models."""
-    editor = editor_for(joined)
+@pytest.mark.parametrize("model", ["twin-llada", "twin-llama"])
+def test_fluency(joined, world, model):
+    """EasyEdit's test_generation, its own for autoregressive models; without nltk and its data the record says whose words they are."""
+    import importlib
+
+    utils = importlib.import_module("easyeditor.evaluate.evaluate_utils")
+    try:
+        utils.nltk.word_tokenize("one word")
+        ours = False
+    except (MissingPackageError, LookupError):
+        ours = True
+        assert utils.n_gram_entropy(["a b a, c", "d"]) == pytest.approx(ngram_entropy("a b a, c") / 2)
+    editor = editor_for(joined, model)
     arguments = {k: v for k, v in call(world).items() if k in ("prompts", "subject", "target_new")}
     metrics, _, _ = editor.edit(**arguments, test_generation=True, keep_original_weight=True, verbose=False)
-    assert 0 < metrics[0]["post"]["fluency"]["ngram_entropy"] < 10
+    for phase in ("pre", "post"):
+        found = metrics[0][phase]["fluency"]
+        assert 0 < found.pop("ngram_entropy") < 10
+        assert found == ({"words": "easyedit_mdm"} if ours and model == "twin-llama" else {})
 
 
 def test_bad_requests_change_nothing(joined, world):
@@ -230,6 +245,35 @@ def easyedit_hparams(method: str, file: str):
     from easyedit_mdm.editing.hparams import find_hparams
 
     return getattr(importlib.import_module("easyeditor"), f"{method}HyperParams").from_hparams(str(find_hparams(file)))
+
+
+@pytest.mark.skipif(not HEAD, reason="UnKE is in the repository only")
+def test_easyedits_unke(joined, world):
+    """EasyEdit's own UnKE writes a fact into an autoregressive twin. Its causal mask is ours where transformers has none (5.24)."""
+    import importlib
+
+    unke = importlib.import_module("easyeditor.models.unke.unke_main")
+    adapter = load_model("twin-qwen", dtype="float32")
+    model, tok = adapter.native, adapter.tokenizer
+    tok.padding_side, tok.pad_token_id = "right", adapter.ids.pad
+    hparams = importlib.import_module("easyeditor.models.unke.unke_hparams").unkeHyperParams(
+        model_name="Qwen2.5-7B-Instruct", layers=[3], layer_selection="all", fact_token="last", lr=2e-3, v_num_grad_steps=30, v_lr=0.5,
+        v_loss_layer=adapter.layers - 1, v_weight_decay=0.0, clamp_norm_factor=4.0, optim_num_step=60, ex_data_num=1, rewrite_module_tmp="-",
+        layer_module_tmp="model.layers.{}", mlp_module_tmp="-", attn_module_tmp="-", ln_f_module="model.norm", lm_head_module="lm_head",
+    )  # fmt: skip
+    wanted = call(world, length=1)
+    prompt, near = wanted["prompts"][0], wanted["locality_inputs"]["neighborhood"]["prompt"][0][0]
+    target = " " + wanted["target_new"][0].strip()
+
+    def probability() -> float:
+        with torch.no_grad():
+            last = model(**tok(prompt, return_tensors="pt")).logits[0, -1]
+        return last.softmax(-1)[tok(target, add_special_tokens=False)["input_ids"][0]].item()
+
+    before = probability()
+    originals = unke.apply_unke_to_model(model, tok, hparams, [{"question": prompt, "answer": target}], [near])
+    assert before < 0.1 and probability() > 0.9
+    assert all(name.startswith("model.layers.3.") for name in originals)
 
 
 def test_easyedits_rome_refuses_masked_models(joined):
@@ -377,18 +421,19 @@ assert holders == {"easyeditor"}, holders
 
 FUTURE = """
 import sys, types, transformers
-from importlib.machinery import ModuleSpec
+from transformers.utils.import_utils import _LazyModule
 
-class Future(type(transformers)):
-    def __getattr__(self, name):
-        if name in {gone!r}:
+def hiding(usual):
+    def get(self, name):
+        if name in {gone!r} and types.ModuleType.__getattribute__(self, "__name__") == "transformers":
             raise AttributeError(name)
-        return super().__getattr__(name)
+        return usual(self, name)
+    return get
 
 for name in {gone!r}:
     getattr(transformers, name)  # there today
-    vars(transformers).pop(name, None)
-transformers.__class__ = Future
+for way in ("__getattribute__", "__getattr__"):  # of the class: transformers may put another module in its own place
+    setattr(_LazyModule, way, hiding(getattr(_LazyModule, way)))
 
 class Gone:
     def find_spec(self, name, path=None, target=None):
@@ -423,15 +468,15 @@ from easyedit_mdm.errors import MissingPackageError
 from easyedit_mdm.host import register
 joined = register()
 module = importlib.import_module("easyeditor.editors.editor")
-for used in (module.T5Tokenizer.from_pretrained, importlib.import_module("easyeditor.trainer.blip2_models.Qformer").ACT2FN):
+for used in (module.T5Tokenizer.from_pretrained, importlib.import_module("easyeditor.trainer.blip2_models.Qformer").ModelOutput):
     with pytest.raises(MissingPackageError, match='has it no more: pip install "transformers<'):
-        used("t5-small")
+        used("twin-llama")
 editor = joined.editor_class.from_hparams(ROMEMDMHyperParams.from_hparams("ROME_MDM/twin-llada"))
 arguments = {"prompts": ["The river is"], "subject": ["river"], "target_new": ["blue"]}
 (record,), _, _ = editor.edit(**arguments, keep_original_weight=True, verbose=False)
 print("written", record["pre"]["rewrite_acc"], record["post"]["rewrite_acc"])
 """
-    done = python(probe, tmp_path, future(["T5Tokenizer", "GPT2TokenizerFast"], ["transformers.activations"]))
+    done = python(probe, tmp_path, future(["T5Tokenizer", "GPT2TokenizerFast"], ["transformers.file_utils"]))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "written [0.0] [1.0]" in done.stdout
 
@@ -447,19 +492,22 @@ def test_without_what_the_editor_needs(tmp_path, future):
     installed = transformers.__version__
     for said in (ran[1].strip(), finding["found"]):
         assert "\n" not in said and str(find_easyedit().root) in said and "was found and cannot be imported" in said
-        assert "easyeditor/editors/editor.py, line " in said
+        assert re.search(r"easyeditor/(editors|util)/\w+\.py, line \d+: ImportError: ", said)
         assert "cannot import name 'AutoModelForCausalLM' from 'transformers'" in said
         assert f"transformers {installed}. " in said and f'pip install "transformers<{installed}"' in said
 
 
-BROKEN = [
-    ("editors/editor.py", "from ..util import nothing_there", "A file of its own is missing"),
-    ("editors/editor.py", "def broken(:", "easyeditor/editors/editor.py, line 1: SyntaxError"),
-    ("editors/editor.py", "import torch\ntorch.never_there", "easyeditor/editors/editor.py, line 2: AttributeError"),
-    ("editors/editor.py", "from nowhere import wrap\n@wrap\ndef f(): pass", "editor.py, line 2: MissingPackageError: nowhere.wrap was used"),
-    ("__init__.py", "raise RuntimeError('two\\nlines')", "easyeditor/__init__.py, line 1: RuntimeError: two lines. transformers "),
-    ("util/alg_dict.py", "import numpy.nowhere", "No module named 'numpy.nowhere'. numpy "),
-]
+BROKEN = [  # file, what stands in it, and what must be said
+    ("editors/editor.py", "from ..util import nothing_there", ["A file of its own is missing"]),
+    ("editors/editor.py", "def broken(:", ["easyeditor/editors/editor.py, line 1: SyntaxError"]),
+    ("editors/editor.py", "import torch\ntorch.never_there", ["easyeditor/editors/editor.py, line 2: AttributeError", "torch 2."]),
+    (
+        "editors/editor.py", "from nowhere import wrap\n@wrap\ndef f(): pass",
+        ["editor.py, line 2: MissingPackageError: nowhere.wrap was used", "nowhere is not installed. ", "missing: pip install nowhere"],
+    ),
+    ("__init__.py", "raise RuntimeError('two\\nlines')", ["easyeditor/__init__.py, line 1: RuntimeError: two lines. transformers "]),
+    ("util/alg_dict.py", "import numpy.nowhere", ["No module named 'numpy.nowhere'. numpy ", 'pip install "numpy<']),
+]  # fmt: skip
 
 
 def test_a_broken_easyedit(tmp_path):
@@ -484,7 +532,8 @@ for number in sys.argv[1:]:
     done = python(probe, tmp_path, None, *map(str, range(len(BROKEN))))
     assert done.returncode == 0, done.stderr
     for number, ((_, _, expected), said) in enumerate(zip(BROKEN, done.stdout.splitlines(), strict=True)):
-        assert expected in said and f"said EasyEdit at {tmp_path / str(number)} (PyPI's wheel) was found" in said
+        assert all(words in said for words in expected), said
+        assert f"said EasyEdit at {tmp_path / str(number)} (PyPI's wheel) was found" in said
 
 
 def test_where_easyedit_is_looked_for(tmp_path, monkeypatch):
@@ -536,6 +585,45 @@ def test_easyedits_zsre_runner(easyedit_home, data_dir, tmp_path):
     for record in records:
         assert set(record["post"]["multi_step"]["rewrite"]) == SECTIONS
         assert record["post"]["rewrite_acc"] >= record["pre"]["rewrite_acc"]
+        assert set(record["post"]["locality"]) == {"neighborhood_acc", "neighborhood_output"}, "as EasyEdit writes them"
+
+
+@pytest.mark.easyedit_head
+def test_easyedits_knowedit_runner(easyedit_home, world, tmp_path):
+    """examples/run_knowedit_llama2.py, untouched, gets to its last line: the means over all sections, without nltk."""
+    wanted = call(world, 2, length=1)
+    near, same = wanted["locality_inputs"]["neighborhood"], wanted["portability_inputs"]["same"]
+
+    def probes(prompts: list[str], answers: list[str]) -> list[dict]:
+        """As KnowEdit's files have them: an answer is a list of lists of aliases."""
+        return [{"prompt": prompt, "ground_truth": [[answer]]} for prompt, answer in zip(prompts, answers, strict=True)]
+
+    records = [
+        {
+            "subject": wanted["subject"][i],
+            "prompt": wanted["prompts"][i],
+            "target_new": wanted["target_new"][i],
+            "portability": {"Reasoning": probes([same["prompt"][i]], [wanted["target_new"][i]])},
+            "locality": {"Relation_Specificity": probes(near["prompt"][i], near["ground_truth"][i])},
+        }
+        for i in range(2)
+    ]
+    (tmp_path / "facts.json").write_text(json.dumps(records))
+    script = str(easyedit_home / "examples" / "run_knowedit_llama2.py")
+    command = [
+        "run", script, "--alg", "ROME_MDM", "--hparams_dir", "hparams/ROME_MDM/twin-llama.yaml", "--data_dir", "facts.json", "--datatype", "zsre",
+        "--metrics_save_dir", "out",
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "easyedit_mdm.cli", *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = json.loads((tmp_path / "out" / "ROME_MDM_zsre_twin-llama_results.json").read_text())
+    means = {name: float(value) for name, value in re.findall(r"^(Edit_Succ|Overall_\w+|Fluency): *([\d.]+)$", done.stdout, re.M)}
+    locality = [r["post"]["locality"]["Relation_Specificity_acc"] for r in saved]
+    assert set(means) == {"Edit_Succ", "Overall_portability", "Overall_locality", "Fluency"}
+    assert means["Edit_Succ"] == 100.0 and means["Overall_locality"] == pytest.approx(100 * np.mean([np.mean(x) for x in locality]))
+    for record in saved:
+        assert len(record["post"]["locality_output"]["Relation_Specificity"]) == 2
+        assert set(record["post"]["locality"]) == {"Relation_Specificity_acc"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -142,7 +142,7 @@ def test_a_package_that_fails_at_import(tmp_path, package):
         "fakelazy", "5.6", "def __getattr__(name): raise ModuleNotFoundError('needs vision', name='vision')"
     )
     found = run(tmp_path, "import fakebroken\nfrom fakeneeds import one\nfrom fakelazy import two")
-    assert "fakebroken 1.2 fails to import it (RuntimeError: operator nms does not exist)" in used(
+    assert "fakebroken 1.2 fails to import it (RuntimeError: operator nms does not exist); install what it asks for, or pip install" in used(
         found["fakebroken"].run
     )
     assert "fakeneeds 3.4 fails to import it (ModuleNotFoundError: No module named 'nowhere_at_all')" in used(

@@ -75,19 +75,12 @@ def _host_import_error(host: Host, error: Exception) -> HostImportError:
 
 
 def _place(host: Host, error: Exception) -> str:
-    """The line of EasyEdit that failed: the last one in the traceback."""
-    frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if Path(f.filename).is_relative_to(host.root / "easyeditor")
-    ]
-    if isinstance(error, SyntaxError) and error.filename:  # that file has no frame
-        return f"{Path(error.filename).name}, line {error.lineno}"
-    return (
-        f"{Path(frames[-1].filename).relative_to(host.root)}, line {frames[-1].lineno}"
-        if frames
-        else "easyeditor"
-    )
+    """The line of EasyEdit that failed: the last one in the traceback, or the one that Python cannot read."""
+    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename:
+        frames.append((error.filename, error.lineno))  # that file has no frame
+    own = [(Path(file), line) for file, line in frames if Path(file).is_relative_to(host.root / "easyeditor")]
+    return f"{own[-1][0].relative_to(host.root)}, line {own[-1][1]}" if own else "easyeditor"
 
 
 def _involved(error: Exception) -> list[str]:

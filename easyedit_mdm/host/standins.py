@@ -62,10 +62,10 @@ class _StandInType(
         return cls  # used in an annotation, as in `typing.Optional[X]` taken from a missing package
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise MissingPackageError(f"{cls.__standin__} was used, but {cls.__why__}")
+        raise MissingPackageError(f"{cls.__standin__} was used, but {cls.__why__}", name=cls.__standin__)
 
     def __iter__(cls) -> Iterator[Any]:
-        raise MissingPackageError(f"{cls.__standin__} was used, but {cls.__why__}")
+        raise MissingPackageError(f"{cls.__standin__} was used, but {cls.__why__}", name=cls.__standin__)
 
 
 def make_standin(name: str, why: str | None = None) -> type:
@@ -129,7 +129,8 @@ def _gone(name: str, error: Exception) -> str:
         return _not_installed(name)
     if isinstance(error, AttributeError) or name == missing or name.startswith(f"{missing}."):
         return f"{package} {version} has it no more: {older(package, name)}"
-    return f"{package} {version} fails to import it ({type(error).__name__}: {' '.join(str(error).split())})"
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{package} {version} fails to import it ({said}); install what it asks for, or {older(package, name)}"
 
 
 # ---- import statements ---------------------------------------------------------------------------------------------------------------
@@ -239,12 +240,12 @@ def _one(module: str, name: str, error: Exception) -> Any:
 
 def _instead(name: str, names: Sequence[str], error: Exception) -> types.ModuleType:
     """What `from name import names`, or `import name` without them, gets where the import failed."""
+    why = _gone(name, error)
     if names:  # the module may be there, and one of its submodules fail
         found = sys.modules.get(name)
-        wanted = names if found is None else _missing(found, names)
-        return _Answer(name, found, {n: _one(name, n, error) for n in wanted if n != "*"}, _gone(name, error))
+        missing = dict.fromkeys(names, error) if found is None else _missing(found, names)
+        return _Answer(name, found, {n: _one(name, n, e) for n, e in missing.items() if n != "*"}, why)
     top, *rest = name.split(".")
-    why = _gone(name, error)
     return _beside(sys.modules[top], rest, why) if top in sys.modules else _Answer(top, None, {}, why)
 
 
