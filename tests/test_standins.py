@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from easyedit_mdm.errors import MissingPackageError
+from easyedit_mdm.host.calls import understand_old_cache_name
 from easyedit_mdm.host.masks import causal_attention_mask
 from easyedit_mdm.host.moved import MOVED
 from easyedit_mdm.host.standins import make_standin, standins, version_of
@@ -305,3 +306,30 @@ def test_causal_mask_is_that_of_transformers(past, dtype):
         embedded = torch.zeros(batch, queries, 2, dtype=dtype)
         expected = theirs._prepare_4d_causal_attention_mask(padding, (batch, queries), embedded, past)
         assert torch.equal(causal_attention_mask(padding, (batch, queries), embedded, past), expected)
+
+
+class _Output:
+    """An output of a transformers to come."""
+
+    def __init__(self, cache: Any):
+        self.cache = cache
+
+
+class _Model(torch.nn.Module):
+    def forward(self, ids: Any, cache: Any = None) -> _Output:
+        """Knows the new name alone."""
+        return _Output([*(cache or []), ids])
+
+
+def test_the_old_name_of_the_cache():
+    """EasyEdit calls with `past_key_values` and reads it from the output; a model that takes it is left alone."""
+    model = _Model()
+    for _ in range(2):
+        understand_old_cache_name(model)
+    assert len(model._forward_pre_hooks) == 1
+    first = model(1, past_key_values=None)
+    assert model(2, past_key_values=first.past_key_values).cache == [1, 2] == model(2, cache=[1]).past_key_values
+    older = torch.nn.Linear(1, 1)
+    understand_old_cache_name(older)
+    understand_old_cache_name(None)
+    assert not older._forward_pre_hooks

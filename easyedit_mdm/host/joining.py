@@ -21,6 +21,7 @@ from easyedit_mdm.editing.hparams import find_hparams, read_yaml
 from easyedit_mdm.editing.methods import Method
 from easyedit_mdm.errors import HyperParameterError, MissingPackageError
 from easyedit_mdm.evaluation.fluency import ngram_counts
+from easyedit_mdm.host.calls import understand_old_cache_name
 from easyedit_mdm.host.evaluation import LOCALITY_GROUP, edit_quality, meta, multi_step, public
 from easyedit_mdm.host.finding import Host
 from easyedit_mdm.host.importing import host_module, import_easyedit
@@ -127,6 +128,7 @@ def _join_editor(editor: Any, host: Host) -> None:
             if host.form == "wheel":
                 hparams.device = _wheel_device(hparams.device)
         init(self, hparams, *args, **kwargs)
+        understand_old_cache_name(self.model)
 
     base.__init__ = __init__
     if host.form == "wheel":
