@@ -108,6 +108,17 @@ def tiny_config(family: str, vocabulary: int) -> dict:
     qwen3 = {**common, **sizes, "head_dim": 16, "tie_word_embeddings": True}
     return {
         "qwen3": {**qwen3, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+        **{
+            name: {
+                **qwen3, **mask, "architectures": [cls], "model_type": name.replace("-", "_"), "num_experts": 6,
+                "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True, "mlp_only_layers": [2],
+                "tie_word_embeddings": False, "decoder_sparse_step": 1,
+            }
+            for name, cls, mask in (
+                ("qwen3-moe", "Qwen3MoeForCausalLM", {}), ("rnd1", "RND1LM", masked),
+                ("sdar-moe", "SDARMoeForCausalLM", {**masked, "block_size": 4}),
+            )
+        },
         "sdar": {
             **qwen3, **masked, "architectures": ["SDARForCausalLM"], "model_type": "sdar", "block_size": 4, "tie_word_embeddings": False,
         },
@@ -149,6 +160,17 @@ def tiny_config(family: str, vocabulary: int) -> dict:
             "eos_token_id": 3, "sep_token_id": 3, "architectures": ["ModernBertForMaskedLM"], "model_type": "modernbert",
             "mask_token_id": 1, "torch_dtype": "float32",
         },
+        "llada-moe": {
+            **common, **sizes, **masked, "architectures": ["LLaDAMoEModelLM"], "model_type": "llada", "num_key_value_heads": 4,
+            "num_experts": 6, "num_experts_per_tok": 2, "expert_intermediate_size": 12, "dense_intermediate_size": 48,
+            "moe_layer_freq": [1, 1, 1], "qk_layernorm": True,
+        },
+        "llada2": {
+            **common, **sizes, **masked, "architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "head_dim": 16,
+            "first_k_dense_replace": 1, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+            "num_shared_experts": 1, "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+            "partial_rotary_factor": 0.5, "block_size": 4,
+        },
         "mmada": {
             **common, "architectures": ["MMadaModelLM"], "model_type": "mmada", "block_type": "llama", "layer_norm_type": "rms",
             "rope": True, "activation_type": "silu", "embedding_size": vocabulary, "d_model": 32, "n_layers": 3, "n_heads": 4,
@@ -173,6 +195,7 @@ def write_checkpoint(folder: Path, family: str, vocabulary: int = 192, seed: int
     """A tiny random checkpoint in the hub's key names; returns its tensors."""
     from safetensors.torch import save_file
 
+    from easyedit_mdm.errors import IncompatibleVersionError
     from easyedit_mdm.models.families import FAMILIES
     from easyedit_mdm.models.loading import _empty_model, tied_names
 
@@ -180,12 +203,20 @@ def write_checkpoint(folder: Path, family: str, vocabulary: int = 192, seed: int
     config = tiny_config(family, vocabulary)
     spec = FAMILIES[family]
     generator = torch.Generator().manual_seed(seed)
-    model = _empty_model(spec, config)
-    tensors = {
-        spec.hub_name(name): torch.randn(p.shape, generator=generator) * 0.15 + (1.0 if p.dim() == 1 and "bias" not in name else 0.0)
-        for name, p in model.named_parameters()
-        if name not in tied_names(spec, model)
-    }
+    try:
+        model = _empty_model(spec, config)
+    except IncompatibleVersionError as error:  # an older transformers without the native class
+        pytest.skip(str(error))
+    shapes: dict[str, list[torch.Size]] = {}
+    for name, parameter in model.named_parameters():
+        if name not in tied_names(spec, model):
+            made = spec.made_of(config, name)
+            shapes.setdefault(spec.hub_name(name) if made is None else made[0], []).append(parameter.shape)
+    tensors = {}
+    for name, parts in shapes.items():  # several where they are rows of one tensor
+        shape = (sum(part[0] for part in parts), *parts[0][1:])
+        center = 1.0 if len(shape) == 1 and "bias" not in name else 0.0
+        tensors[name] = torch.randn(shape, generator=generator) * 0.15 + center
     (folder / "config.json").write_text(json.dumps(config))
     names = list(tensors)
     if shards == 1:
@@ -196,6 +227,12 @@ def write_checkpoint(folder: Path, family: str, vocabulary: int = 192, seed: int
         save_file({n: tensors[n] for n in names if where[n] == shard}, folder / shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     return tensors
+
+
+def edited_site(model: Any, layer: int) -> Any:
+    """A layer's own site; of a mixture without a shared expert, all its experts as one map."""
+    site = model.site(layer)
+    return model.through(site, range(len(site.parts))) if site.routed else site
 
 
 class TinyModels:

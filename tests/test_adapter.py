@@ -69,8 +69,9 @@ def test_who_sees_whom(tiny, family):
     ranks = geometry.ranks(torch.ones_like(ids), model.attention, canvas)[0]
     at = torch.arange(len(ranks))[None]
     where = geometry.sources(at, torch.ones_like(ids)) if model.shift else at
-    assert torch.equal(moved > 1e-6, ranks[where[0]] >= ranks[-1])
-    assert model.masked or moved.max() == 0
+    noise = 0.0 if model.spec.experts is None else 1e-5  # what goes through one expert together changes its rounding
+    assert torch.equal(moved > max(noise, 1e-6), ranks[where[0]] >= ranks[-1])
+    assert model.masked or moved.max() <= noise
 
 
 @families
@@ -103,7 +104,7 @@ def test_names_are_the_native_ones(tiny, family):
 def test_sites(tiny, family):
     """The down-projection of each layer; wrong layers and modules are named, with what was meant."""
     model = tiny(family)
-    assert model.site(1).weight in dict(model.named_parameters())
+    assert set(model.site(1).weights) <= set(dict(model.named_parameters()))
     with pytest.raises(ModelError, match="layers 0 to 2"):
         model.site(3)
     with pytest.raises(ModelError, match="did you mean"):

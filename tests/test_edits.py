@@ -21,9 +21,19 @@ from easyedit_mdm.editing.edit.export import write_model
 from easyedit_mdm.editing.edit.folders import adopt_edits, write_edited
 from easyedit_mdm.errors import CheckpointError, DataError, EditError, FileError, HyperParameterError, RequestError
 from easyedit_mdm.models import FAMILIES
+from easyedit_mdm.models.adapter import Site
 
 QUICK = {"v_num_grad_steps": 3}
 OTHER = {"prompt": "The river of the old city is", "subject": "old city", "target_new": "of the"}
+
+
+def first_map(model, layer: int) -> Site:
+    """A layer's own site; of a mixture without a shared expert, that of the expert that most of `ids_for` go through."""
+    site = model.site(layer)
+    if not site.routed:
+        return site
+    most = int(model.routes(layer, ids_for(model))[1].flatten().mode().values)
+    return Site(layer, site.parts[most], False)
 
 
 def some_edit(model, generator_seed: int = 0, layers=(1,), rank: int = 2, size: float = 0.05) -> Edit:
@@ -31,7 +41,7 @@ def some_edit(model, generator_seed: int = 0, layers=(1,), rank: int = 2, size: 
     generator = torch.Generator().manual_seed(generator_seed)
     changes = []
     for layer in layers:
-        site = model.site(layer)
+        site = first_map(model, layer)
         shape = model.module(site.name).weight.shape[:: -1 if site.transposed else 1]
         left, right = (torch.randn(shape[0], rank, generator=generator) * size, torch.randn(rank, shape[1], generator=generator))
         changes.append(LowRank(site.weight, left, right, site.transposed))
@@ -256,7 +266,7 @@ def test_merged_folder(tmp_path, tokenizer, family, shards):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in base.iterdir()} - {"pytorch_model.bin"}
     found = {k: v for p in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(p).items()}
     changed = {key for key in stored if not torch.equal(found[key], stored[key])}
-    assert set(found) == set(stored) and changed == {FAMILIES[family].hub_name(model.site(1).weight)}
+    assert set(found) == set(stored) and changed == {FAMILIES[family].hub_name(first_map(model, 1).weight)}
     assert parameter_hashes(load_model(tmp_path / "out")) == parameter_hashes(model)
     if not model.masked:
         import transformers

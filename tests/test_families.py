@@ -13,16 +13,23 @@ import torch
 from conftest import tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from easyedit_mdm import decode, load_model
+from easyedit_mdm import decode, load_model, make_edit
+from easyedit_mdm.editing import METHODS, EditRequest
+from easyedit_mdm.editing.facts import tokenise
+from easyedit_mdm.editing.solve.rank_one import site_values
+from easyedit_mdm.editing.solve.sites import settled
 from easyedit_mdm.errors import CheckpointError, IncompatibleVersionError, ModelError
-from easyedit_mdm.models import FAMILIES, adapt, geometry, native
+from easyedit_mdm.models import FAMILIES, Adapter, adapt, geometry, native
+from easyedit_mdm.models.adapter import Site
 from easyedit_mdm.models.attention import Attention
+from easyedit_mdm.models.hooks import reading_input
 from easyedit_mdm.models.prompts import encode, span, target_ids
 from easyedit_mdm.models.tables import with_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 ENCODERS = ["bert", "modernbert"]
 REFERENCES = {"a2d_qwen3": {"mask_id": 190}, "sdar": {}, "illada": {}, "mmada": {}, "fast_dllm_v2": {"mask_id": 190}}
+REFERENCES |= {"llada_moe": {"mask_id": 190}, "llada2_moe": {"mask_id": 190, "block": 4}, "rnd1": {}}
 REFERENCES |= {name: {} for name in ENCODERS}
 
 
@@ -158,13 +165,21 @@ def test_blocks_that_no_model_has(tmp_path):
 references = pytest.mark.parametrize("folder", list(REFERENCES))
 
 
+def reference(folder: Path, **options: Any) -> Adapter:
+    """A reference checkpoint; skipped where transformers is older than its native class."""
+    try:
+        return load_model(folder, **options)
+    except IncompatibleVersionError as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.data
 @references
 @torch.no_grad()
 def test_logits_are_the_published_ones(data_dir, folder):
     """Raw logits within 1e-4, of whole rows and of rows that start late, padded on the left."""
     path = data_dir / "reference" / folder
-    model, known = load_model(path, **REFERENCES[folder]), load_file(path / "reference.safetensors")
+    model, known = reference(path, **REFERENCES[folder]), load_file(path / "reference.safetensors")
     ids = known["input_ids"]
     assert (model(ids).logits - known["logits"]).abs().max() < 1e-4
     late = {name: re.fullmatch(r"row(\d)_from(\d+)_logits", name) for name in known}
@@ -182,15 +197,15 @@ def test_logits_are_the_published_ones(data_dir, folder):
 def test_logits_with_other_blocks(data_dir):
     """dLLM's bd3lm mask on the same checkpoint, told where the canvas begins or not; SDAR with a block as long as the row."""
     path = data_dir / "reference" / "a2d_qwen3"
-    model, known = load_model(path, mask_id=190, block=4), load_file(path / "reference.safetensors")
+    model, known = reference(path, mask_id=190, block=4), load_file(path / "reference.safetensors")
     canvas = torch.full((3,), 12)
     for options in ({}, {"canvas": canvas}):
         assert (model(known["input_ids"], **options).logits - known["logits_block4_causal"]).abs().max() < 1e-4
     path = data_dir / "reference" / "fast_dllm_v2"
-    model, known = load_model(path, mask_id=190, block=32), load_file(path / "reference.safetensors")
+    model, known = reference(path, mask_id=190, block=32), load_file(path / "reference.safetensors")
     assert (model(known["input_ids"]).logits - known["logits_block32_default"]).abs().max() < 1e-4
     path = data_dir / "reference" / "sdar"
-    model, known = load_model(path, block=20), load_file(path / "reference.safetensors")
+    model, known = reference(path, block=20), load_file(path / "reference.safetensors")
     assert (model(known["input_ids"]).logits - known["logits_block20_full"]).abs().max() < 1e-4
 
 
@@ -241,6 +256,15 @@ def fast_dllm_cases(known: dict[str, torch.Tensor]) -> Iterator[tuple[dict, torc
             yield {}, known[f"prompt{found[1]}_ids"], settings, result
 
 
+def llada2_cases(known: dict[str, torch.Tensor]) -> Iterator[tuple[dict, torch.Tensor, dict, torch.Tensor]]:
+    """LLaDA2.0's generate."""
+    for name, result in known.items():
+        if found := re.fullmatch(r"generated_llada20_prompt(\d+)_gen(\d+)_block4_steps(\d)_t(\d+)", name):
+            prompt = known["prompt12_ids" if found[1] == "12" else "prompt_ids"]
+            blocks = -(-result.shape[1] // 4) - prompt.shape[1] // 4
+            yield {}, prompt, {"steps": int(found[3]) * blocks, "threshold": int(found[4]) / 100}, result
+
+
 def encoder_cases(known: dict[str, torch.Tensor]) -> Iterator[tuple[dict, torch.Tensor, dict, torch.Tensor]]:
     """dLLM's MDLMSampler on BERT-type models."""
     for name, result in known.items():
@@ -255,6 +279,8 @@ SAMPLERS = {
     "illada": (llada_cases, 3),
     "mmada": (llada_cases, 3),
     "fast_dllm_v2": (fast_dllm_cases, 12),
+    "llada_moe": (llada_cases, 3),
+    "llada2_moe": (llada2_cases, 6),
     "bert": (encoder_cases, 3),
     "modernbert": (encoder_cases, 3),
 }
@@ -264,13 +290,15 @@ SAMPLERS = {
 @references
 def test_tokens_are_the_published_samplers(data_dir, folder):
     """Each family's own sampler, token for token, in every setting that is kept."""
+    if folder not in SAMPLERS:
+        pytest.skip("its sampler has a test of its own")
     path = data_dir / "reference" / folder
     known = load_file(path / "reference.safetensors")
     cases, count = SAMPLERS[folder]
     every = list(cases(known))
     assert len(every) == count
     for options, prompt, settings, result in every:
-        model = load_model(path, **REFERENCES[folder], **options)
+        model = reference(path, **{**REFERENCES[folder], **options})
         made = model.generate(prompt, max_new_tokens=result.shape[1] - prompt.shape[1], **settings)
         assert torch.equal(made, result), (options, settings)
 
@@ -279,7 +307,7 @@ def test_tokens_are_the_published_samplers(data_dir, folder):
 def test_a_padded_batch_writes_what_its_rows_do(data_dir):
     """dLLM's batch of prompts of 12 and 9 tokens, padded on the left here: both rows as published."""
     path = data_dir / "reference" / "a2d_qwen3"
-    model, known = load_model(path, mask_id=190), load_file(path / "reference.safetensors")
+    model, known = reference(path, mask_id=190), load_file(path / "reference.safetensors")
     ids = known["input_ids"][:2, :12].clone()
     ids[1] = torch.cat([torch.zeros(3, dtype=torch.long), ids[1, :9]])
     mask = torch.ones_like(ids)
@@ -295,7 +323,7 @@ def test_a_padded_batch_writes_what_its_rows_do(data_dir):
 def test_masked_encoders(data_dir, folder):
     """Right-padded rows as the rows alone; masks inside a text filled one a pass, the most probable first."""
     path = data_dir / "reference" / folder
-    model, known = load_model(path), load_file(path / "reference.safetensors")
+    model, known = reference(path), load_file(path / "reference.safetensors")
     logits = model.token_logits(known["right_padded_ids"], known["right_padded_attention_mask"])
     for name, length in (("row1_first14_logits", 14), ("row2_first10_logits", 10)):
         assert (logits[int(name[3]), :length] - known[name]).abs().max() < 1e-4
@@ -343,6 +371,123 @@ def test_older_bert_checkpoints(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**tiny_config("bert", 192), "is_decoder": True}))
     with pytest.raises(CheckpointError, match="is_decoder"):
         load_model(tmp_path)
+
+
+# ---- mixtures of experts -----------------------------------------------------------------------------------------
+MIXTURES = [name for name in FAMILIES if FAMILIES[name].experts is not None]
+FACT = {"prompt": "The river of Ann is", "subject": "Ann", "target_new": "the"}  # one token: one state, one key
+
+
+def rome(**changes: Any) -> Any:
+    """ROME_MDM's settings with one context prefix, so that k* is the bare prompt's key."""
+    base = {"layers": [1], "v_num_grad_steps": 6, "v_lr": 0.5, "v_weight_decay": 1e-3, "clamp_norm_factor": 10.0}
+    plain = {"alg_name": "ROME_MDM", "model_name": "tiny", "context_templates": ["{}"], "state_schedule": "full_mask"}
+    return METHODS["ROME_MDM"].hparams(**{**plain, **base, **changes})
+
+
+@pytest.mark.data
+@torch.no_grad()
+def test_routers_choose_as_published(data_dir):
+    """LLaDA2's two mixtures: raw scores and chosen experts at every token."""
+    path = data_dir / "reference" / "llada2_moe"
+    model, known = reference(path, mask_id=190, block=4), load_file(path / "reference.safetensors")
+    for number, layer in enumerate((1, 2)):
+        weights, chosen = model.routes(layer, known["input_ids"])
+        assert torch.equal(chosen.sort(-1).values, known[f"router_topk_{number}"])
+        scores = known[f"router_logits_{number}"].sigmoid().gather(-1, chosen)
+        assert (weights - 2.5 * scores / scores.sum(-1, keepdim=True)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@torch.no_grad()
+def test_a_mixture_is_its_experts_summed(tiny, family):
+    """Spelled out token by token, and the same while a hook listens to some of the experts as one map."""
+    model = tiny(family)
+    mixture = model.module(model.spec.paths.mlp.format(1))
+    hidden = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
+    weights, chosen = mixture.gate(hidden.flatten(0, 1))
+    wanted = torch.zeros(14, 32)
+    for t, token in enumerate(hidden.flatten(0, 1)):
+        for weight, number in zip(weights[t], chosen[t].tolist()):
+            wanted[t] += weight * mixture.experts[number](token)
+        if mixture.shared_experts is not None:
+            wanted[t] += mixture.shared_experts(token)
+    assert (mixture(hidden) - wanted.view(2, 7, 32)).abs().max() < 1e-5
+    site = model.through(Site(1, "x", False, tuple(map(str, range(len(mixture.experts)))), True), (0, 3))
+    with reading_input(model.module(site.name)) as keys:
+        assert (mixture(hidden) - wanted.view(2, 7, 32)).abs().max() < 1e-5
+    assert keys[0].shape == (2, 7, 24) and model.weight_of(site.name).shape == (32, 24)
+    parts = torch.stack([(chosen == number).any(-1) for number in (0, 3)], dim=-1).view(2, 7, 2)
+    assert torch.equal(keys[0].unflatten(-1, (2, 12)).abs().amax(-1) > 0, parts)
+    assert set(dict(model.named_parameters())) == set(dict(tiny(family).named_parameters()))
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_an_edit_of_the_experts_moves_the_block_by_delta(tiny, family):
+    """ROME through the experts that the subject's token goes through: the block's output there moves by delta, no expert else changes."""
+    model = tiny(family)
+    template = model.spec.paths.mlp + ".experts"
+    settings = rome(rewrite_module_tmp=template)
+    fact = tokenise(model, EditRequest.of(FACT), settings)
+    site = settled(model, model.site(1, template), [fact])
+    delta = site_values(model, [EditRequest.of(FACT)], settings)[0].delta
+    edit = make_edit(model, FACT, settings)
+    prompt = fact.contexts[0]
+    slots = torch.full_like(fact.target, model.ids.slot) if model.masked else fact.target
+    ids, canvas = torch.cat([prompt.ids, slots])[None], torch.tensor([len(prompt.ids)])
+    weights, chosen = model.routes(1, ids, canvas=canvas)
+    numbers = sorted(chosen[0, prompt.site].tolist())
+    names = [f"{template.format(1)}.{n}.down_proj.weight" for n in numbers]
+    assert [change.name for change in edit.changes] == names == list(site.weights)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        plain = model.hidden_before(2, ids, canvas=canvas)[0, prompt.site]
+        edit.apply(model)
+        moved = model.hidden_before(2, ids, canvas=canvas)[0, prompt.site] - plain
+        assert torch.equal(model.routes(1, ids, canvas=canvas)[1], chosen)
+    assert (moved - delta).norm() < 1e-4 * delta.norm() and delta.norm() > 0
+    edit.revert(model)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_sites_of_a_mixture(tiny):
+    """The dense layer's map, the shared expert's, all experts; one expert by itself is refused, and so is a layer without any."""
+    model = tiny("llada2")
+    assert model.site(0).name == "model.layers.0.mlp.down_proj"
+    assert model.site(1).name == "model.layers.1.mlp.shared_experts.down_proj"
+    routed = model.site(1, "model.layers.{}.mlp.experts")
+    assert routed.routed and len(routed.weights) == 8
+    with pytest.raises(ModelError, match="one expert of several"):
+        model.site(1, "model.layers.{}.mlp.experts.3.down_proj")
+    with pytest.raises(ModelError, match="no mixture of experts"):
+        model.routes(0, torch.arange(5, 9)[None])
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_missing_expert(tmp_path, family):
+    """It is named."""
+    tensors = write_checkpoint(tmp_path, family)
+    lost = "model.layers.1.mlp.experts.4.down_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != lost}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"1 parameters are missing, such as {re.escape(lost)}"):
+        load_model(tmp_path)
+
+
+@torch.no_grad()
+def test_qwen3_moe_is_transformers_own(tmp_path):
+    """Our mixtures inside the dense class, against the class that transformers has for them."""
+    import transformers
+
+    if not hasattr(transformers, "Qwen3MoeForCausalLM"):
+        pytest.skip("needs transformers 4.51")
+    write_checkpoint(tmp_path, "qwen3-moe")
+    ours, theirs = load_model(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.arange(20, 40)[None]
+    assert (ours(ids).logits - theirs(ids).logits).abs().max() < 1e-4
+    assert torch.equal(
+        ours.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0),
+        theirs.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0),
+    )
 
 
 # ---- which family, and which not -----------------------------------------------------------------------------------

@@ -48,7 +48,8 @@ def test_gradients_are_the_whole_model_s(tiny, family):
     """The gradient of a weight in the middle, through the layers run here and through the model's own forward."""
     model = tiny(family)
     ids, mask = batch(model.ids.pad)
-    weight = model.weight_of(model.site(1).name)
+    site = model.site(1)
+    weight = model.weight_of(site.parts[0] if site.routed else site.name)
     own = model(ids, mask, position_ids=geometry.positions(mask)).logits
     states = model.stack.run(
         model.stack.embedded(ids, geometry.positions(mask)),

@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import edited_site
 
 from easyedit_mdm import EditRequest, ROMEMDMHyperParams, make_edit
 from easyedit_mdm.common.fingerprints import model_fingerprint, parameter_hashes
@@ -19,6 +20,7 @@ from easyedit_mdm.editing.solve import value
 from easyedit_mdm.editing.solve.keys import read_keys
 from easyedit_mdm.editing.solve.plans import Plan
 from easyedit_mdm.editing.solve.rows import build_rows
+from easyedit_mdm.editing.solve.sites import settled
 from easyedit_mdm.editing.solve.value import optimise
 from easyedit_mdm.errors import EditError, HyperParameterError, ModelError, OptimisationError, RequestError, StatisticsError
 from easyedit_mdm.models import FAMILIES
@@ -52,15 +54,19 @@ def test_edit_apply_revert(tiny, family, method):
     assert log_likelihood(model) == pytest.approx(-edit.card["facts"][0]["losses"][0], rel=1e-4)
     originals = edit.apply(model)
     changed = [n for n, h in parameter_hashes(model).items() if h != before[n]]
-    assert changed == [model.site(1).weight] == list(originals)
-    (change,) = edit.changes
+    assert changed == list(originals) and set(changed) <= set(model.site(1).weights)
+    change = edit.changes[0]
     assert not torch.equal(originals[change.name], dict(model.named_parameters())[change.name])
     with pytest.raises(EditError, match="already applied"):
         edit.apply(model)
     edit.revert(model)
     assert parameter_hashes(model) == before
-    key = read_keys(model, model.site(1), tokenise(model, EditRequest.of(REQUEST), hparams(**plain)), hparams(**plain)).mean
-    assert float((change.left @ change.right @ key).norm()) == pytest.approx(edit.card["delta_norm"], rel=1e-4)
+    fact = tokenise(model, EditRequest.of(REQUEST), hparams(**plain))
+    site = settled(model, model.site(1), [fact])
+    assert tuple(changed) == site.weights
+    key = read_keys(model, site, fact, hparams(**plain)).mean
+    right = torch.cat([c.right for c in edit.changes], dim=1)
+    assert float((change.left @ right @ key).norm()) == pytest.approx(edit.card["delta_norm"], rel=1e-4)
     with pytest.raises(EditError, match="not applied"):
         edit.revert(model)
 
@@ -411,9 +417,9 @@ def test_the_edited_layer_is_run_once(tiny, family, layer, monkeypatch):
         passed.clear()
         block = model.module(model.spec.paths.block.format(layer))
         with changing_output(block, lambda out: passed.append(len(out)) or out):
-            return optimise(model, model.site(layer), facts, torch.ones(2, 32), settings)
+            return optimise(model, edited_site(model, layer), facts, torch.ones(2, 32), settings)
 
-    ends = model.ends_block(model.site(layer))
+    ends = model.ends_block(edited_site(model, layer))
     above, few = run(), len(passed)
     monkeypatch.setattr(type(model), "ends_block", lambda self, site: False)
     inside, many = run(), len(passed)

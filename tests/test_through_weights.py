@@ -17,7 +17,7 @@ from easyedit_mdm.editing.request import anchor, locate
 from easyedit_mdm.editing.solve.keys import read_keys
 from easyedit_mdm.editing.solve.rank_one import closed_form
 from easyedit_mdm.editing.solve.rollout import _slots
-from easyedit_mdm.editing.solve.sites import check_modules
+from easyedit_mdm.editing.solve.sites import check_modules, settled
 from easyedit_mdm.editing.solve.value import _rates, optimise
 from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.models import FAMILIES
@@ -40,7 +40,7 @@ def loss_now(model, settings, request=REQUEST) -> float:
     """The likelihood's part of the loss, for the model as it is."""
     fact = tokenise(model, EditRequest.of(request), settings)
     only = dataclasses.replace(settings, v_num_grad_steps=1, kl_factor=0.0)
-    return optimise(model, check_modules(model, settings), [fact], torch.ones(1, model.config.hidden_size), only)[0].losses[0]
+    return optimise(model, settled(model, check_modules(model, settings), [fact]), [fact], torch.ones(1, model.config.hidden_size), only)[0].losses[0]
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

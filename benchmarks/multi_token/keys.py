@@ -23,7 +23,7 @@ from easyedit_mdm.denoising import schedule
 from easyedit_mdm.editing import EditRequest
 from easyedit_mdm.editing.facts import fact_generator, tokenise
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
-from easyedit_mdm.editing.solve.keys import read_site
+from easyedit_mdm.editing.solve.keys import SiteRows, read_site
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.statistics import SecondMoments, moments_for
 from easyedit_mdm.twins.benchmark import Case, cases
@@ -36,10 +36,11 @@ def lines(model: Adapter, case: Case, moments: dict[int, SecondMoments], hparams
     """One line a layer."""
     fact = tokenise(model, EditRequest.of(case.request()), hparams)
     states = schedule("enumerate", case.length, hparams.max_states).draw(0, fact_generator(fact, hparams.seed)).revealed
-    rows = [torch.cat([fact.contexts[0].ids, torch.where(revealed, fact.target, model.ids.slot)]) for revealed in states]
+    tails = [torch.where(revealed, fact.target, model.ids.slot) for revealed in states]
+    rows = SiteRows.of((fact.contexts[0], tail) for tail in tails)
     found = []
     for layer, moment in moments.items():
-        keys, _ = read_site(model, model.site(layer), rows, [fact.contexts[0].site] * len(rows), hparams.max_rows)
+        keys, _ = read_site(model, model.site(layer), rows, hparams.max_rows)
         keys = keys.double().cpu()
         toward = moment.solve(keys[0], hparams.mom2_eps)
         found.append(

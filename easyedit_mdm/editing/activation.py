@@ -17,7 +17,7 @@ from easyedit_mdm.editing.facts import Fact, tokenise
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import EditRequest
 from easyedit_mdm.editing.solve.keys import read_keys
-from easyedit_mdm.editing.solve.sites import check_modules
+from easyedit_mdm.editing.solve.sites import check_modules, settled
 from easyedit_mdm.editing.solve.value import optimise
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
@@ -41,8 +41,8 @@ class Activations:
 
 def optimise_at(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams) -> Activations:
     """Optimise a value for each request, all together, at the layer and with the settings of the hyperparameters, as an activation in any case."""
-    site = check_modules(adapter, hparams)
     facts = [tokenise(adapter, request, hparams) for request in requests]
+    site = settled(adapter, check_modules(adapter, hparams), facts)
     initial = torch.stack([read_keys(adapter, site, fact, hparams).initial for fact in facts])
     deltas = torch.stack([outcome.delta for outcome in optimise(adapter, site, facts, initial, hparams)])
     return Activations(site, facts, deltas, deltas.norm(dim=1) / initial.norm(dim=1))

@@ -6,7 +6,7 @@ children under their own names, so `model.layers.3.mlp.down_proj.weight` means t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,8 @@ from easyedit_mdm.errors import ModelError
 from easyedit_mdm.models import geometry
 from easyedit_mdm.models.attention import Attention
 from easyedit_mdm.models.families import FAMILIES
-from easyedit_mdm.models.hooks import changing_output, frozen, reading_output
+from easyedit_mdm.models.hooks import changing_output, frozen, reading_all, reading_output
+from easyedit_mdm.models.mixture import Mixture
 from easyedit_mdm.models.native import Stack, check_attention, class_names
 from easyedit_mdm.models.recognise import family_of
 from easyedit_mdm.models.spec import FamilySpec
@@ -51,16 +52,26 @@ class Site:
         name: dotted path of the module; its input is the key, its output the value.
         weight: dotted path of its weight.
         transposed: the weight is stored inputs x outputs (GPT-2's Conv1D) instead of outputs x inputs.
+        parts: the linear maps whose weights, side by side, are the site's; empty where it is one map with a weight of its own.
+        routed: the parts are all experts of a mixture, and which of them a fact goes through is still to be found
+            (`Adapter.through`): the module itself is no linear map.
     """
 
     layer: int
     name: str
     transposed: bool
+    parts: tuple[str, ...] = ()
+    routed: bool = False
 
     @property
     def weight(self) -> str:
         """Name of the weight as a parameter."""
         return f"{self.name}.weight"
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of all parameters that an edit at the site may change."""
+        return tuple(f"{part}.weight" for part in self.parts) or (self.weight,)
 
 
 class Adapter(nn.Module):
@@ -174,17 +185,67 @@ class Adapter(nn.Module):
     def site(self, layer: int, template: str | None = None) -> Site:
         """The edit site of a layer: the MLP's down-projection, or the module that `template` names.
 
+        Of a mixture of experts it is the shared expert's, or, where there is none, the experts that a fact goes through; name
+        the list of experts for these where there is both.
+
         Raises:
             ModelError: for a layer that does not exist, a wrong template, or a module without a 2-D weight.
         """
         if not 0 <= layer < self.layers:
             raise ModelError(f"layer {layer} does not exist: {self.name or self.spec.name} has layers 0 to {self.layers - 1}")
-        name = (template or self.spec.paths.down).format(layer)
-        module = self.module(name)
+        name = (template or self._default_site(layer)).format(layer)
+        module, experts = self.module(name), self._experts(layer)
+        if experts is not None and module is self.module(experts):
+            parts = tuple(f"{experts}.{number}.down_proj" for number in range(len(cast(nn.ModuleList, module))))
+            return Site(layer, name, transposed=False, parts=parts, routed=True)
+        if experts is not None and name.startswith(f"{experts}."):
+            raise ModelError(f"{name!r} is one expert of several that a token goes through: name {experts!r}, or another module")
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 2:
             raise ModelError(f"{name!r} has no matrix to edit; the rewrite module must be a linear map such as {self.spec.paths.down!r}")
         return Site(layer, name, transposed=type(module).__name__ == "Conv1D")
+
+    def _mixture(self, layer: int) -> Mixture | None:
+        found = self.module(self.spec.paths.mlp.format(layer))
+        return found if isinstance(found, Mixture) else None
+
+    def _experts(self, layer: int) -> str | None:
+        """The path of a layer's list of experts, if it is a mixture."""
+        return None if self._mixture(layer) is None else f"{self.spec.paths.mlp.format(layer)}.experts"
+
+    def _default_site(self, layer: int) -> str:
+        mixture = self._mixture(layer)
+        if mixture is None:
+            return self.spec.paths.down
+        return f"{self.spec.paths.mlp}.{'experts' if mixture.shared_experts is None else 'shared_experts.down_proj'}"
+
+    def through(self, site: Site, numbers: Sequence[int]) -> Site:
+        """A routed site with the experts that a fact goes through: one linear map, their down-projections side by side."""
+        mixture = self._mixture(site.layer)
+        assert mixture is not None and site.routed, site
+        parts = tuple(site.parts[number] for number in numbers)
+        return Site(site.layer, f"{self.spec.paths.mlp.format(site.layer)}.{mixture.view(numbers)}", False, parts)
+
+    @torch.no_grad()
+    def routes(
+        self,
+        layer: int,
+        input_ids: Int[Tensor, "rows length"],
+        attention_mask: Mask | None = None,
+        canvas: Int[Tensor, " rows"] | None = None,
+    ) -> tuple[Float[Tensor, "rows length top"], Int[Tensor, "rows length top"]]:
+        """Through which experts of a layer each token goes, and with which weights.
+
+        Raises:
+            ModelError: if the layer is no mixture of experts.
+        """
+        mixture = self._mixture(layer)
+        if mixture is None:
+            raise ModelError(f"layer {layer} of {self.name or self.spec.name} is no mixture of experts")
+        with reading_all(mixture.gate) as seen:
+            self.hidden_before(layer + 1, input_ids, attention_mask, canvas=canvas)
+        weights, chosen = (part.unflatten(0, tuple(input_ids.shape)) for part in seen[0])
+        return weights, chosen
 
     # ---- what it computes ------------------------------------------------------------------------------------
     def token_logits(

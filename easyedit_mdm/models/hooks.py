@@ -45,6 +45,14 @@ def reading_output(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
+def reading_all(module: nn.Module) -> Iterator[list[Any]]:
+    """Collect the whole output of every call of `module`, whatever it is."""
+    seen: list[Any] = []
+    with _hooked(module, lambda _, out: seen.append(out)):
+        yield seen
+
+
+@contextmanager
 def changing_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Replace the output of `module` by `change(output)`."""
     with _hooked(module, lambda _, out: (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)):

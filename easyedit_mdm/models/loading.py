@@ -8,7 +8,7 @@ modelling files do not.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from easyedit_mdm.common.files import opened_tensors, read_json
 from easyedit_mdm.errors import CheckpointError, EasyEditMDMError
 from easyedit_mdm.models.adapter import Adapter, special_ids
 from easyedit_mdm.models.families import FAMILIES
-from easyedit_mdm.models.native import build, tokenizer_classes
+from easyedit_mdm.models.mixture import put_in
+from easyedit_mdm.models.native import build, tokenizer_classes, turn
 from easyedit_mdm.models.recognise import detect
-from easyedit_mdm.models.spec import FamilySpec
+from easyedit_mdm.models.spec import FamilySpec, Made
 
 _MOST = {"n_positions": 1 << 14, "num_attention_heads": 1 << 12, "n_head": 1 << 12}  # the largest that are believed; GPT-2 squares its positions
 _SIZES = ("num_", "n_", "vocab", "hidden_s", "inter", "max_", "head")
@@ -68,7 +69,7 @@ def load_adapter(
     model = _empty_model(spec, config, len(files))
     target = _dtype(dtype, config)
     places = _places(model, spec, device, device_map, max_memory, target)
-    _fill(model, spec, files, target, places)
+    _fill(model, spec, config, files, target, places)
     if device_map is not None:
         from accelerate import dispatch_model
 
@@ -162,7 +163,12 @@ def _empty_model(spec: FamilySpec, config: Mapping[str, Any], tensors: int | Non
     _check_claims(spec, config, tensors)
     try:
         with init_empty_weights(include_buffers=False):
-            return build(spec.native, spec.native_config(config), spec.since, spec.ending)
+            model = build(spec.native, spec.native_config(config), spec.since, spec.ending)
+            if spec.experts is not None:
+                put_in(model, spec.paths.mlp, model.config.hidden_size, spec.experts(config))
+        if spec.frequencies is not None:
+            turn(model.get_submodule(spec.paths.backbone), spec.frequencies(config))
+        return model
     except EasyEditMDMError:
         raise
     except KeyError as error:
@@ -208,19 +214,30 @@ def _places(model, spec: FamilySpec, device, device_map, max_memory, dtype) -> d
     return infer_auto_device_map(model, max_memory=max_memory, no_split_module_classes=kept, dtype=dtype)
 
 
-def _fill(model, spec: FamilySpec, files: Mapping[str, Path], dtype: torch.dtype, places: Mapping[str, Any]) -> None:
+def _fill(
+    model: Any,
+    spec: FamilySpec,
+    config: Mapping[str, Any],
+    files: Mapping[str, Path],
+    dtype: torch.dtype,
+    places: Mapping[str, Any],
+) -> None:
     from accelerate.utils import set_module_tensor_to_device
 
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    tied = tied_names(spec, model)
+    tied, made = tied_names(spec, model), _made(spec, config, expected)
     unused = "|".join((r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", *spec.unused))
-    table = {spec.native_name(key): key for key in files}
+    consumed = {key for key, _ in made.values()}
+    table = {spec.native_name(key): key for key in files if key not in consumed}
     table = {name: key for name, key in table.items() if not re.search(unused, name)}
+    table |= {name: key for name, (key, _) in made.items() if key in files}
     missing = sorted(set(expected) - set(table) - tied)
     unexpected = sorted(set(table) - set(expected) - tied)
     if missing or unexpected:
         raise CheckpointError(_mismatch(spec, missing, unexpected, table))
     for name, tensor in _tensors({name: (table[name], files[table[name]]) for name in expected if name in table}):
+        if name in made:
+            tensor = made[name][1](tensor)
         if tuple(tensor.shape) != expected[name]:
             raise CheckpointError(
                 f"{table[name]!r} has shape {tuple(tensor.shape)}, but config.json makes {name!r} {expected[name]}: "
@@ -232,6 +249,12 @@ def _fill(model, spec: FamilySpec, files: Mapping[str, Path], dtype: torch.dtype
         for key, buffer in module.named_buffers(recurse=False):
             if buffer is not None:
                 module._buffers[key] = buffer.to(_place_of(f"{path}.{key}", places))
+
+
+def _made(spec: FamilySpec, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Made]:
+    """The native parameters that are made of tensors with other shapes or orders."""
+    found = {name: spec.made_of(config, name) for name in names}
+    return {name: made for name, made in found.items() if made is not None}
 
 
 def tied_names(spec: FamilySpec, model: Any) -> set[str]:

@@ -70,6 +70,14 @@ def build(name: str, settings: Mapping[str, Any], since: str = "", ending: str =
     return model_class(config_class(**settings, attn_implementation="sdpa"))
 
 
+def turn(backbone: nn.Module, frequencies: Float[Tensor, " half"]) -> None:
+    """Give a backbone's rotation other frequencies, one for each pair of a head's dimensions."""
+    rotary = _part(backbone, "rotary_emb")
+    for name in ("inv_freq", "original_inv_freq"):  # the second in versions that change the first as they run
+        if hasattr(rotary, name):
+            setattr(rotary, name, frequencies.clone())
+
+
 def tokenizer_classes(names: Iterable[str | None]) -> list[Any]:
     """Those of these tokenizer classes that transformers has, and its generic fast one, in this order, each once."""
     import transformers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from easyedit_mdm.errors import CheckpointError
 from easyedit_mdm.models.loading import _dtype, _empty_model, read_config, tied_names, weight_files
 from easyedit_mdm.models.recognise import by_architecture, detect
+from easyedit_mdm.models.spec import FamilySpec
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ROWS, LENGTH, SLOTS = 64, 48, 8  # of one pass of the value optimisation: `max_rows` of the large models' files, a prefix with its prompt, a target
@@ -106,12 +108,20 @@ def model_size(name_or_folder: str | Path) -> ModelSize:
         spec = by_architecture(config)[0] if files is None else detect(config, files)
     model = _empty_model(spec, config, _MOST_LAYERS if files is None else len(files))
     blocks = model.get_submodule(spec.paths.block.rsplit(".", 1)[0])
-    down = tuple(model.get_submodule(spec.paths.down.format(0)).weight.shape)
     vocabulary, hidden = model.get_input_embeddings().weight.shape
-    inner = next((n for n in down if n != hidden), hidden)
+    inner = _inner(spec, config, model, hidden)
     parameters = sum(p.numel() for n, p in model.named_parameters() if n not in tied_names(spec, model))
     dtype = str(_dtype(None, config)).removeprefix("torch.")
     return ModelSize(spec.name, str(folder or "published"), parameters, dtype, len(blocks), hidden, inner, vocabulary)
+
+
+def _inner(spec: FamilySpec, config: Mapping[str, Any], model: Any, hidden: int) -> int:
+    """Width of the keys of the family's own site: of a mixture the shared expert's, or all that a token goes through."""
+    if spec.experts is not None:
+        experts = spec.experts(config)
+        return experts.shared or experts.top * experts.inner
+    down = tuple(model.get_submodule(spec.paths.down.format(0)).weight.shape)
+    return next((n for n in down if n != hidden), hidden)
 
 
 def _here(name: str) -> Path | None:

@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from easyedit_mdm.errors import CheckpointError, ModelError
 from easyedit_mdm.models.attention import CAUSAL, FULL, Attention
+from easyedit_mdm.models.mixture import Experts
 
 Config = Mapping[str, Any]
+Made = tuple[str, Callable[[Tensor], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,10 @@ class FamilySpec:
         absolute_positions: the backbone adds learned positions to its input (GPT-2, BERT), so a stack that starts higher up must not.
         bidirectional: the native class lets every token see every other by itself, and takes a 2-D attention mask.
         window: of the native configuration, how far a token of a sliding layer sees to each side.
+        experts: of `config.json`, the mixtures of experts that stand in place of the native class's MLPs.
+        made_of: of `config.json` and a native parameter's name, the checkpoint's tensor that it is made of and how, where it is not
+            that tensor as it is (fused or reordered ones); None for all others.
+        frequencies: of `config.json`, the rotation's frequencies, where they are not the native class's.
         tied: parameters that are the embedding's (or another's) where `tie_word_embeddings` says so; a checkpoint may leave them out.
         unused: tensors of checkpoints that the native class has no place for, as regular expressions.
         aliases: (ending, ending) of tensors' names that older checkpoints have, and their native one.
@@ -82,6 +90,9 @@ class FamilySpec:
     ending: str = ""
     bidirectional: bool = False
     window: Callable[[Any], int] | None = None
+    experts: Callable[[Config], Experts] | None = None
+    made_of: Callable[[Config, str], Made | None] = lambda config, name: None
+    frequencies: Callable[[Config], Tensor] | None = None
     tied: tuple[str, ...] = ("lm_head.weight",)
     unused: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()

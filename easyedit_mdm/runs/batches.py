@@ -172,7 +172,8 @@ def _again(method: BenchMethod, group: Sequence[BenchCase], folder: Path) -> Und
         except (EasyEditMDMError, ValueError, RuntimeError):
             return _nothing  # it failed the first time as well, and its records say so
     before, layers = len(session.edits), session.hparams.layers
-    names = [session.model.site(layer, session.hparams.rewrite_module_tmp).weight for layer in layers]
+    sites = [session.model.site(layer, session.hparams.rewrite_module_tmp) for layer in layers]
+    names = [name for site in sites for name in site.weights]
     session.history.carried(session.model, names)  # notes what the weights were before the first
     for edit in [Edit.load(part) for part in sorted(folder.glob("edit-*"), key=_number)]:
         edit.apply(session.model)

@@ -8,6 +8,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def moments_for(
             f"{config.tokens} tokens for keys of {inner} dimensions: second moments want at least {2 * inner}, better {10 * inner}", stacklevel=2
         )
     cache = _IN_MEMORY.setdefault(adapter.native, {})
-    wanted = {site.name: (site.name, source.fingerprint, config) for site in sites}
+    wanted = {site.name: (site.name, source.fingerprint, config, adapter.attention) for site in sites}
     absent = [site for site in sites if wanted[site.name] not in cache]
     if absent:
         place = cache_folder() if folder is None else Path(folder).expanduser()
@@ -95,6 +96,12 @@ def _settings(model: str, source: TextSource, config: CollectConfig) -> dict[str
     }
 
 
+def _blocks(adapter: Adapter) -> dict[str, Any]:
+    """Who sees whom, where it is not all or the left: the same weights have other keys under another block."""
+    plain = adapter.attention.full or adapter.attention.causal
+    return {} if plain else {"attention": asdict(adapter.attention)}
+
+
 def _read_or_collect(
     adapter: Adapter, sites: Sequence[Site], source: TextSource, config: CollectConfig, folder: Path, every: float
 ) -> dict[str, SecondMoments]:
@@ -105,7 +112,7 @@ def _read_or_collect(
     now = model_fingerprint(adapter.native)
     found: dict[str, SecondMoments] = {}
     for model in dict.fromkeys((_FIRST_SEEN.setdefault(adapter.native, now), now)):
-        settings = _settings(model, source, config)
+        settings = _settings(model, source, config) | _blocks(adapter)
         files = {site.name: folder / f"mom2-{site.name}-{run_name(settings, [site])}.safetensors" for site in sites}
         found |= {name: read(file, model) for name, file in files.items() if name not in found and file.exists()}
     # settings and files are those of the model as it is now; the checkpoint is named after all sites asked for, so that a run that was

@@ -109,7 +109,13 @@ def alphaedit(
         history: keys of the edits that the model carries; it belongs to whoever edits in sequence, and is added to here.
     """
     history = History() if history is None else history
-    names = [adapter.site(layer, hparams.rewrite_module_tmp).weight for layer in hparams.layers]
+    sites = [adapter.site(layer, hparams.rewrite_module_tmp) for layer in hparams.layers]
+    if any(site.routed for site in sites):
+        raise HyperParameterError(
+            "AlphaEdit_MDM remembers the keys of earlier edits, and those of experts are others for every fact: name the shared "
+            "expert or a dense layer, or use MEMIT_MDM"
+        )
+    names = [site.weight for site in sites]
     carried = history.carried(adapter, names)
 
     def finish(sites: list[Site], facts: list[Fact]) -> None:

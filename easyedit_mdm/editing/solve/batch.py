@@ -24,7 +24,7 @@ from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import EditRequest, check_requests
 from easyedit_mdm.editing.solve.card import card
 from easyedit_mdm.editing.solve.keys import Lower, SiteRows, key_columns, key_states, read_site
-from easyedit_mdm.editing.solve.sites import check_modules, statistics
+from easyedit_mdm.editing.solve.sites import check_modules, low_rank, settled, statistics
 from easyedit_mdm.editing.solve.value import Optimised, optimise
 from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.models import Adapter
@@ -118,14 +118,16 @@ def edit_batch(
         OptimisationError: if the optimisation or a closed form breaks down.
     """
     check_requests(requests)
-    last = check_modules(adapter, hparams)
-    sites = [adapter.site(layer, hparams.rewrite_module_tmp) for layer in hparams.layers]
+    check_modules(adapter, hparams)
     facts = [tokenise(adapter, request, hparams) for request in requests]
+    sites = [settled(adapter, adapter.site(layer, hparams.rewrite_module_tmp), facts) for layer in hparams.layers]
+    last = sites[-1]
     moments = statistics(adapter, sites, hparams)
     before = outputs(adapter, last, facts, hparams)
     outcomes = values or _optimised(adapter, last, facts, hparams)
     target = before + torch.stack([o.delta for o in outcomes]).to(before.device)
-    changes, figures = [], {}
+    changes: list[LowRank] = []
+    figures = {}
     # kept between layers where it is no more than the value optimisation has kept; otherwise read anew in each, so that memory is bounded
     lower: Lower | None = {} if len(sites) > 1 and len(facts) <= hparams.facts_per_batch and hparams.key_states == "full_mask" else None
 
@@ -135,17 +137,18 @@ def edit_batch(
             now = before if i == 0 else outputs(adapter, last, facts, hparams)
             system = _system(adapter, site, facts, (target - now).double() / (len(sites) - i), moments[i], hparams, lower)
             left, right = closed_form(system)
-            changes.append(LowRank(site.weight, left.float(), right.float(), site.transposed))
+            made = low_rank(adapter, site, left.float(), right.float())
+            changes.extend(made)
             figures[str(site.layer)] = {
                 "residual": float((target - now).norm(dim=1).mean()), **moments[i].cheap_figures(hparams.mom2_eps), **system.figures
             }  # fmt: skip
-            write(adapter, Edit([changes[-1]]))
+            write(adapter, Edit(made))
         if lower is not None:
             lower.clear()
         if finish is not None:
             finish(sites, facts)
 
-    keeping(adapter, [site.weight for site in sites], spread)
+    keeping(adapter, [name for site in sites for name in site.weights], spread)
     return Edit(changes, card(requests, facts, hparams, outcomes, {"layers": figures}))
 
 
@@ -172,7 +175,8 @@ def pivots(factor: Float[Tensor, "n n"]) -> float:
 
 def block_values(adapter: Adapter, requests: Sequence[EditRequest], hparams: BatchHyperParams) -> list[Optimised]:
     """The optimised values of requests at the last edited layer, each as if it were alone."""
-    return _optimised(adapter, check_modules(adapter, hparams), [tokenise(adapter, request, hparams) for request in requests], hparams)
+    facts = [tokenise(adapter, request, hparams) for request in requests]
+    return _optimised(adapter, settled(adapter, check_modules(adapter, hparams), facts), facts, hparams)
 
 
 def _optimised(adapter: Adapter, site: Site, facts: list[Fact], hparams: BatchHyperParams) -> list[Optimised]:

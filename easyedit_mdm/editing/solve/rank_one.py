@@ -22,13 +22,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from easyedit_mdm.editing.edit import Edit, LowRank
+from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.editing.facts import Fact, tokenise
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import EditRequest
 from easyedit_mdm.editing.solve.card import card
 from easyedit_mdm.editing.solve.keys import Keys, read_keys
-from easyedit_mdm.editing.solve.sites import check_modules, statistics
+from easyedit_mdm.editing.solve.sites import check_modules, low_rank, settled, statistics
 from easyedit_mdm.editing.solve.value import Optimised, optimise
 from easyedit_mdm.errors import OptimisationError, RequestError
 from easyedit_mdm.models import Adapter
@@ -40,7 +40,10 @@ def site_values(
 ) -> list[Optimised]:
     """The optimised values of requests at the site, clamped by the norm of its own output there."""
     site = check_modules(adapter, hparams)
+    if site.routed and len(requests) > 1:  # each fact has experts of its own
+        return [outcome for request in requests for outcome in site_values(adapter, [request], hparams)]
     facts = [tokenise(adapter, request, hparams) for request in requests]
+    site = settled(adapter, site, facts)
     keys = [read_keys(adapter, site, fact, hparams) for fact in facts]
     return _optimised(adapter, site, facts, keys, hparams)
 
@@ -80,20 +83,15 @@ def rank_one(
             f"{hparams.alg_name} writes one fact at a time, got {len(requests)} requests: edit them one "
             "after another"
         )
-    site = check_modules(adapter, hparams)
     fact = tokenise(adapter, requests[0], hparams)
+    site = settled(adapter, check_modules(adapter, hparams), [fact])
     keys = read_keys(adapter, site, fact, hparams)
     direction = closed_form(adapter, site, keys, hparams)
     outcome = (values or _optimised(adapter, site, [fact], [keys], hparams, direction))[0]
     added = residual(keys, outcome.delta)
-    change = LowRank(
-        site.weight,
-        (added.to(direction.u.device) / direction.denominator)[:, None],
-        direction.u[None],
-        site.transposed,
-    )
+    left = (added.to(direction.u.device) / direction.denominator)[:, None]
     return Edit(
-        [change],
+        low_rank(adapter, site, left, direction.u[None]),
         card(requests, [fact], hparams, [outcome], {**direction.figures, "delta_norm": float(added.norm())}),
     )
 

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from easyedit_mdm.editing.edit import LowRank
+from easyedit_mdm.editing.facts import Fact
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.models import Adapter
@@ -35,6 +41,33 @@ def check_modules(adapter: Adapter, hparams: ROMEMDMHyperParams) -> Site:
             f"{adapter.layers - 1}"
         )
     return site
+
+
+def settled(adapter: Adapter, site: Site, facts: Sequence[Fact]) -> Site:
+    """A routed site with the experts that the facts' tokens go through, in any of their context prefixes, with nothing revealed.
+
+    Other sites are returned as they are. What the router of the edited layer does does not depend on the edit.
+    """
+    if not site.routed:
+        return site
+    chosen: set[int] = set()
+    for fact in facts:
+        slots = torch.full_like(fact.target, adapter.ids.slot) if adapter.masked else fact.target[:0]
+        for prompt in fact.contexts:
+            ids = torch.cat([prompt.ids, slots])[None].to(adapter.device)
+            canvas = torch.tensor([len(prompt.ids)], device=ids.device)
+            chosen |= set(adapter.routes(site.layer, ids, canvas=canvas)[1][0, prompt.site].tolist())
+    return adapter.through(site, sorted(chosen))
+
+
+def low_rank(
+    adapter: Adapter, site: Site, left: Float[Tensor, "width rank"], right: Float[Tensor, "rank inner"]
+) -> list[LowRank]:
+    """A change of a site's weight, as changes of parameters: one for each of its parts."""
+    if not site.parts:
+        return [LowRank(site.weight, left, right, site.transposed)]
+    widths = [adapter.weight_of(part).shape[1] for part in site.parts]
+    return [LowRank(name, left, columns) for name, columns in zip(site.weights, right.split(widths, dim=1))]
 
 
 def statistics(adapter: Adapter, sites: Sequence[Site], hparams: ROMEMDMHyperParams) -> list[SecondMoments]:
