@@ -103,7 +103,7 @@ def check_attention(native: nn.Module) -> None:
 
 def continued(model: nn.Module, ids: Int[Tensor, "rows new"], cache: Any = None) -> tuple[Tensor, Any]:
     """Raw logits of a causal model for some more columns, and its cache, to be handed in with the next ones."""
-    names, _ = _parameters(type(model))
+    names, _ = _parameters(cast(type, type(model)))
     name = next((n for n in _CACHE_NAMES if n in names), None)
     if name is None:
         raise _incompatible(f"{type(model).__name__}.forward takes no cache by a known name")
