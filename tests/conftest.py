@@ -21,6 +21,13 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
 
+# One process can import one form of EasyEdit. Tests use PyPI's wheel, but for those that ask for the clone and start a
+# process of their own with it; so the variable that every search obeys goes under another name, which xdist's workers see.
+_CLONE = "EASYEDIT_MDM_CLONE"
+if os.environ.get("HOST_FORM") != "head" and "EASYEDIT_HOME" in os.environ:
+    os.environ[_CLONE] = os.environ.pop("EASYEDIT_HOME")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(third_party)
     # warnings of third parties at import or by deprecation inside them are not ours to mend; ours stay errors
@@ -90,7 +97,7 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def easyedit_home() -> Path:
     """A clone of EasyEdit's repository."""
-    home = os.environ.get("EASYEDIT_HOME")
+    home = os.environ.get(_CLONE) or os.environ.get("EASYEDIT_HOME")
     if not home or not (Path(home) / "easyeditor").is_dir():
         pytest.skip("EASYEDIT_HOME names no clone of EasyEdit")
     return Path(home)
