@@ -24,7 +24,7 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 # One process can import one form of EasyEdit. Tests use PyPI's wheel, but for those that ask for the clone and start a
 # process of their own with it; so the variable that every search obeys goes under another name, which xdist's workers see.
 _CLONE = "EASYEDIT_MDM_CLONE"
-if os.environ.get("HOST_FORM") != "head" and "EASYEDIT_HOME" in os.environ:
+if "head" not in (os.environ.get("HOST_FORM"), os.environ.get("ORACLE_FORM")) and "EASYEDIT_HOME" in os.environ:
     os.environ[_CLONE] = os.environ.pop("EASYEDIT_HOME")
 
 

@@ -97,7 +97,7 @@ def test_update_equals_the_head(easyedit_home):
     """Against the repository's head, in a process of its own: two forms cannot be imported into one."""
     if os.environ.get("ORACLE_FORM") == "head":
         pytest.skip("this is that process")
-    environment = {**os.environ, "ORACLE_FORM": "head"}
+    environment = {**os.environ, "ORACLE_FORM": "head", "EASYEDIT_HOME": str(easyedit_home)}
     command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "equals_easyedit"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
