@@ -126,6 +126,6 @@ def test_update_equals_the_head(easyedit_home):
     if HEAD:
         pytest.skip("this is that process")
     command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "equals_easyedit"]
-    done = subprocess.run(command, env={**os.environ, "ORACLE_FORM": "head"}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, "ORACLE_FORM": "head", "EASYEDIT_HOME": str(easyedit_home)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "12 passed" in done.stdout
