@@ -41,9 +41,15 @@ def _row(spec: FamilySpec) -> tuple[str, ...]:
         _attention(spec),
         "config" if callable(spec.shift) else "yes" if spec.shift else "no",
         mask if spec.masked else "",
-        f"`{spec.paths.down.format('N')}`",
+        _site(spec),
         spec.verified,
     )
+
+
+def _site(spec: FamilySpec) -> str:
+    """Its own modules, by the native class's names."""
+    down, mlp = spec.paths.down.format("N"), spec.paths.mlp.format("N")
+    return f"`{down}`" if spec.experts is None else f"`{down}`; of a mixture `{mlp}.experts`"
 
 
 def _attention(spec: FamilySpec) -> str:
