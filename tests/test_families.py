@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from easyedit_mdm import decode, load_model, make_edit
+from easyedit_mdm import DecodeConfig, decode, load_model, make_edit
 from easyedit_mdm.editing import METHODS, EditRequest
 from easyedit_mdm.editing.facts import tokenise
 from easyedit_mdm.editing.solve.rank_one import site_values
@@ -371,6 +371,18 @@ def test_older_bert_checkpoints(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**tiny_config("bert", 192), "is_decoder": True}))
     with pytest.raises(CheckpointError, match="is_decoder"):
         load_model(tmp_path)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("steps", [4, 8])
+def test_rnd1_by_entropy(data_dir, steps):
+    """RND1's greedy diffusion_sample: eight masks, and behind them the place that it reserves and leaves as padding."""
+    path = data_dir / "reference" / "rnd1"
+    model, known = reference(path), load_file(path / "reference.safetensors")
+    settings = DecodeConfig(order="entropy", pace="floor", steps=steps, top_k=0)
+    given = torch.tensor([-1] * 8 + [0])
+    path_taken = decode(model, [known["prompt_ids"][0]], [9], settings, given=[given])[0]
+    assert torch.equal(path_taken.tokens, known[f"generated_greedy_max_new9_steps{steps}"][0, 12:])
 
 
 # ---- mixtures of experts -----------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def test_settings_in_blocks(tiny):
     ):
         with pytest.raises(HyperParameterError, match=message):
             decode(adapter, prompt, [6], DecodeConfig(**config))
-    with pytest.raises(HyperParameterError, match="a pace of its own"):
+    with pytest.raises(HyperParameterError, match="takes no threshold"):
         DecodeConfig(order="origin", threshold=0.9)
     with pytest.raises(HyperParameterError, match="pace='fast'"):
         DecodeConfig(pace="fast")

@@ -26,7 +26,7 @@ from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.attention import FULL, Attention
 from easyedit_mdm.models.geometry import right_padded
 
-PACES = ("even", "linear")
+PACES = ("even", "linear", "floor", "fraction")
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class DecodeConfig:
         block_length: blocks that are written one after the other. None: the model's own, which for full attention is one
             block; the blocks of a block-causal model may be divided further.
         order: which slots are committed first (a name in `ORDERS`).
-        pace: how many a step. `even`: equally many, the remainder first (LLaDA, SDAR); `linear`: a linear schedule, rounded
-            (dLLM). Dream's orders have their own, and take neither.
+        pace: how many a step. `even`: equally many, the remainder first (LLaDA, SDAR). `linear`: a linear schedule, rounded
+            (dLLM). `floor`: after step s of n, floor(slots (n - s) / n) are still masked (RND1). `fraction`: 1 - s/t of what is
+            masked, with t falling from 1 to eps (Dream); it knows no blocks. None: the order's own, even or Dream's.
         threshold: slots whose token is likelier than this are committed as well, however many; None for none.
         temperature: 0 for greedy.
         eps: where Dream's time ends; only its orders read it.
@@ -54,7 +55,7 @@ class DecodeConfig:
     steps: int | None = None
     block_length: int | None = None
     order: str = "low_confidence"
-    pace: str = "even"
+    pace: str | None = None
     threshold: float | None = None
     temperature: float = 0.0
     eps: float = 1e-3
@@ -67,10 +68,14 @@ class DecodeConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise HyperParameterError(f"decode setting {name}={value!r} must be a whole number, at least 1 (or None)")
+        if self.pace is None:
+            object.__setattr__(self, "pace", "even" if ORDERS[self.order].blocks else "fraction")
         if self.pace not in PACES:
             raise HyperParameterError(f"decode setting pace={self.pace!r} is not one of {', '.join(PACES)}")
-        if not ORDERS[self.order].blocks and (self.pace != "even" or self.threshold is not None):
-            raise HyperParameterError(f"order {self.order!r} has a pace of its own: leave pace and threshold out")
+        if ORDERS[self.order].bernoulli and self.pace != "fraction":
+            raise HyperParameterError(f"order {self.order!r} has a pace of its own: leave pace out (got {self.pace!r})")
+        if self.pace == "fraction" and self.threshold is not None:
+            raise HyperParameterError(f"pace 'fraction', order {self.order!r}'s own, takes no threshold: give another pace")
         for name in ("temperature", "top_k", "eps", "threshold"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, float)) or value < 0):
@@ -82,39 +87,47 @@ class DecodeConfig:
         """The settings as they go into records."""
         return asdict(self)
 
-    def plan(self, length: int, attention: Attention = FULL, prompt: int = 0) -> Plan:
-        """Steps and blocks for a canvas of `length` masks after a prompt of `prompt` tokens.
+    def plan(
+        self, length: int, attention: Attention = FULL, prompt: int = 0, given: Sequence[bool] | None = None
+    ) -> Plan:
+        """Steps and blocks for a canvas of `length` slots after a prompt of `prompt` tokens.
+
+        Args:
+            given: which slots show a token from the start; `linear` and `floor` count what is masked, `even` what there is.
 
         Raises:
             HyperParameterError: if blocks or steps do not divide as LLaDA's decoding needs.
         """
         sizes = self._blocks(length, attention, prompt)
-        steps, free = self.steps, self.pace == "linear" or attention.block is not None
+        steps, free = self.steps, self.pace in ("linear", "floor") or attention.block is not None
         if steps is not None and steps % len(sizes) and not free:
             blocks = len(sizes)
             raise HyperParameterError(
                 f"{steps} steps do not spread evenly over {blocks} blocks; make steps a multiple of {blocks}"
             )
         each = max(sizes) if steps is None else math.ceil(steps / len(sizes))
-        starts = itertools.accumulate(sizes[:-1], initial=0)
-        turns = [Turn(start, n, k) for start, n in zip(starts, sizes) for k in self._counts(n, max(sizes), each)]
+        starts = list(itertools.accumulate(sizes[:-1], initial=0))
+        shown = [0] * length if given is None or self.pace == "even" else list(map(int, given))
+        masks = [n - sum(shown[start : start + n]) for start, n in zip(starts, sizes)]
+        counts = [self._counts(n, max(sizes), each) for n in masks]
+        turns = [Turn(start, n, k) for start, n, some in zip(starts, sizes, counts) for k in some]
         return Plan(length, each * len(sizes), self.block_length or attention.block or length, tuple(turns))
 
     def _blocks(self, length: int, attention: Attention, prompt: int) -> tuple[int, ...]:
         """Sizes of the blocks that are written one after the other."""
         block, whole = self.block_length or attention.block or length, attention.block
         if whole is None:
-            if self.pace == "even" and length % block and ORDERS[self.order].blocks:
+            if self.pace == "even" and length % block:
                 raise HyperParameterError(f"block_length {block} does not divide the canvas of {length} masks")
             sizes = Attention(block, edges="canvas").blocks(0, length)
         else:
             if whole % block:
                 raise HyperParameterError(f"block_length {block} does not divide the model's blocks of {whole} tokens")
             sizes = attention.blocks(prompt, length, within=block)
-        if not ORDERS[self.order].blocks and len(sizes) > 1:
+        if self.pace == "fraction" and len(sizes) > 1:
             raise HyperParameterError(
                 f"order {self.order!r} knows no blocks: leave block_length out (got {block} for a canvas of {length}); "
-                "a block-causal model needs an order that knows them"
+                "a block-causal model needs an order that knows them, or another pace"
             )
         return sizes
 
@@ -126,6 +139,9 @@ class DecodeConfig:
         """
         if self.pace == "linear":
             return _linear(size, steps)
+        if self.pace == "floor":
+            kept = [int(size * (left / steps)) for left in range(steps, -1, -1)]
+            return [before - after for before, after in itertools.pairwise(kept) if before > after]
         base, extra = divmod(whole, steps)
         counts = [base + (i < extra) for i in range(steps)]
         if size == whole:
@@ -177,7 +193,7 @@ class Order:
 
     Attributes:
         score: (probabilities, chosen tokens' probabilities, generator) -> one number a slot, larger first.
-        blocks: reveals LLaDA's fixed number a step, in blocks; otherwise Dream's fraction of what is masked.
+        blocks: its own pace is LLaDA's, a fixed number a step, in blocks; otherwise Dream's fraction of what is masked.
         bernoulli: each masked slot is revealed with probability 1 - s/t on its own (Dream's `origin`).
     """
 
@@ -294,7 +310,9 @@ def decode(
     lengths = [config.canvas or n for n in lengths]
     _check(adapter, prompts, lengths)
     sight = adapter.attention if adapter.masked else FULL  # an autoregressive model's canvas is one block, written leftmost first
-    state = _lay_out(adapter, prompts, [config.plan(n, sight, len(p)) for p, n in zip(prompts, lengths)])
+    shown = [None] * len(prompts) if given is None else [[token >= 0 for token in row.tolist()] for row in given]
+    plans = [config.plan(n, sight, len(p), known) for p, n, known in zip(prompts, lengths, shown)]
+    state = _lay_out(adapter, prompts, plans)
     if given is not None:
         _reveal(adapter, state, given)
     place, step = [0] * len(prompts), 0  # the turn that each row has come to
@@ -425,7 +443,7 @@ def _select(
         keep = torch.tensor([_dream_fraction(p, step, config.eps) for p in plans], device=masked.device)
         return masked & (scores < keep[:, None])
     counts = [turn.count for turn in turns]
-    if not order.blocks:
+    if config.pace == "fraction":
         left = masked.sum(-1).tolist()
         counts = [int(n * _dream_fraction(p, step, config.eps)) for n, p in zip(left, plans)]
     ranked = scores.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
@@ -450,7 +468,7 @@ def generate(
     steps: int | None = None,
     block_length: int | None = None,
     order: str = "low_confidence",
-    pace: str = "even",
+    pace: str | None = None,
     threshold: float | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
