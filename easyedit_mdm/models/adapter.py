@@ -305,6 +305,8 @@ class Adapter(nn.Module):
         Tried once a site: the gradient of the block's output is then the site's own, bit for bit; a norm after the MLP or a
         site inside the block changes it.
         """
+        if site.parts:
+            return False  # of a mixture: the experts' shares are put together behind the site
         if site.name not in self._ending:
             outputs: list[Tensor] = []
 
