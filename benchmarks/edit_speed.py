@@ -1,14 +1,17 @@
 """How fast edits are made: seconds and forward FLOPs a fact, EasyEdit's own loops beside ours, in one run.
 
-    EASYEDIT_HOME=... python benchmarks/edit_speed.py --part twins --facts 1 8 64 --out benchmarks/edit_speed-twins.json
-    EASYEDIT_HOME=... python benchmarks/edit_speed.py --part wide --facts 1 4 --out benchmarks/edit_speed-wide.json
+    EASYEDIT_HOME=... python benchmarks/edit_speed.py --part twins --facts 1 8 64 --out
+    benchmarks/edit_speed-twins.json EASYEDIT_HOME=... python benchmarks/edit_speed.py --part wide --facts 1 4
+    --out benchmarks/edit_speed-wide.json
 
-`twins`: twin-llama (EasyEdit's ROME and MEMIT, ours) and twin-llada (ours with each schedule). `wide`: a random Llama of 12 layers and width 768.
-The same test facts of the twins' world, targets of 1 to 4 tokens in turn, the same context prefixes (bare and five), 25 steps, layer 4 (MEMIT:
-layers 2-4); `--early-stop` ends a fact at a loss of 0.05, as EasyEdit always does, otherwise ours never stops early. Statistics are made
-beforehand. FLOPs are those of the forward passes of all linear maps (2 x inputs x outputs a token), counted by hooks; attention's own products are
-not counted. Seconds are those of the CPU (with one thread, what a quiet machine's clock says). `success` is the share of facts whose target the
-edited model writes, token by token; judging is not timed. Timings of one run can be compared with each other only.
+`twins`: twin-llama (EasyEdit's ROME and MEMIT, ours) and twin-llada (ours with each schedule). `wide`: a
+random Llama of 12 layers and width 768. The same test facts of the twins' world, targets of 1 to 4 tokens in
+turn, the same context prefixes (bare and five), 25 steps, layer 4 (MEMIT: layers 2-4); `--early-stop` ends a
+fact at a loss of 0.05, as EasyEdit always does, otherwise ours never stops early. Statistics are made
+beforehand. FLOPs are those of the forward passes of all linear maps (2 x inputs x outputs a token), counted
+by hooks; attention's own products are not counted. Seconds are those of the CPU (with one thread, what a
+quiet machine's clock says). `success` is the share of facts whose target the edited model writes, token by
+token; judging is not timed. Timings of one run can be compared with each other only.
 """
 
 from __future__ import annotations
@@ -33,10 +36,23 @@ from easyedit_mdm.twins.world import World
 
 PREFIXES = [
     f"{word}. {{}}"
-    for word in ("The river of the old city", "Therefore it was made", "Because he was known", "I was born in a town", "You are a painter")
+    for word in (
+        "The river of the old city",
+        "Therefore it was made",
+        "Because he was known",
+        "I was born in a town",
+        "You are a painter",
+    )
 ]
 WEIGHT = 100  # lambda: what the twins' own files have
-VALUE = dict(fact_token="subject_last", v_num_grad_steps=25, v_lr=0.5, v_weight_decay=1e-3, clamp_norm_factor=4.0, kl_factor=0.0625)
+VALUE = dict(
+    fact_token="subject_last",
+    v_num_grad_steps=25,
+    v_lr=0.5,
+    v_weight_decay=1e-3,
+    clamp_norm_factor=4.0,
+    kl_factor=0.0625,
+)
 
 
 def requests_of(n: int) -> list[dict]:
@@ -63,13 +79,17 @@ def counting(model: torch.nn.Module) -> Iterator[list[float]]:
 
 
 def wide_model() -> torch.nn.Module:
-    """A random Llama, 12 layers, width 768, LLaMA's vocabulary of 32,000 (of which the twins' tokenizer uses the first)."""
+    """A random Llama, 12 layers, width 768, LLaMA's vocabulary of 32,000 (of which the twins' tokenizer uses
+    the first).
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     twin = load_model("twin-llama")
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
-        max_position_embeddings=512, bos_token_id=None, eos_token_id=0, pad_token_id=0, attn_implementation="sdpa",
+        vocab_size=32000, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+        num_attention_heads=12, num_key_value_heads=12,
+        max_position_embeddings=512, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+        attn_implementation="sdpa",
     )  # fmt: skip
     torch.default_generator.manual_seed(0)
     return wrap_model(LlamaForCausalLM(config).eval(), twin.tokenizer, name="wide")
@@ -77,7 +97,16 @@ def wide_model() -> torch.nn.Module:
 
 def hparams_of(method: str, layers: list[int], schedule: str, early_stop: bool, dataset: str):
     """Ours."""
-    batch = {} if method == "ROME_MDM" else {"mom2_update_weight": WEIGHT, "mom2_dataset": dataset, "key_average": "easyedit", "max_rows": 512}
+    batch = (
+        {}
+        if method == "ROME_MDM"
+        else {
+            "mom2_update_weight": WEIGHT,
+            "mom2_dataset": dataset,
+            "key_average": "easyedit",
+            "max_rows": 512,
+        }
+    )
     return METHODS[method].hparams(
         alg_name=method, model_name="benchmark", layers=layers, **VALUE, state_schedule=schedule,
         early_stop_loss=0.05 if early_stop else 0.0,
@@ -89,7 +118,9 @@ Run = Callable[[list[dict], Callable[[list[dict]], None]], None]
 
 
 def ours(adapter, method: str, layers: list[int], schedule: str, early_stop: bool, dataset: str) -> Run:
-    """All facts in one edit (MEMIT_MDM), or one after another (ROME_MDM); `judge` is called with each group while its edit is in the weights."""
+    """All facts in one edit (MEMIT_MDM), or one after another (ROME_MDM); `judge` is called with each group
+    while its edit is in the weights.
+    """
     hparams = hparams_of(method, layers, schedule, early_stop, dataset)
 
     def run(requests: list[dict], judge: Callable[[list[dict]], None]) -> None:
@@ -108,12 +139,15 @@ def theirs(adapter, method: str, layers: list[int], dataset: str) -> Run:
     module.CONTEXT_TEMPLATES_CACHE = ["{}", *PREFIXES] if method == "ROME" else [["{}"], list(PREFIXES)]
     cls = getattr(host_module("models"), f"{method}HyperParams")
     values = dict(
-        alg_name=method, model_name="llama", layers=layers, layer_selection="all", **VALUE, v_loss_layer=adapter.layers - 1,
+        alg_name=method, model_name="llama", layers=layers, layer_selection="all", **VALUE,
+        v_loss_layer=adapter.layers - 1,
         mom2_adjustment=method == "MEMIT", mom2_update_weight=WEIGHT, context_template_length_params=[[5, 5]],
         rewrite_module_tmp="model.layers.{}.mlp.down_proj",
-        layer_module_tmp="model.layers.{}", mlp_module_tmp="model.layers.{}.mlp", attn_module_tmp="model.layers.{}.self_attn",
+        layer_module_tmp="model.layers.{}", mlp_module_tmp="model.layers.{}.mlp",
+        attn_module_tmp="model.layers.{}.self_attn",
         ln_f_module="model.norm",
-        lm_head_module="lm_head", mom2_dataset=dataset, mom2_n_samples=None, mom2_dtype="float32", device="cpu", stats_dir=None,
+        lm_head_module="lm_head", mom2_dataset=dataset, mom2_n_samples=None, mom2_dtype="float32",
+        device="cpu", stats_dir=None,
     )  # fmt: skip
     hparams = cls(**{k: v for k, v in values.items() if k in cls.__dataclass_fields__})
     apply = host_module("util.alg_dict").ALG_DICT[method]
@@ -122,7 +156,9 @@ def theirs(adapter, method: str, layers: list[int], dataset: str) -> Run:
     def run(requests: list[dict], judge: Callable[[list[dict]], None]) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             for group in [requests] if method == "MEMIT" else [[r] for r in requests]:
-                _, originals = apply(adapter.native, adapter.tokenizer, group, hparams, copy=False, return_orig_weights=True)
+                _, originals = apply(
+                    adapter.native, adapter.tokenizer, group, hparams, copy=False, return_orig_weights=True
+                )
                 judge(group)
                 with torch.no_grad():
                     for name, value in originals.items():
@@ -140,7 +176,12 @@ def measure(name: str, adapter, run: Run, n: int) -> dict:
         def judge(group: list[dict]) -> None:
             """Whether the targets are written; what it costs is taken off."""
             began, before = time.process_time(), flops[0]
-            written.extend(bool(s["exact"]) for s in score_prompts(adapter, [r["prompt"] for r in group], [r["target_new"] for r in group]))
+            written.extend(
+                bool(s["exact"])
+                for s in score_prompts(
+                    adapter, [r["prompt"] for r in group], [r["target_new"] for r in group]
+                )
+            )
             judging[0] += time.process_time() - began
             judging[1] += flops[0] - before
 
@@ -148,7 +189,13 @@ def measure(name: str, adapter, run: Run, n: int) -> dict:
         run(requests, judge)
         seconds = time.process_time() - began - judging[0]
     gflops = (flops[0] - judging[1]) / n / 1e9
-    return {"what": name, "facts": n, "seconds_per_fact": seconds / n, "forward_gflops_per_fact": gflops, "success": sum(written) / n}
+    return {
+        "what": name,
+        "facts": n,
+        "seconds_per_fact": seconds / n,
+        "forward_gflops_per_fact": gflops,
+        "success": sum(written) / n,
+    }
 
 
 def jobs(part: str, early_stop: bool, dataset: str) -> list[tuple[str, object, Callable]]:
@@ -158,19 +205,35 @@ def jobs(part: str, early_stop: bool, dataset: str) -> list[tuple[str, object, C
     found = [
         ("EasyEdit ROME", causal, theirs(causal, "ROME", layer, dataset)),
         ("EasyEdit MEMIT", causal, theirs(causal, "MEMIT", layers, dataset)),
-        ("ROME_MDM, autoregressive", causal, ours(causal, "ROME_MDM", layer, "full_mask", early_stop, dataset)),
-        ("MEMIT_MDM, autoregressive", causal, ours(causal, "MEMIT_MDM", layers, "full_mask", early_stop, dataset)),
+        (
+            "ROME_MDM, autoregressive",
+            causal,
+            ours(causal, "ROME_MDM", layer, "full_mask", early_stop, dataset),
+        ),
+        (
+            "MEMIT_MDM, autoregressive",
+            causal,
+            ours(causal, "MEMIT_MDM", layers, "full_mask", early_stop, dataset),
+        ),
     ]
     if part == "twins":
         masked = load_model("twin-llada")
         for schedule in ("full_mask", "cycle", "spread", "enumerate"):
-            found.append((f"MEMIT_MDM, masked, {schedule}", masked, ours(masked, "MEMIT_MDM", layers, schedule, early_stop, dataset)))
+            found.append(
+                (
+                    f"MEMIT_MDM, masked, {schedule}",
+                    masked,
+                    ours(masked, "MEMIT_MDM", layers, schedule, early_stop, dataset),
+                )
+            )
     return found
 
 
 def main() -> None:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--part", choices=("twins", "wide"), default="twins")
     parser.add_argument("--facts", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--early-stop", action="store_true")
@@ -182,7 +245,15 @@ def main() -> None:
     register()
     rows = []
     table = Table(title=f"{args.part}, {args.threads} threads")
-    for column in ("what", "facts", "s / fact", "forward GFLOP / fact", "x EasyEdit ROME (time)", "(FLOPs)", "success"):
+    for column in (
+        "what",
+        "facts",
+        "s / fact",
+        "forward GFLOP / fact",
+        "x EasyEdit ROME (time)",
+        "(FLOPs)",
+        "success",
+    ):
         table.add_column(column, justify="left" if column == "what" else "right")
     todo = jobs(args.part, args.early_stop, args.dataset)
     for n in args.facts:
@@ -190,7 +261,10 @@ def main() -> None:
         for name, adapter, run in todo:
             row = measure(name, adapter, run, n)
             base = base or row
-            row |= {f"{key}_ratio": base[key] / row[key] for key in ("seconds_per_fact", "forward_gflops_per_fact")}
+            row |= {
+                f"{key}_ratio": base[key] / row[key]
+                for key in ("seconds_per_fact", "forward_gflops_per_fact")
+            }
             rows.append(row)
             cells = [f"{row['seconds_per_fact']:.3f}", f"{row['forward_gflops_per_fact']:.2f}"]
             cells += [f"{row[f'{key}_ratio']:.1f}" for key in ("seconds_per_fact", "forward_gflops_per_fact")]
@@ -199,7 +273,13 @@ def main() -> None:
     Console(width=130).print(table)
     if args.out:
         settings = {**VALUE, "mom2_update_weight": WEIGHT}
-        report = {"part": args.part, "threads": args.threads, "early_stop": args.early_stop, "settings": settings, "rows": rows}
+        report = {
+            "part": args.part,
+            "threads": args.threads,
+            "early_stop": args.early_stop,
+            "settings": settings,
+            "rows": rows,
+        }
         Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

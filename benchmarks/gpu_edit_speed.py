@@ -1,11 +1,13 @@
-"""Edits a second on a GPU: a random model of LLaDA-8B's shape in bfloat16, 64 facts, targets of 1 to 3 tokens, 25 steps.
+"""Edits a second on a GPU: a random model of LLaDA-8B's shape in bfloat16, 64 facts, targets of 1 to 3
+tokens, 25 steps.
 
     python benchmarks/gpu_edit_speed.py --out benchmarks/gpu_edit_speed.json
-    python benchmarks/gpu_edit_speed.py --layers 4 --width 256 --facts 4 --device cpu      (a try without a GPU)
+    python benchmarks/gpu_edit_speed.py --layers 4 --width 256 --facts 4 --device cpu      (a try without a
+    GPU)
 
-The weights are random, so only the time means something. MEMIT_MDM at layers 4-7, second moments of 1,000 tokens of the shipped text with a ridge
-(made beforehand, not counted), the shipped tokenizer, one bare prefix and five others, no early stop. `optimise`: the value optimisation; `all`:
-the whole edit.
+The weights are random, so only the time means something. MEMIT_MDM at layers 4-7, second moments of 1,000
+tokens of the shipped text with a ridge (made beforehand, not counted), the shipped tokenizer, one bare prefix
+and five others, no early stop. `optimise`: the value optimisation; `all`: the whole edit.
 """
 
 from __future__ import annotations
@@ -44,9 +46,11 @@ def model_of(args: argparse.Namespace):
 
     tokenizer = load_model("twin-llada").tokenizer
     config = LlamaConfig(
-        vocab_size=126464, hidden_size=args.width, intermediate_size=3 * args.width, num_hidden_layers=args.layers,
+        vocab_size=126464, hidden_size=args.width, intermediate_size=3 * args.width,
+        num_hidden_layers=args.layers,
         num_attention_heads=args.width // 128,
-        num_key_value_heads=args.width // 128, max_position_embeddings=4096, bos_token_id=None, eos_token_id=0,
+        num_key_value_heads=args.width // 128, max_position_embeddings=4096, bos_token_id=None,
+        eos_token_id=0,
         pad_token_id=0, attn_implementation="sdpa",
     )  # fmt: skip
     before = torch.get_default_dtype()
@@ -56,7 +60,9 @@ def model_of(args: argparse.Namespace):
             native = LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
-    return wrap_model(native, tokenizer, family="llada", mask_id=tokenizer.mask_token_id, name="llada-8b-shape")
+    return wrap_model(
+        native, tokenizer, family="llada", mask_id=tokenizer.mask_token_id, name="llada-8b-shape"
+    )
 
 
 def clock(device: str) -> float:
@@ -68,7 +74,9 @@ def clock(device: str) -> float:
 
 def main() -> None:
     """Measure every schedule, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=4096)
@@ -85,9 +93,11 @@ def main() -> None:
     rows = []
     for schedule in args.schedules:
         hparams = METHODS["MEMIT_MDM"].hparams(
-            alg_name="MEMIT_MDM", model_name="shape", layers=edited, state_schedule=schedule, context_templates=PREFIXES,
+            alg_name="MEMIT_MDM", model_name="shape", layers=edited, state_schedule=schedule,
+            context_templates=PREFIXES,
             early_stop_loss=0.0, v_num_grad_steps=25,
-            mom2_dataset="twins", mom2_n_tokens=1000, mom2_eps=1e-2, max_rows=args.rows, facts_per_batch=args.facts,
+            mom2_dataset="twins", mom2_n_tokens=1000, mom2_eps=1e-2, max_rows=args.rows,
+            facts_per_batch=args.facts,
         )  # fmt: skip
         sites = [model.site(layer) for layer in edited]
         for moments in statistics(model, sites, hparams):
@@ -113,7 +123,9 @@ def main() -> None:
     if args.out:
         device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
         Path(args.out).write_text(
-            json.dumps({"device": device, "layers": args.layers, "width": args.width, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+            json.dumps({"device": device, "layers": args.layers, "width": args.width, "rows": rows}, indent=1)
+            + "\n",
+            encoding="utf-8",
         )
 
 

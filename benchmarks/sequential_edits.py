@@ -1,10 +1,13 @@
-"""A thousand edits one after another, in batches: what remains of early and late ones, and of everything else.
+"""A thousand edits one after another, in batches: what remains of early and late ones, and of everything
+else.
 
-    python benchmarks/sequential_edits.py --hparams MEMIT_MDM/twin-llada --edits 1000 --batch 50 --out benchmarks/sequential-twin-llada.json
+    python benchmarks/sequential_edits.py --hparams MEMIT_MDM/twin-llada --edits 1000 --batch 50 --out
+    benchmarks/sequential-twin-llada.json
 
-Facts of the twins' world in random order (seed), each edited to another object of 1 to 8 tokens in turn; no fact is edited twice. At every
-tenth batch (and the first and last): multi-step exact match of the first and of the latest `--watch` edits, token locality on facts that are never
-edited, ||dW|| / ||W|| of every edited layer, pseudo-perplexity of held-out text of the world. Written after every report, so that nothing is lost.
+Facts of the twins' world in random order (seed), each edited to another object of 1 to 8 tokens in turn; no
+fact is edited twice. At every tenth batch (and the first and last): multi-step exact match of the first and
+of the latest `--watch` edits, token locality on facts that are never edited, ||dW|| / ||W|| of every edited
+layer, pseudo-perplexity of held-out text of the world. Written after every report, so that nothing is lost.
 """
 
 from __future__ import annotations
@@ -38,7 +41,10 @@ def drawn(world: World, edits: int, seed: int) -> tuple[list[tuple], list]:
     rng.shuffle(facts)
     if edits > len(facts) - 40:
         raise SystemExit(f"the world has {len(facts)} facts to edit: at most {len(facts) - 40} edits")
-    todo = [(f, world.other_object(f, 1 + i % world.settings.max_length, rng)) for i, f in enumerate(facts[:edits])]
+    todo = [
+        (f, world.other_object(f, 1 + i % world.settings.max_length, rng))
+        for i, f in enumerate(facts[:edits])
+    ]
     edited = {f.subject for f, _ in todo}
     alone = [f for f in facts[edits:] if f.subject not in edited] or facts[edits:]
     return todo, alone[:100]
@@ -46,13 +52,17 @@ def drawn(world: World, edits: int, seed: int) -> tuple[list[tuple], list]:
 
 def main() -> None:
     """Edit, report, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hparams", default="MEMIT_MDM/twin-llada")
     parser.add_argument("--edits", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--watch", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--weight", type=float, help="mom2_update_weight (lambda), where it is to be another than the file's")
+    parser.add_argument(
+        "--weight", type=float, help="mom2_update_weight (lambda), where it is to be another than the file's"
+    )
     parser.add_argument("--out")
     args = parser.parse_args()
     alg_name = read_yaml(find_hparams(args.hparams))["alg_name"]
@@ -71,26 +81,43 @@ def main() -> None:
     def report(done: int) -> None:
         early, late = todo[: min(args.watch, done)], todo[max(0, done - args.watch) : done]
         after = score_prompts(model, [f.prompt() for f in alone], [f.object for f in alone])
-        stay = [sum(a == b for a, b in zip(x["tokens"], y["tokens"])) / x["n_tokens"] for x, y in zip(before, after)]
+        stay = [
+            sum(a == b for a, b in zip(x["tokens"], y["tokens"])) / x["n_tokens"]
+            for x, y in zip(before, after)
+        ]
         weights = dict(model.named_parameters())
         reports.append({
             "edits": done,
-            "early": share(score_prompts(model, [f.prompt() for f, _ in early], [t for _, t in early])) if done else None,
-            "late": share(score_prompts(model, [f.prompt() for f, _ in late], [t for _, t in late])) if done else None,
+            "early": share(score_prompts(model, [f.prompt() for f, _ in early], [t for _,
+                t in early])) if done else None,
+            "late": share(score_prompts(model, [f.prompt() for f, _ in late], [t for _,
+                t in late])) if done else None,
             "locality": {"value": sum(stay) / len(stay), "n": len(stay)},
-            "norm_ratio": {n: float((weights[n].detach() - original[n]).norm() / original[n].norm()) for n in names},
+            "norm_ratio": {
+                n: float((weights[n].detach() - original[n]).norm() / original[n].norm()) for n in names
+            },
             "perplexity": perplexity(model, texts),
             "seconds": round(time.monotonic() - began, 1),
         })  # fmt: skip
         Console().print(reports[-1])
         if args.out:
-            text = json.dumps({"hyperparameters": hparams.to_dict(), "batch": args.batch, "seed": args.seed, "reports": reports}, indent=1)
+            text = json.dumps(
+                {
+                    "hyperparameters": hparams.to_dict(),
+                    "batch": args.batch,
+                    "seed": args.seed,
+                    "reports": reports,
+                },
+                indent=1,
+            )
             Path(args.out).write_text(text + "\n", encoding="utf-8")
 
     report(0)
     for number, start in enumerate(tqdm(range(0, len(todo), args.batch), desc="batches"), start=1):
         part = todo[start : start + args.batch]
-        requests = [EditRequest.of({"prompt": f.prompt(), "subject": f.subject, "target_new": t}) for f, t in part]
+        requests = [
+            EditRequest.of({"prompt": f.prompt(), "subject": f.subject, "target_new": t}) for f, t in part
+        ]
         make_edit(model, requests, hparams, history).apply(model)
         if number % 10 == 0 or number == 1 or start + args.batch >= len(todo):
             report(start + len(part))

@@ -1,4 +1,5 @@
-"""Put the figures of benchmarks/ into the twins' model card (easyedit_mdm/twins/README.md), between its markers.
+"""Put the figures of benchmarks/ into the twins' model card (easyedit_mdm/twins/README.md), between its
+markers.
 
 python benchmarks/twins_card.py
 """
@@ -37,15 +38,36 @@ def training() -> str:
         recipe = state["recipe"]
         start = recipe["start_from"] or "random"
         rows.append(
-            [f"`{name}`", start, f"{state['step']:,}", f"{recipe['lessons']:.0%}", f"{state['seconds'] / 60:.0f} min", f"{state['loss']:.2f}"]
+            [
+                f"`{name}`",
+                start,
+                f"{state['step']:,}",
+                f"{recipe['lessons']:.0%}",
+                f"{state['seconds'] / 60:.0f} min",
+                f"{state['loss']:.2f}",
+            ]
         )
-    return table(["last stage", "starts from", "steps", "texts that are lessons", "time, one shared core", "last loss"], rows)
+    return table(
+        [
+            "last stage",
+            "starts from",
+            "steps",
+            "texts that are lessons",
+            "time, one shared core",
+            "last loss",
+        ],
+        rows,
+    )
 
 
 def evaluation() -> str:
     """Recall, held-out phrasings, canvas of 16, editability."""
     figures = read("twins_eval.json")
-    rows = [[f"`{m}`", k, str(cells["1"]["n"]), *(f"{cells[n]['value']:.2f}" for n in LENGTHS)] for m in figures for k, cells in figures[m].items()]
+    rows = [
+        [f"`{m}`", k, str(cells["1"]["n"]), *(f"{cells[n]['value']:.2f}" for n in LENGTHS)]
+        for m in figures
+        for k, cells in figures[m].items()
+    ]
     return table(["model", "", "facts a length", *(f"N = {n}" for n in LENGTHS)], rows)
 
 
@@ -57,10 +79,15 @@ def search() -> str:
         for key in dict.fromkeys((r["method"], r["arm"], r["try"]) for r in found):
             some = [r for r in found if (r["method"], r["arm"], r["try"]) == key]
             tried = GRID[key[0]][key[2]]
-            shares = [f"{sum(float(r.get(m) or 0) for r in some) / len(some):.2f}" for m in ("exact", "paraphrase", "kept")]
+            shares = [
+                f"{sum(float(r.get(m) or 0) for r in some) / len(some):.2f}"
+                for m in ("exact", "paraphrase", "kept")
+            ]
             where = [str(tried["layers"]), f"{tried['clamp_norm_factor']:g}"]
             rows.append([f"`{header['model']}`", key[0], key[1], *where, str(len(some)), *shares])
-    return table(["model", "method", "states", "layers", "clamp", "edits", "exact", "paraphrase", "kept"], rows)
+    return table(
+        ["model", "method", "states", "layers", "clamp", "edits", "exact", "paraphrase", "kept"], rows
+    )
 
 
 def main() -> None:

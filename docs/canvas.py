@@ -39,7 +39,10 @@ def frames(model: Adapter) -> list[list[str | None]]:
     prompt = torch.tensor(model.tokenizer(REQUEST["prompt"])["input_ids"])
     trace = decode(model, [prompt], [SLOTS])[0]
     return [
-        [None if token == model.ids.mask else model.tokenizer.decode([token]).strip() for token in map(int, frame)]
+        [
+            None if token == model.ids.mask else model.tokenizer.decode([token]).strip()
+            for token in map(int, frame)
+        ]
         for frame in trace.frames(model.ids.mask)
     ]
 
@@ -72,8 +75,10 @@ def picture(before: list[list[str | None]], after: list[list[str | None]]) -> st
     )
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {end}" width="{WIDTH}" height="{end}"'
-            ' role="img" aria-labelledby="said">',
+            (
+                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {end}" width="{WIDTH}"'
+                f' height="{end}" role="img" aria-labelledby="said">'
+            ),
             f'  <title id="said">{escape(said)}</title>',
             f"  <style>{STYLE}\n  </style>",
             f'  <rect class="page" x="0.5" y="0.5" width="{WIDTH - 1}" height="{end - 1}" rx="8"/>',

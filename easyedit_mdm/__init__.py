@@ -41,7 +41,9 @@ def __getattr__(name: str) -> Any:
     if room is not None:
         return getattr(importlib.import_module(room), name)
     if name.endswith("HyperParams"):
-        raise AttributeError(f"module 'easyedit_mdm' has no attribute {name!r}: load_hparams reads any method's file")
+        raise AttributeError(
+            f"module 'easyedit_mdm' has no attribute {name!r}: load_hparams reads any method's file"
+        )
     from easyedit_mdm.common.registry import did_you_mean
 
     raise AttributeError(f"module 'easyedit_mdm' has no attribute {name!r}{did_you_mean(name, _PUBLIC)}")

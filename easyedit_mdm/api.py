@@ -21,8 +21,8 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Adapter:
     """Load a language model by name (`twin-llada`, `smollm2-block`), folder, or hub id.
 
     Args:
-        options: `device`, `dtype`, `device_map`, `max_memory`, `family`, `mask_id`, `block`, `revision`, `tokenizer`; see
-            `easyedit_mdm.models.load_adapter`.
+        options: `device`, `dtype`, `device_map`, `max_memory`, `family`, `mask_id`, `block`, `revision`,
+            `tokenizer`; see `easyedit_mdm.models.load_adapter`.
 
     Returns:
         an adapter with `token_logits`, `generate`, `forward`, `site`, ...
@@ -32,7 +32,9 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Adapter:
         MissingPackageError: for a `smollm2` model, if the package that holds its weights is not installed.
     """
     name = str(name_or_folder)
-    return with_decoder(load_adapter(model_folder(name_or_folder, options.get("revision")), **{"name": name, **options}))
+    return with_decoder(
+        load_adapter(model_folder(name_or_folder, options.get("revision")), **{"name": name, **options})
+    )
 
 
 def model_folder(name_or_folder: str | Path, revision: str | None = None) -> Path:
@@ -66,8 +68,8 @@ def load_hparams(path: str | Path) -> ROMEMDMHyperParams:
     'MEMIT_MDM'
 
     Raises:
-        HyperParameterError, UnknownNameError: as `ROMEMDMHyperParams.from_hparams`; if the file names no method, or
-            one of EasyEdit's.
+        HyperParameterError, UnknownNameError: as `ROMEMDMHyperParams.from_hparams`; if the file names no
+            method, or one of EasyEdit's.
     """
     file = read_yaml_file(find_hparams(path))
     alg_name = file.values.get("alg_name")
@@ -82,8 +84,8 @@ def make_edit(
     hparams: ROMEMDMHyperParams,
     history: History | None = None,
 ) -> Edit:
-    """Make the edit for one request, or for several at once, without changing the model; `edit.apply(model)` and
-    `edit.revert(model)` do that.
+    """Make the edit for one request, or for several at once, without changing the model; `edit.apply(model)`
+    and `edit.revert(model)` do that.
 
     Args:
         request: `prompt`, `subject` and `target_new`, as in EasyEdit; several only for the batched methods.
@@ -91,17 +93,21 @@ def make_edit(
         history: for sequential AlphaEdit_MDM edits: one `History`, passed to every call.
 
     Raises:
-        RequestError, HyperParameterError, ModelError, StatisticsError, OptimisationError: see `easyedit_mdm.errors`.
+        RequestError, HyperParameterError, ModelError, StatisticsError, OptimisationError: see
+            `easyedit_mdm.errors`.
     """
     requests = [request] if isinstance(request, (Mapping, EditRequest)) else request
     return METHODS[hparams.alg_name].edit(model, [EditRequest.of(r) for r in requests], hparams, history)
 
 
-def make_edits(model: Adapter, requests: Sequence[Mapping[str, Any] | EditRequest], hparams: ROMEMDMHyperParams) -> list[Edit]:
-    """One edit a request, each as `make_edit` would make it for the model as it is now, but several times faster: the values of
-    all are optimised together.
+def make_edits(
+    model: Adapter, requests: Sequence[Mapping[str, Any] | EditRequest], hparams: ROMEMDMHyperParams
+) -> list[Edit]:
+    """One edit a request, each as `make_edit` would make it for the model as it is now, but several times
+    faster: the values of all are optimised together.
 
     Raises:
-        RequestError, HyperParameterError, ModelError, StatisticsError, OptimisationError: see `easyedit_mdm.errors`.
+        RequestError, HyperParameterError, ModelError, StatisticsError, OptimisationError: see
+            `easyedit_mdm.errors`.
     """
     return METHODS[hparams.alg_name].edit_each(model, [EditRequest.of(r) for r in requests], hparams)

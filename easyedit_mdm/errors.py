@@ -32,7 +32,9 @@ class HostImportError(EasyEditMDMError, ImportError):
 
 
 class MissingPackageError(EasyEditMDMError, ImportError):
-    """A third-party package, or a part of one, was used and is not installed, or its installed version has it no more."""
+    """A third-party package, or a part of one, was used and is not installed, or its installed version has it
+    no more.
+    """
 
 
 class IncompatibleVersionError(EasyEditMDMError, ImportError):

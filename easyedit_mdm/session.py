@@ -1,8 +1,8 @@
 """One editing session: a model, a method, and the edits that were made, in one object.
 
-EasyEdit's loop, the bench and a script all edit through it. It owns what a sequence of edits shares: the guard with the
-baseline that was measured before the first edit, the keys that later edits must not disturb (the history), and the stack of
-edits, from which any one can be taken back.
+EasyEdit's loop, the bench and a script all edit through it. It owns what a sequence of edits shares: the
+guard with the baseline that was measured before the first edit, the keys that later edits must not disturb
+(the history), and the stack of edits, from which any one can be taken back.
 """
 
 from __future__ import annotations
@@ -74,12 +74,15 @@ class Session:
 
     @property
     def edits(self) -> list[Edit]:
-        """The edits that the model carries, the oldest first; those that somebody else took back are not among them."""
+        """The edits that the model carries, the oldest first; those that somebody else took back are not
+        among them.
+        """
         there = carried(self.model)  # EasyEdit puts weights back by itself
         self._stack = [edit for edit in self._stack if any(edit is other for other in there)]
         return list(self._stack)
 
-    # ---- editing -----------------------------------------------------------------------------------------------
+    # ---- editing
+    # -----------------------------------------------------------------------------------------------
     def edit(
         self, requests: Sequence[Request], mode: str | None = None, batch_size: int | None = None
     ) -> list[Edit]:
@@ -87,10 +90,12 @@ class Session:
 
         Args:
             requests: facts with `prompt`, `subject` and `target_new`.
-            mode: `batch`: one edit of all facts. `sequential`: groups of `batch_size`, each edited in the model that the
-                earlier ones left. `each`: one edit a fact, all made for the model as it is now (their values are optimised
-                together, which is several times faster), then applied one after another. By default `batch` where the
-                method writes several facts at once, else `sequential`.
+            mode: `batch`: one edit of all facts. `sequential`: groups of `batch_size`, each edited in the
+                model that the
+                earlier ones left. `each`: one edit a fact, all made for the model as it is now (their values
+                    are optimised
+                together, which is several times faster), then applied one after another. By default `batch`
+                where the method writes several facts at once, else `sequential`.
             batch_size: facts a group, for `sequential`; 1 by default.
 
         Raises:
@@ -120,8 +125,10 @@ class Session:
         """Edit group by group; the body of the loop sees the model as each step left it.
 
         Args:
-            mode: `each`: one fact a step, taken back before the next. `batch`: `batch_size` facts a step (all of them by
-                default), taken back before the next. `sequential`: `batch_size` facts a step (1 by default), kept, so that
+            mode: `each`: one fact a step, taken back before the next. `batch`: `batch_size` facts a step (all
+                of them by
+                default), taken back before the next. `sequential`: `batch_size` facts a step (1 by default),
+                    kept, so that
                 later steps edit what earlier ones left.
 
         Raises:
@@ -162,7 +169,8 @@ class Session:
             raise EditError("the model does not carry this edit: apply it first")
         self._stack.append(edit)
 
-    # ---- taking back -------------------------------------------------------------------------------------------
+    # ---- taking back
+    # -------------------------------------------------------------------------------------------
     def undo(self, edit: Edit | None = None) -> Edit:
         """Take an edit back, the last one by default; later edits stay.
 
@@ -179,7 +187,9 @@ class Session:
             raise EditError("there is no edit to take back in this session")
         gone = stack[-1] if edit is None else edit
         if not any(known is gone for known in stack):
-            raise EditError("this edit is not one that the model carries in this session; `edits` lists those that are")
+            raise EditError(
+                "this edit is not one that the model carries in this session; `edits` lists those that are"
+            )
         gone.undo(self.model)
         self._stack = [known for known in stack if known is not gone]
         return gone
@@ -203,17 +213,23 @@ class Session:
         if not self._kept:
             self.undo_all()
 
-    # ---- how ---------------------------------------------------------------------------------------------------
+    # ---- how
+    # ---------------------------------------------------------------------------------------------------
     def _check(self, mode: str, batch_size: int | None, facts: int) -> None:
         if mode not in MODES:
-            raise HyperParameterError(f"mode={mode!r} is not one of {', '.join(MODES)}{did_you_mean(mode, MODES)}")
+            raise HyperParameterError(
+                f"mode={mode!r} is not one of {', '.join(MODES)}{did_you_mean(mode, MODES)}"
+            )
         if batch_size is not None and batch_size < 1:
             raise HyperParameterError(f"batch_size={batch_size} must be at least 1")
         if mode == "each" and batch_size not in (None, 1):
-            raise HyperParameterError(f"batch_size={batch_size}: mode each edits one fact at a time; use batch or sequential")
+            raise HyperParameterError(
+                f"batch_size={batch_size}: mode each edits one fact at a time; use batch or sequential"
+            )
         if mode == "batch" and not self.method.batchable and min(batch_size or facts, facts) > 1:
             raise HyperParameterError(
-                f"{self.method.name} writes one fact at a time: use mode sequential or each, or a method such as MEMIT_MDM"
+                f"{self.method.name} writes one fact at a time: use mode sequential or each, or a method such"
+                " as MEMIT_MDM"
             )
 
     def _edit_group(self, group: list[EditRequest]) -> None:

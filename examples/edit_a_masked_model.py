@@ -1,6 +1,8 @@
-"""Edit one fact in a masked diffusion model and watch it denoise: python examples/edit_a_masked_model.py [MODEL HPARAMS]
+"""Edit one fact in a masked diffusion model and watch it denoise: python examples/edit_a_masked_model.py
+[MODEL HPARAMS]
 
-The defaults run on a laptop CPU. For a real model: GSAI-ML/LLaDA-8B-Instruct hparams/ROME_MDM/llada-8b.yaml, with a prompt of its world.
+The defaults run on a laptop CPU. For a real model: GSAI-ML/LLaDA-8B-Instruct hparams/ROME_MDM/llada-8b.yaml,
+with a prompt of its world.
 """
 
 import random
@@ -15,9 +17,17 @@ name, file = (sys.argv[1:] + ["twin-llada", "ROME_MDM/twin-llada"][len(sys.argv)
 model = load_model(name)
 world = World.build()
 fact = next(f for f in world.all_facts() if f.length == 2 and not f.relation.closed)
-request = {"prompt": fact.prompt(), "subject": fact.subject, "target_new": world.other_object(fact, 3, random.Random(0))}
+request = {
+    "prompt": fact.prompt(),
+    "subject": fact.subject,
+    "target_new": world.other_object(fact, 3, random.Random(0)),
+}
 if not name.startswith("twin-"):
-    request = {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "Brazilian Portuguese"}
+    request = {
+        "prompt": "The mother tongue of Danielle Darrieux is",
+        "subject": "Danielle Darrieux",
+        "target_new": "Brazilian Portuguese",
+    }
 
 
 def show(title: str) -> None:
@@ -32,6 +42,9 @@ def show(title: str) -> None:
 edit = make_edit(model, request, load_hparams(file))
 show("before")
 edit.apply(model)
-show(f"after writing {request['target_new']!r}, optimised over {edit.card['facts'][0]['schedule']} in {edit.card['facts'][0]['steps']} steps")
+show(
+    f"after writing {request['target_new']!r}, optimised over {edit.card['facts'][0]['schedule']} in"
+    f" {edit.card['facts'][0]['steps']} steps"
+)
 edit.revert(model)
 show("taken back")

@@ -1,7 +1,8 @@
-"""Processes of their own that start at once: forked from a server that has imported the libraries and done nothing else.
+"""Processes of their own that start at once: forked from a server that has imported the libraries and done
+nothing else.
 
-A fork of the tests' own process would inherit the locks that its other threads (progress bars, OpenMP) happen to hold; a new Python
-spends seconds on imports. The server is started once for each process that runs tests.
+A fork of the tests' own process would inherit the locks that its other threads (progress bars, OpenMP) happen
+to hold; a new Python spends seconds on imports. The server is started once for each process that runs tests.
 """
 
 from __future__ import annotations
@@ -17,13 +18,18 @@ import pytest
 import torch
 
 PRELOADED = [
-    "easyedit_mdm.runs.run", "easyedit_mdm.statistics", "accelerate", "transformers.models.auto", "transformers.models.llama.modeling_llama",
+    "easyedit_mdm.runs.run", "easyedit_mdm.statistics", "accelerate", "transformers.models.auto",
+    "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
 ]  # fmt: skip
-needs_processes = pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs a server of processes")
+needs_processes = pytest.mark.skipif(
+    "forkserver" not in multiprocessing.get_all_start_methods(), reason="needs a server of processes"
+)
 
 
-def _run(work: Callable[..., object], arguments: tuple, environment: Mapping[str, str], errors: Path | None) -> None:
+def _run(
+    work: Callable[..., object], arguments: tuple, environment: Mapping[str, str], errors: Path | None
+) -> None:
     """What a child does; its standard error goes into a file."""
     torch.set_num_threads(1)
     os.environ.update(environment)
@@ -32,7 +38,12 @@ def _run(work: Callable[..., object], arguments: tuple, environment: Mapping[str
     work(*arguments)
 
 
-def start(work: Callable[..., object], *arguments: object, environment: Mapping[str, str] = {}, errors: Path | None = None) -> BaseProcess:
+def start(
+    work: Callable[..., object],
+    *arguments: object,
+    environment: Mapping[str, str] = {},
+    errors: Path | None = None,
+) -> BaseProcess:
     """Start `work(*arguments)`, a function of a module of tests, in a process of its own."""
     children = multiprocessing.get_context("forkserver")
     children.set_forkserver_preload(PRELOADED)
@@ -42,7 +53,8 @@ def start(work: Callable[..., object], *arguments: object, environment: Mapping[
 
 
 def changes_seen(child: BaseProcess, folder: Path, kill_at: int | None = None, pause: float = 0.002) -> int:
-    """Watch a folder until the child ends; kill the child (SIGKILL) at a change of the folder: a file more, gone, or written to.
+    """Watch a folder until the child ends; kill the child (SIGKILL) at a change of the folder: a file more,
+    gone, or written to.
 
     Returns:
         how many changes there were.

@@ -15,16 +15,22 @@ import pytest
 import third_party
 import torch
 
-# tiny matrices gain nothing from threads, which wait for each other where something else runs; neither here nor in processes that tests start
+# tiny matrices gain nothing from threads, which wait for each other where something else runs; neither here
+# nor in processes that tests start
 torch.set_num_threads(1)
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
 
-# One process can import one form of EasyEdit. Tests use PyPI's wheel, but for those that ask for the clone and start a
-# process of their own with it; so the variable that every search obeys goes under another name, which xdist's workers see.
+# One process can import one form of EasyEdit. Tests use PyPI's wheel, but for those that ask for the clone
+# and start a
+# process of their own with it; so the variable that every search obeys goes under another name, which xdist's
+# workers see.
 _CLONE = "EASYEDIT_MDM_CLONE"
-if "head" not in (os.environ.get("HOST_FORM"), os.environ.get("ORACLE_FORM")) and "EASYEDIT_HOME" in os.environ:
+if (
+    "head" not in (os.environ.get("HOST_FORM"), os.environ.get("ORACLE_FORM"))
+    and "EASYEDIT_HOME" in os.environ
+):
     os.environ[_CLONE] = os.environ.pop("EASYEDIT_HOME")
 
 
@@ -105,20 +111,36 @@ def easyedit_home() -> Path:
 
 def tiny_config(family: str, vocabulary: int) -> dict:
     """`config.json` of a tiny model in the hub's own fields."""
-    common = {"vocab_size": vocabulary, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "torch_dtype": "float32", "eos_token_id": 0, "pad_token_id": 0}
+    common = {
+        "vocab_size": vocabulary,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "torch_dtype": "float32",
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
     sizes = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "hidden_act": "silu", "max_position_embeddings": 128, "tie_word_embeddings": False,
     }  # fmt: skip
     masked = {"mask_token_id": 1}
-    adapted = {"attention": "block", "block_size": 4, "edges": "canvas", "context": "causal", "logit_shift": True}
+    adapted = {
+        "attention": "block",
+        "block_size": 4,
+        "edges": "canvas",
+        "context": "causal",
+        "logit_shift": True,
+    }
     qwen3 = {**common, **sizes, "head_dim": 16, "tie_word_embeddings": True}
     return {
         "qwen3": {**qwen3, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
         **{
             name: {
-                **qwen3, **mask, "architectures": [cls], "model_type": name.replace("-", "_"), "num_experts": 6,
-                "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True, "mlp_only_layers": [2],
+                **qwen3, **mask, "architectures": [cls], "model_type": name.replace("-", "_"),
+                "num_experts": 6,
+                "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True,
+                "mlp_only_layers": [2],
                 "tie_word_embeddings": False, "decoder_sparse_step": 1,
             }
             for name, cls, mask in (
@@ -127,11 +149,13 @@ def tiny_config(family: str, vocabulary: int) -> dict:
             )
         },
         "sdar": {
-            **qwen3, **masked, "architectures": ["SDARForCausalLM"], "model_type": "sdar", "block_size": 4, "tie_word_embeddings": False,
+            **qwen3, **masked, "architectures": ["SDARForCausalLM"], "model_type": "sdar", "block_size": 4,
+            "tie_word_embeddings": False,
         },
         "a2d-qwen3": {**qwen3, **masked, "architectures": ["A2DQwen3LMHeadModel"], "model_type": "a2d-qwen3"},
         "masked-qwen3": {
-            **qwen3, **masked, "architectures": ["Qwen3ForMaskedDiffusion"], "model_type": "qwen3", "masked_diffusion": adapted,
+            **qwen3, **masked, "architectures": ["Qwen3ForMaskedDiffusion"], "model_type": "qwen3",
+            "masked_diffusion": adapted,
         },
         "masked-qwen2": {
             **common, **sizes, **masked, "architectures": ["Qwen2ForMaskedDiffusion"], "model_type": "qwen2",
@@ -142,63 +166,88 @@ def tiny_config(family: str, vocabulary: int) -> dict:
             "masked_diffusion": {**adapted, "attention": "full", "block_size": None, "context": "blocks"},
         },
         "llada": {
-            **common, "architectures": ["LLaDAModelLM"], "model_type": "llada", "block_type": "llama", "layer_norm_type": "rms", "rope": True,
-            "activation_type": "silu", "embedding_size": vocabulary, "d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 4,
+            **common, "architectures": ["LLaDAModelLM"], "model_type": "llada", "block_type": "llama",
+            "layer_norm_type": "rms", "rope": True,
+            "activation_type": "silu", "embedding_size": vocabulary, "d_model": 32, "n_layers": 3,
+            "n_heads": 4, "n_kv_heads": 4,
             "mlp_hidden_size": 48, "mask_token_id": 1, "max_sequence_length": 128, "weight_tying": False,
         },
         "stable-diffcoder": {
-            **common, **sizes, **masked, "architectures": ["StableDiffcoderForCausalLM"], "model_type": "llama",
+            **common, **sizes, **masked, "architectures": ["StableDiffcoderForCausalLM"],
+            "model_type": "llama",
             "auto_map": {"AutoModelForCausalLM": "modeling_stable_diffcoder.StableDiffcoderForCausalLM"},
         },
         "fast-dllm-v2": {
-            **common, **sizes, **masked, "architectures": ["Fast_dLLM_QwenForCausalLM"], "model_type": "Fast_dLLM_Qwen",
+            **common, **sizes, **masked, "architectures": ["Fast_dLLM_QwenForCausalLM"],
+            "model_type": "Fast_dLLM_Qwen",
             "bd_size": 4, "tie_word_embeddings": True,
         },
         "bert": {
-            "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "hidden_act": "gelu", "max_position_embeddings": 128, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 0,
-            "tie_word_embeddings": True, "architectures": ["BertForMaskedLM"], "model_type": "bert", "mask_token_id": 1,
+            "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "hidden_act": "gelu", "max_position_embeddings": 128, "type_vocab_size": 2,
+            "layer_norm_eps": 1e-12, "pad_token_id": 0,
+            "tie_word_embeddings": True, "architectures": ["BertForMaskedLM"], "model_type": "bert",
+            "mask_token_id": 1,
             "torch_dtype": "float32",
         },
         "modernbert": {
-            "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "hidden_activation": "gelu", "max_position_embeddings": 128, "local_attention": 8, "global_attn_every_n_layers": 3,
-            "global_rope_theta": 160000.0, "local_rope_theta": 10000.0, "pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2,
-            "eos_token_id": 3, "sep_token_id": 3, "architectures": ["ModernBertForMaskedLM"], "model_type": "modernbert",
+            "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "hidden_activation": "gelu", "max_position_embeddings": 128, "local_attention": 8,
+            "global_attn_every_n_layers": 3,
+            "global_rope_theta": 160000.0, "local_rope_theta": 10000.0, "pad_token_id": 0, "bos_token_id": 2,
+            "cls_token_id": 2,
+            "eos_token_id": 3, "sep_token_id": 3, "architectures": ["ModernBertForMaskedLM"],
+            "model_type": "modernbert",
             "mask_token_id": 1, "torch_dtype": "float32",
         },
         "llada-moe": {
-            **common, **sizes, **masked, "architectures": ["LLaDAMoEModelLM"], "model_type": "llada", "num_key_value_heads": 4,
-            "num_experts": 6, "num_experts_per_tok": 2, "expert_intermediate_size": 12, "dense_intermediate_size": 48,
+            **common, **sizes, **masked, "architectures": ["LLaDAMoEModelLM"], "model_type": "llada",
+            "num_key_value_heads": 4,
+            "num_experts": 6, "num_experts_per_tok": 2, "expert_intermediate_size": 12,
+            "dense_intermediate_size": 48,
             "moe_layer_freq": [1, 1, 1], "qk_layernorm": True,
         },
         "llada2": {
-            **common, **sizes, **masked, "architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "head_dim": 16,
-            "first_k_dense_replace": 1, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
-            "num_shared_experts": 1, "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+            **common, **sizes, **masked, "architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe",
+            "head_dim": 16,
+            "first_k_dense_replace": 1, "num_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "num_shared_experts": 1, "n_group": 4, "topk_group": 2, "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
             "partial_rotary_factor": 0.5, "block_size": 4,
         },
         "mmada": {
-            **common, "architectures": ["MMadaModelLM"], "model_type": "mmada", "block_type": "llama", "layer_norm_type": "rms",
-            "rope": True, "activation_type": "silu", "embedding_size": vocabulary, "d_model": 32, "n_layers": 3, "n_heads": 4,
-            "n_kv_heads": 4, "mlp_hidden_size": 48, "mask_token_id": 1, "max_sequence_length": 128, "weight_tying": False,
+            **common, "architectures": ["MMadaModelLM"], "model_type": "mmada", "block_type": "llama",
+            "layer_norm_type": "rms",
+            "rope": True, "activation_type": "silu", "embedding_size": vocabulary, "d_model": 32,
+            "n_layers": 3, "n_heads": 4,
+            "n_kv_heads": 4, "mlp_hidden_size": 48, "mask_token_id": 1, "max_sequence_length": 128,
+            "weight_tying": False,
             "llm_vocab_size": vocabulary - 32, "codebook_size": 32, "new_vocab_size": vocabulary,
         },
         "illada": {
-            **common, **sizes, **masked, "architectures": ["ILLaDAForCausalLM"], "model_type": "illada", "layer_norm_eps": None,
+            **common, **sizes, **masked, "architectures": ["ILLaDAForCausalLM"], "model_type": "illada",
+            "layer_norm_eps": None,
             "tie_word_embeddings": True,
         },
-        "dream": {**common, **sizes, "architectures": ["DreamModel"], "model_type": "Dream", "mask_token_id": 1},
+        "dream": {**common, **sizes, "architectures": ["DreamModel"], "model_type": "Dream",
+            "mask_token_id": 1},
         "llama": {**common, **sizes, "architectures": ["LlamaForCausalLM"], "model_type": "llama"},
         "qwen2": {**common, **sizes, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
         "gpt2": {
-            "vocab_size": vocabulary, "n_positions": 128, "n_embd": 32, "n_layer": 3, "n_head": 4, "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2", "eos_token_id": 0, "bos_token_id": 0, "torch_dtype": "float32", "tie_word_embeddings": True,
+            "vocab_size": vocabulary, "n_positions": 128, "n_embd": 32, "n_layer": 3, "n_head": 4,
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2", "eos_token_id": 0, "bos_token_id": 0, "torch_dtype": "float32",
+            "tie_word_embeddings": True,
         },
     }[family]  # fmt: skip
 
 
-def write_checkpoint(folder: Path, family: str, vocabulary: int = 192, seed: int = 0, shards: int = 1) -> dict[str, torch.Tensor]:
+def write_checkpoint(
+    folder: Path, family: str, vocabulary: int = 192, seed: int = 0, shards: int = 1
+) -> dict[str, torch.Tensor]:
     """A tiny random checkpoint in the hub's key names; returns its tensors."""
     from safetensors.torch import save_file
 
@@ -245,8 +294,8 @@ def edited_site(model: Any, layer: int) -> Any:
 class TinyModels:
     """Tiny random models with the twins' tokenizer: `tiny("llada", dtype="bfloat16")`.
 
-    Each is written, loaded and kept once a process; every call gives a copy, which the caller may change. Their folders are shared and
-    only read.
+    Each is written, loaded and kept once a process; every call gives a copy, which the caller may change.
+    Their folders are shared and only read.
     """
 
     def __init__(self, root: Path, tokenizer: Any):

@@ -1,8 +1,10 @@
-"""Make tests/data/reference: tiny checkpoints in the hub's key names, with what the native classes compute with them today.
+"""Make tests/data/reference: tiny checkpoints in the hub's key names, with what the native classes compute
+with them today.
 
     python tests/make_reference.py
 
-A later version of the code must compute the same; the published modelling code's own outputs are in the benchmark data.
+A later version of the code must compute the same; the published modelling code's own outputs are in the
+benchmark data.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def main() -> None:
             tensors = {"input_ids": ids, "logits": model(ids).logits}
         for order in orders:
             for steps in (3, 6) if order != "left_to_right" else (6,):
-                tensors[f"generated_{order}_steps{steps}"] = model.generate(ids[:1, :8], max_new_tokens=6, steps=steps, order=order)
+                tensors[f"generated_{order}_steps{steps}"] = model.generate(
+                    ids[:1, :8], max_new_tokens=6, steps=steps, order=order
+                )
         save_file(tensors, folder / "reference.safetensors")
 
 

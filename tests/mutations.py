@@ -1,12 +1,14 @@
 """Break the code line by line, and see whether a test notices: `python tests/mutations.py [FILE ...]`.
 
-For each file (by default every one of the rooms in mutations.yaml) ten lines are chosen by a seed, and one mutation of each. One at a
-time they go into a copy of the tree, and the tests that mutations.yaml names for the file run on it, the nearest first, until one fails.
-Results are JSON lines under build/, so that a run can be stopped and goes on; what no test sees is told with its line, and whether
-mutations.yaml calls it equivalent, with the reason. Exit status 1 if something else survives.
+For each file (by default every one of the rooms in mutations.yaml) ten lines are chosen by a seed, and one
+mutation of each. One at a time they go into a copy of the tree, and the tests that mutations.yaml names for
+the file run on it, the nearest first, until one fails. Results are JSON lines under build/, so that a run can
+be stopped and goes on; what no test sees is told with its line, and whether mutations.yaml calls it
+equivalent, with the reason. Exit status 1 if something else survives.
 
-The tests run in forks of this process, which has imported torch and transformers: a new Python for each would spend most of the time on
-imports. A mutation that loops for ever meets a limit of processor time, which a busy machine does not move.
+The tests run in forks of this process, which has imported torch and transformers: a new Python for each would
+spend most of the time on imports. A mutation that loops for ever meets a limit of processor time, which a
+busy machine does not move.
 """
 
 from __future__ import annotations
@@ -35,17 +37,33 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "easyedit_mdm"
 SETTINGS = ROOT / "tests" / "mutations.yaml"
 RESULTS = ROOT / "build" / "mutations.jsonl"
-EARLY = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"  # plugins that came with what is preloaded
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "build", "benchmarks", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info")
+EARLY = (  # plugins that came with what is preloaded
+    "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
+)
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv", "build", "benchmarks", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info"
+)
 
-ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv,
+ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv,
               ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr, ast.MatMult: ast.Mult}  # fmt: skip
-COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot,
+COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq, ast.Is: ast.IsNot,
                ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}  # fmt: skip
-EXTREMES = {"min": "max", "max": "min", "amin": "amax", "amax": "amin", "argmin": "argmax", "argmax": "argmin", "any": "all", "all": "any"}
+EXTREMES = {
+    "min": "max",
+    "max": "min",
+    "amin": "amax",
+    "amax": "amin",
+    "argmin": "argmax",
+    "argmax": "argmin",
+    "any": "all",
+    "all": "any",
+}
 
 
-# ---- what can be broken --------------------------------------------------------------------------------------------------------------
+# ---- what can be broken
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -107,7 +125,11 @@ def _changes(tree: ast.Module) -> Iterator[tuple[Any, str]]:
             continue
         yield from _statement(node)
         yield from _expression(node)
-        pending[:0] = [child for name, child in _children(node) if name not in ("annotation", "returns", "decorator_list", "bases")]
+        pending[:0] = [
+            child
+            for name, child in _children(node)
+            if name not in ("annotation", "returns", "decorator_list", "bases")
+        ]
 
 
 def _children(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
@@ -123,10 +145,16 @@ def _children(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 def _statement(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
     """Left out, or without its value."""
-    into = isinstance(node, ast.Assign) and not isinstance(node.targets[0], (ast.Name, ast.Tuple))  # a missing name is no subtle fault
+    into = isinstance(node, ast.Assign) and not isinstance(
+        node.targets[0], (ast.Name, ast.Tuple)
+    )  # a missing name is no subtle fault
     if into or isinstance(node, (ast.Expr, ast.AugAssign, ast.Raise, ast.Break, ast.Continue)):
         yield node, "pass"
-    if isinstance(node, ast.Return) and node.value is not None and not (isinstance(node.value, ast.Constant) and node.value.value is None):
+    if (
+        isinstance(node, ast.Return)
+        and node.value is not None
+        and not (isinstance(node.value, ast.Constant) and node.value.value is None)
+    ):
         yield node, "return None"
 
 
@@ -135,13 +163,27 @@ def _expression(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
     if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
         yield node, _written(ast.BinOp(node.left, ARITHMETIC[type(node.op)](), node.right))
     if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
-        yield node, _written(ast.Compare(node.left, [COMPARISONS[type(node.ops[0])](), *node.ops[1:]], node.comparators))
+        yield (
+            node,
+            _written(
+                ast.Compare(node.left, [COMPARISONS[type(node.ops[0])](), *node.ops[1:]], node.comparators)
+            ),
+        )
     if isinstance(node, ast.BoolOp):
         yield node, _written(ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values))
     if isinstance(node, ast.UnaryOp):
         yield node, _written(node.operand)
     if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
-        yield node, repr(not node.value if isinstance(node.value, bool) else node.value * 2 if isinstance(node.value, float) else node.value + 1)
+        yield (
+            node,
+            repr(
+                not node.value
+                if isinstance(node.value, bool)
+                else node.value * 2
+                if isinstance(node.value, float)
+                else node.value + 1
+            ),
+        )
     if isinstance(node, ast.Name) and node.id in EXTREMES and isinstance(node.ctx, ast.Load):
         yield node, EXTREMES[node.id]
     if isinstance(node, ast.Attribute) and node.attr in EXTREMES and isinstance(node.ctx, ast.Load):
@@ -167,10 +209,13 @@ def chosen(file: str, source: str, lines: int, seed: int) -> list[Mutation]:
     for mutation in mutations_of(file, source):
         by_line.setdefault(mutation.line, []).append(mutation)
     rng = random.Random(f"{seed} {file}")
-    return [rng.choice(by_line[line]) for line in sorted(rng.sample(sorted(by_line), min(lines, len(by_line))))]
+    return [
+        rng.choice(by_line[line]) for line in sorted(rng.sample(sorted(by_line), min(lines, len(by_line))))
+    ]
 
 
-# ---- which tests see it, and which mutations nobody can see ----------------------------------------------------------------------------
+# ---- which tests see it, and which mutations nobody can see
+# ----------------------------------------------------------------------------
 
 
 def read_settings() -> dict[str, Any]:
@@ -179,7 +224,9 @@ def read_settings() -> dict[str, Any]:
 
 
 def tests_of(file: str, settings: dict[str, Any]) -> list[str]:
-    """The tests of a file: test_<its name>.py, those that mutations.yaml gives for it, and those for its room."""
+    """The tests of a file: test_<its name>.py, those that mutations.yaml gives for it, and those for its
+    room.
+    """
     path = Path(file)
     told = settings["tests"]
     names = [f"test_{path.stem}.py", *told.get(file, []), *told.get(f"{path.parent}/", [])]
@@ -188,19 +235,27 @@ def tests_of(file: str, settings: dict[str, Any]) -> list[str]:
 
 def files_of(settings: dict[str, Any]) -> list[str]:
     """Every file of the rooms, packages' own __init__.py aside."""
-    found = [path for room in settings["rooms"] for path in (ROOT / PACKAGE / room).rglob("*.py") if path.name != "__init__.py"]
+    found = [
+        path
+        for room in settings["rooms"]
+        for path in (ROOT / PACKAGE / room).rglob("*.py")
+        if path.name != "__init__.py"
+    ]
     return sorted(str(path.relative_to(ROOT / PACKAGE)) for path in found)
 
 
 def reason(mutation: Mutation, line: str, settings: dict[str, Any]) -> str | None:
-    """Why nobody can see a mutation, if mutations.yaml says so; it is known by its line's text, not by its number."""
+    """Why nobody can see a mutation, if mutations.yaml says so; it is known by its line's text, not by its
+    number.
+    """
     for known in settings.get("equivalent") or []:
         if (known["file"], known["line"], known["mutation"]) == (mutation.file, line.strip(), str(mutation)):
             return known["reason"]
     return None
 
 
-# ---- running ---------------------------------------------------------------------------------------------------------------------------
+# ---- running
+# ------------------------------------------------------------------------------------------------------------
 
 
 class FirstFailure:
@@ -243,7 +298,8 @@ def run_tests(tree: Path, tests: Sequence[str], limit: float | None = None) -> d
         limit: seconds of processor time.
 
     Returns:
-        `code` (pytest's exit status; None: stopped at the limit), `test` (the first that failed), `seconds` of processor time.
+        `code` (pytest's exit status; None: stopped at the limit), `test` (the first that failed), `seconds`
+        of processor time.
     """
     told = tree / "told.json"
     told.unlink(missing_ok=True)
@@ -276,15 +332,23 @@ def _in_fork(tree: Path, tests: Sequence[str], limit: float | None, told: Path) 
     os.environ["PYTHONPATH"] = str(tree)
     sys.dont_write_bytecode = True
     first = FirstFailure()
-    code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", EARLY, *(f"tests/{name}" for name in tests)], [first]))
+    code = int(
+        pytest.main(
+            ["-x", "-q", "-p", "no:cacheprovider", "-W", EARLY, *(f"tests/{name}" for name in tests)], [first]
+        )
+    )
     package = sys.modules.get(PACKAGE)
-    assert package is None or Path(str(package.__file__)).is_relative_to(tree), f"{package.__file__} was tested, not the copy"
+    assert package is None or Path(str(package.__file__)).is_relative_to(tree), (
+        f"{package.__file__} was tested, not the copy"
+    )
     told.write_text(json.dumps({"code": code, "test": first.name}))
     os._exit(0)
 
 
 def key_of(mutation: Mutation, source: str, tests: Sequence[str], seen: bool) -> str:
-    """What a result stands for: the file and the mutation; where no test saw it, the tests as they are, too."""
+    """What a result stands for: the file and the mutation; where no test saw it, the tests as they are,
+    too.
+    """
     parts = [source, mutation.file, str(mutation.start), mutation.instead]
     parts += [] if seen else [(ROOT / "tests" / name).read_text(encoding="utf-8") for name in tests]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -294,7 +358,9 @@ def known_results() -> dict[str, dict[str, Any]]:
     """Results of earlier runs by key."""
     if not RESULTS.exists():
         return {}
-    records = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    records = [
+        json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines() if line.endswith("}")
+    ]
     return {record["key"]: record for record in records}
 
 
@@ -310,7 +376,10 @@ class Runner:
         if tuple(tests) not in self.base:
             done = run_tests(self.tree, tests)
             if done["code"] != 0:
-                sys.exit(f"{', '.join(tests)} fail without any mutation ({done}):\n{(self.tree / 'output.txt').read_text()[-3000:]}")
+                sys.exit(
+                    f"{', '.join(tests)} fail without any mutation"
+                    f" ({done}):\n{(self.tree / 'output.txt').read_text()[-3000:]}"
+                )
             self.base[tuple(tests)] = done["seconds"]
         return self.base[tuple(tests)]
 
@@ -326,37 +395,66 @@ class Runner:
         return {"result": result, "test": done["test"], "seconds": done["seconds"]}
 
 
-def mutate(file: str, runner: Runner, settings: dict[str, Any], lines: int, seed: int) -> list[dict[str, Any]]:
+def mutate(
+    file: str, runner: Runner, settings: dict[str, Any], lines: int, seed: int
+) -> list[dict[str, Any]]:
     """The results of one file; what is not known yet is run, and noted at once."""
-    source, tests, known, results = (ROOT / PACKAGE / file).read_text(encoding="utf-8"), tests_of(file, settings), known_results(), []
+    source, tests, known, results = (
+        (ROOT / PACKAGE / file).read_text(encoding="utf-8"),
+        tests_of(file, settings),
+        known_results(),
+        [],
+    )
     if not tests:
         sys.exit(f"no tests for {file}: name them in {SETTINGS.name}")
     for mutation in chosen(file, source, lines, seed):
-        found = known.get(key_of(mutation, source, tests, True)) or known.get(key_of(mutation, source, tests, False))
+        found = known.get(key_of(mutation, source, tests, True)) or known.get(
+            key_of(mutation, source, tests, False)
+        )
         if found is None:
             runner.baseline(tests)  # before the mutation is in
             done = runner.run(mutation, source, tests)
-            told = {"key": key_of(mutation, source, tests, done["result"] != "unseen"), "file": file, "line": mutation.line}
-            found = {**told, "mutation": str(mutation), "text": source.splitlines()[mutation.line - 1].strip(), **done}
+            told = {
+                "key": key_of(mutation, source, tests, done["result"] != "unseen"),
+                "file": file,
+                "line": mutation.line,
+            }
+            found = {
+                **told,
+                "mutation": str(mutation),
+                "text": source.splitlines()[mutation.line - 1].strip(),
+                **done,
+            }
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
             with RESULTS.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(found) + "\n")
-            print(f"{time.strftime('%H:%M')}  {found['result']:9}{file}:{mutation.line}  {mutation}  {found['test']}", flush=True)
+            print(
+                f"{time.strftime('%H:%M')}  {found['result']:9}{file}:{mutation.line}  {mutation} "
+                f" {found['test']}",
+                flush=True,
+            )
         results.append({**found, "reason": reason(mutation, found["text"], settings)})
     return results
 
 
 def tell(results: dict[str, list[dict[str, Any]]]) -> int:
-    """A line a file, and every mutation that no test sees; returns how many of those are not called equivalent."""
+    """A line a file, and every mutation that no test sees; returns how many of those are not called
+    equivalent.
+    """
     unexplained = 0
     print(f"\n{'file':40}{'broken':>8}{'seen':>8}{'equivalent':>12}{'unseen':>8}")
     for file, found in results.items():
         unseen = [r for r in found if r["result"] == "unseen"]
         open_ = [r for r in unseen if r["reason"] is None]
         unexplained += len(open_)
-        print(f"{file:40}{len(found):8}{len(found) - len(unseen):8}{len(unseen) - len(open_):12}{len(open_):8}")
+        print(
+            f"{file:40}{len(found):8}{len(found) - len(unseen):8}{len(unseen) - len(open_):12}{len(open_):8}"
+        )
         for r in unseen:
-            print(f"    {file}:{r['line']}  {r['mutation']}  {'no test sees it' if r['reason'] is None else 'equivalent: ' + r['reason']}")
+            print(
+                f"    {file}:{r['line']}  {r['mutation']} "
+                f" {'no test sees it' if r['reason'] is None else 'equivalent: ' + r['reason']}"
+            )
     print(f"{sum(map(len, results.values()))} mutations, {unexplained} that no test sees")
     return unexplained
 
@@ -364,16 +462,26 @@ def tell(results: dict[str, list[dict[str, Any]]]) -> int:
 def main() -> int:
     """Run, tell, and say whether something survived."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="*", help="files or folders of the package, such as editing/value.py (default: all of the rooms)")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        help="files or folders of the package, such as editing/value.py (default: all of the rooms)",
+    )
     parser.add_argument("--lines", type=int, default=10, help="lines to break in each file (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="which lines, and how (default: 0)")
     parser.add_argument("--list", action="store_true", help="only list what would be broken")
     args = parser.parse_args()
     settings = read_settings()
-    files = [f for f in files_of(settings) if not args.files or any(f == a or f.startswith(a.rstrip("/") + "/") for a in args.files)]
+    files = [
+        f
+        for f in files_of(settings)
+        if not args.files or any(f == a or f.startswith(a.rstrip("/") + "/") for a in args.files)
+    ]
     if args.list:
         for file in files:
-            for mutation in chosen(file, (ROOT / PACKAGE / file).read_text(encoding="utf-8"), args.lines, args.seed):
+            for mutation in chosen(
+                file, (ROOT / PACKAGE / file).read_text(encoding="utf-8"), args.lines, args.seed
+            ):
                 print(f"{file}:{mutation.line}  {mutation}")
         return 0
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -1,4 +1,6 @@
-"""`easyedit-mdm adapt`: who sees whom, what is trained, going on after a kill, and the folders that come out."""
+"""`easyedit-mdm adapt`: who sees whom, what is trained, going on after a kill, and the folders that come
+out.
+"""
 
 from __future__ import annotations
 
@@ -54,14 +56,18 @@ def tiny(kind: str, tied: bool = False, seed: int = 0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return model(config(
-            vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=0.4, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+            vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=0.4, bos_token_id=None,
+            eos_token_id=0, pad_token_id=0,
         )).eval()  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def toy_text(tmp_path_factory) -> Path:
-    """Sixty lines out of six words, always in the same order: what stands in a block follows from any word of it."""
+    """Sixty lines out of six words, always in the same order: what stands in a block follows from any word of
+    it.
+    """
     words = "the red cat sees a dog".split()
     lines = [" ".join(words[(start + i) % 6] for i in range(40)) for start in range(60)]
     file = tmp_path_factory.mktemp("toy") / "toy.txt"
@@ -92,9 +98,12 @@ def student(kind: str = "llama", tied: bool = False):
     return made, tensors
 
 
-# ---- who sees whom ----------------------------------------------------------------------------------------------------
+# ---- who sees whom
+# ----------------------------------------------------------------------------------------------------
 def test_who_sees_whom_in_a_row():
-    """Clean columns see their left; a block sees the clean tokens before it and itself both ways; texts do not see each other."""
+    """Clean columns see their left; a block sees the clean tokens before it and itself both ways; texts do
+    not see each other.
+    """
     first = Noised(list(range(10, 16)), [Block(2, (True, False, True)), Block(4, (False, True))])
     rows = rows_of([[first, Noised([30, 31, 32], [Block(1, (True, True))])]], MASK)
     seen = visible(rows)[0]
@@ -107,7 +116,9 @@ def test_who_sees_whom_in_a_row():
 
 
 def test_a_block_computes_what_the_model_computes_when_it_writes():
-    """Noisy columns of a packed row equal the block behind its context alone, under a mask that is built another way."""
+    """Noisy columns of a packed row equal the block behind its context alone, under a mask that is built
+    another way.
+    """
     made, _ = student()
     text = Noised(list(range(100, 120)), [Block(7, (True, False, True, True, False)), Block(12, (True,) * 8)])
     rows = rows_of([[Noised(list(range(40, 50)), [Block(3, (True, True))]), text]], MASK)
@@ -132,7 +143,9 @@ def test_a_block_computes_what_the_model_computes_when_it_writes():
 
 
 def test_later_tokens_change_nothing_earlier():
-    """A clean token at or behind a block's start moves neither the block nor the clean columns before it; one in front moves both."""
+    """A clean token at or behind a block's start moves neither the block nor the clean columns before it; one
+    in front moves both.
+    """
     made, _ = student()
     ids, block = list(range(100, 116)), Block(8, (True,) * 4)
 
@@ -152,7 +165,9 @@ def test_later_tokens_change_nothing_earlier():
 
 
 def test_ranks_open_the_context():
-    """A copy with ranks: stretches of context see themselves both ways and what is before, and all see all at one rank."""
+    """A copy with ranks: stretches of context see themselves both ways and what is before, and all see all at
+    one rank.
+    """
     rows = rows_of(
         [
             [
@@ -171,7 +186,9 @@ def test_ranks_open_the_context():
 
 
 def test_attention_opens_step_by_step():
-    """Blocks of one size for `block`; for `full` they grow, then the context opens, and in the end everything sees everything."""
+    """Blocks of one size for `block`; for `full` they grow, then the context opens, and in the end everything
+    sees everything.
+    """
     assert {opening(done, "block", 8) for done in (0.0, 0.5, 1.0)} == {Opening(8)}
     steps = [opening(done / 100, "full", 8) for done in range(101)]
     assert [steps[i].block for i in (0, 10, 20, 30)] == [8, 16, 32, 32]
@@ -190,9 +207,12 @@ def test_attention_opens_step_by_step():
     assert all(set(block.ranks) == {0} for block in noise_opened(piece, steps[100], rng).blocks)
 
 
-# ---- masks ------------------------------------------------------------------------------------------------------------
+# ---- masks
+# ------------------------------------------------------------------------------------------------------------
 def test_masks_of_noisy_blocks():
-    """Every block has a scored slot, starts anywhere but at the first token, and stays inside its text; answers are masked alone in half."""
+    """Every block has a scored slot, starts anywhere but at the first token, and stays inside its text;
+    answers are masked alone in half.
+    """
     rng = random.Random(0)
     piece = Piece(list(range(100, 140)), [(21, 3)])
     starts, alone, at_answer = set(), 0, 0
@@ -216,7 +236,9 @@ def test_masks_of_noisy_blocks():
 
 
 def test_weights_targets_and_teachers():
-    """Slots behind a block's first are scored, with weights that sum to 1 a block; the teacher speaks where a prefix shows."""
+    """Slots behind a block's first are scored, with weights that sum to 1 a block; the teacher speaks where a
+    prefix shows.
+    """
     text = Noised(
         [10, 11, 12, 13, 14, 15], [Block(1, (True, True, False, True)), Block(2, (False, False, True, True))]
     )
@@ -253,9 +275,12 @@ def test_rows_are_full_and_hold_whole_texts():
     )
 
 
-# ---- the loss ---------------------------------------------------------------------------------------------------------
+# ---- the loss
+# ---------------------------------------------------------------------------------------------------------
 def test_the_loss_is_what_its_formula_says():
-    """Recomputed slot by slot: cross-entropy one column to the left, KL to the model without its adapter elsewhere."""
+    """Recomputed slot by slot: cross-entropy one column to the left, KL to the model without its adapter
+    elsewhere.
+    """
     made, _ = student()
     text = Noised(list(range(100, 112)), [Block(3, (True, True, False, True)), Block(6, (False, True, True))])
     rows = rows_of([[text]], MASK)
@@ -300,7 +325,8 @@ def test_a_tied_head_says_the_mask_as_the_saved_model_will():
             torch.testing.assert_close(made.log_probabilities(hidden), (hidden @ weight.T).log_softmax(-1))
 
 
-# ---- training ---------------------------------------------------------------------------------------------------------
+# ---- training
+# ---------------------------------------------------------------------------------------------------------
 def toy_run(
     text: Path, tokenizer, out: Path, tokens: int, kind: str = "llama", save_every: int = 1, **recipe
 ) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -361,7 +387,9 @@ def whole_run(toy_text, tokenizer, tmp_path_factory):
 
 @pytest.mark.parametrize("kill", KILLS)
 def test_a_killed_run_goes_on_to_the_same_bits(kill, whole_run, toy_text, tokenizer, tmp_path, monkeypatch):
-    """Killed three times, each time a little later, then left alone: weights and losses are those of a run in one go."""
+    """Killed three times, each time a little later, then left alone: weights and losses are those of a run in
+    one go.
+    """
     state, weights, folder = whole_run
     name, first = KILLS[kill]
     module, function = name.rsplit(".", 1)
@@ -395,7 +423,9 @@ def _without_time(file: Path) -> list[dict]:
 
 
 def test_sigkill(folders, toy_text, tmp_path):
-    """The command, really killed, and started again: it goes on, and says in its log what it would have said."""
+    """The command, really killed, and started again: it goes on, and says in its log what it would have
+    said.
+    """
     command = [
         sys.executable, "-c", "import sys; from easyedit_mdm.cli import main; sys.exit(main())", "adapt",
         "--model", str(folders["llama"]), "--text", str(toy_text), "--samples", "none", "--tokens", "2500",
@@ -423,7 +453,9 @@ def test_a_checkpoint_of_another_recipe_or_rank_is_refused(whole_run, toy_text, 
 
 
 def test_from_an_adapter_alone_it_goes_on(folders, toy_text, tmp_path, capsys):
-    """The new run starts at the old one's loss, says that the optimiser starts anew, and leaves the old folder as it was."""
+    """The new run starts at the old one's loss, says that the optimiser starts anew, and leaves the old
+    folder as it was.
+    """
     base = [
         "adapt",
         "--model",
@@ -471,10 +503,13 @@ def test_minutes_plan_the_tokens(toy_text, tokenizer, tmp_path):
     assert 0.5 < state["seconds"] < 12
 
 
-# ---- folders ----------------------------------------------------------------------------------------------------------
+# ---- folders
+# ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("qwen2", False)])
 def test_the_merged_folder_equals_the_adapter(kind, tied, folders, tokenizer, tmp_path):
-    """Merged, loaded natively, the model computes what the student computed, and what peft makes of the adapter."""
+    """Merged, loaded natively, the model computes what the student computed, and what peft makes of the
+    adapter.
+    """
     from peft import PeftModel
 
     made, tensors = student(kind, tied)
@@ -484,7 +519,8 @@ def test_the_merged_folder_equals_the_adapter(kind, tied, folders, tokenizer, tm
         made.mask_row.copy_(torch.linspace(-1, 1, 32).bfloat16())
     token = tokenizer.convert_ids_to_tokens(MASK)
     card = {
-        "name": "toy", "base": "toy", "attention": "block", "block_size": 8, "edges": "canvas", "context": "causal", "logit_shift": True,
+        "name": "toy", "base": "toy", "attention": "block", "block_size": 8, "edges": "canvas",
+        "context": "causal", "logit_shift": True,
         "mask_token_id": MASK, "mask_token": token,
     }  # fmt: skip
     write_adapter(tmp_path / "adapter", made, tensors, card)
@@ -541,7 +577,9 @@ def test_an_adapter_of_another_model_is_refused(folders, tmp_path):
 
 
 def test_the_mask_token(tokenizer):
-    """The tokenizer's own, the one that is asked for, or an unused special token; never one that ends, pads or speaks."""
+    """The tokenizer's own, the one that is asked for, or an unused special token; never one that ends, pads
+    or speaks.
+    """
     assert mask_token_of(tokenizer) == tokenizer.mask_token_id
     assert mask_token_of(tokenizer, tokenizer.convert_ids_to_tokens(7)) == 7
     with pytest.raises(ModelError, match="not a token of the vocabulary"):
@@ -560,7 +598,8 @@ def test_the_mask_token(tokenizer):
         mask_token_of(fast)
 
 
-# ---- data -------------------------------------------------------------------------------------------------------------
+# ---- data
+# ------------------------------------------------------------------------------------------------------------
 def test_answers_are_found_in_their_sentences(tokenizer):
     """Where the answers stand, in tokens; the space before them is theirs."""
     piece = sentences([("The river of Ann is", "red and old"), ("Bob speaks", "Dutch")], tokenizer)
@@ -572,7 +611,9 @@ def test_answers_are_found_in_their_sentences(tokenizer):
 
 
 def test_lists_are_said_again(tokenizer):
-    """The words come back behind another sentence, and are the last answer; gates and training have no word in common."""
+    """The words come back behind another sentence, and are the last answer; gates and training have no word
+    in common.
+    """
     words = tuple("red old dry low".split())
     corpus = Corpus({"kamel": [TrainingFact("Ann", "Rome", ("Ann lives in",))]}, [], [], tokenizer, words)
     for seed in range(20):
@@ -597,7 +638,9 @@ def test_names_are_compared_without_case_and_space():
 
 @pytest.mark.data
 def test_no_held_out_subject_is_trained_on(data_dir, tokenizer):
-    """Not one fact of the training corpus is about a subject of the declared split, read here from the files in another way."""
+    """Not one fact of the training corpus is about a subject of the declared split, read here from the files
+    in another way.
+    """
     train_corpus, _ = corpus_of(data_dir, tokenizer)
     held_out = {r["subject"] for r in json.loads((data_dir / "counterfact/counterfact-val.json").read_text())}
     held_out |= {
@@ -624,7 +667,8 @@ def test_a_missing_file_of_the_split_stops_everything(tmp_path):
     assert len(HELD_OUT_FILES) == 6
 
 
-# ---- small parts ------------------------------------------------------------------------------------------------------
+# ---- small parts
+# ------------------------------------------------------------------------------------------------------
 def test_the_rate_rises_and_falls():
     """Up in a straight line, down to the floor along a cosine, and no further."""
     rates = [cosine(i / 1000) for i in range(1001)]
@@ -703,7 +747,9 @@ def test_a_masked_model_is_not_adapted_again(tmp_path, toy_text, capsys):
 
 
 def test_smollm2_without_its_package(monkeypatch, tmp_path):
-    """The error holds the command that installs it; an unknown name, and an adapter that does not ship, say so."""
+    """The error holds the command that installs it; an unknown name, and an adapter that does not ship, say
+    so.
+    """
     from easyedit_mdm import load_model
     from easyedit_mdm.smollm2 import folders as places
 

@@ -29,7 +29,9 @@ def test_padding_changes_nothing(tiny, family):
     right, mask = right_padded(rows(), model.ids.pad, "cpu")
     length = right.shape[1]
     left = torch.stack([torch.cat([torch.full((length - len(r),), model.ids.pad), r]) for r in rows()])
-    left_mask = torch.stack([torch.cat([torch.zeros(length - len(r)), torch.ones(len(r))]) for r in rows()]).long()
+    left_mask = torch.stack(
+        [torch.cat([torch.zeros(length - len(r)), torch.ones(len(r))]) for r in rows()]
+    ).long()
     on_right, on_left = model.token_logits(right, mask), model.token_logits(left, left_mask)
     for i, row in enumerate(rows()):
         alone = model.token_logits(row[None])[0]
@@ -42,7 +44,9 @@ def test_padding_changes_nothing(tiny, family):
 @families
 @torch.no_grad()
 def test_from_any_layer_on(tiny, family):
-    """Running the lower layers once and the upper ones from there gives the same logits, at chosen slots too."""
+    """Running the lower layers once and the upper ones from there gives the same logits, at chosen slots
+    too.
+    """
     model = tiny(family)
     ids, mask = right_padded(rows(), model.ids.pad, "cpu")
     whole = model.token_logits(ids, mask)
@@ -60,16 +64,24 @@ def test_from_any_layer_on(tiny, family):
 @families
 @torch.no_grad()
 def test_who_sees_whom(tiny, family):
-    """A token's logits move with the row's last token exactly where what they are read from sees it; a causal model's never do."""
+    """A token's logits move with the row's last token exactly where what they are read from sees it; a causal
+    model's never do.
+    """
     model = tiny(family)
     ids, canvas = rows()[2][None], torch.tensor([6])
     changed = ids.clone()
     changed[0, -1] = (changed[0, -1] + 1) % 150
-    moved = (model.token_logits(ids, canvas=canvas) - model.token_logits(changed, canvas=canvas)).abs().amax(-1)[0]
+    moved = (
+        (model.token_logits(ids, canvas=canvas) - model.token_logits(changed, canvas=canvas))
+        .abs()
+        .amax(-1)[0]
+    )
     ranks = geometry.ranks(torch.ones_like(ids), model.attention, canvas)[0]
     at = torch.arange(len(ranks))[None]
     where = geometry.sources(at, torch.ones_like(ids)) if model.shift else at
-    noise = 0.0 if model.spec.experts is None else 1e-5  # what goes through one expert together changes its rounding
+    noise = (
+        0.0 if model.spec.experts is None else 1e-5
+    )  # what goes through one expert together changes its rounding
     assert torch.equal(moved > max(noise, 1e-6), ranks[where[0]] >= ranks[-1])
     assert model.masked or moved.max() <= noise
 
@@ -90,7 +102,9 @@ def test_alignment(tiny, family):
 
 @families
 def test_names_are_the_native_ones(tiny, family):
-    """The adapter's parameters are the native model's, under the same names, each once; copying copies them."""
+    """The adapter's parameters are the native model's, under the same names, each once; copying copies
+    them.
+    """
     model = tiny(family)
     native = dict(model.native.named_parameters())
     mine = dict(model.named_parameters())
@@ -115,41 +129,59 @@ def test_sites(tiny, family):
 
 @families
 def test_what_ends_a_block(tiny, family):
-    """The down-projection's output reaches the stream as it is; the attention's, or one with a norm after it, does not."""
+    """The down-projection's output reaches the stream as it is; the attention's, or one with a norm after it,
+    does not.
+    """
     half = tiny(family, dtype="bfloat16").train()
     state = torch.get_rng_state()
     model = tiny(family)
     before = family not in ("bert",)  # a norm after the residual: nothing inside the block ends it
     sites = [(m, m.site(layer)) for m in (model, half) for layer in range(model.layers)]
     assert all(m.ends_block(site) is (before and not site.parts) for m, site in sites)
-    assert torch.equal(torch.get_rng_state(), state) and half.training and next(half.parameters()).requires_grad
-    attention = model.spec.paths.attention + {"gpt2": ".c_proj", "bert": "", "modernbert": ""}.get(family, ".o_proj")
+    assert (
+        torch.equal(torch.get_rng_state(), state) and half.training and next(half.parameters()).requires_grad
+    )
+    attention = model.spec.paths.attention + {"gpt2": ".c_proj", "bert": "", "modernbert": ""}.get(
+        family, ".o_proj"
+    )
     assert not model.ends_block(model.site(0, attention)) and not half.ends_block(half.site(0, attention))
-    wide = {"gpt2": "mlp.c_fc", "bert": "intermediate.dense", "modernbert": "mlp.Wi"}.get(family, "mlp.up_proj")
+    wide = {"gpt2": "mlp.c_fc", "bert": "intermediate.dense", "modernbert": "mlp.Wi"}.get(
+        family, "mlp.up_proj"
+    )
     if any(site.parts for _, site in sites):
         return  # of a mixture: there is no one projection inside the block
     inside = f"{model.spec.paths.block}.{wide}"
     assert not model.ends_block(model.site(0, inside))
     other = tiny(family)
-    with changing_output(other.module(other.spec.paths.mlp.format(0)), lambda out: out / out.norm(dim=-1, keepdim=True)):
+    with changing_output(
+        other.module(other.spec.paths.mlp.format(0)), lambda out: out / out.norm(dim=-1, keepdim=True)
+    ):
         assert not other.ends_block(other.site(0))
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_generate_has_transformers_signature(tiny, family):
-    """Left-padded batches, max_length, eos handling; rows do not influence each other; canvas settings are checked."""
+    """Left-padded batches, max_length, eos handling; rows do not influence each other; canvas settings are
+    checked.
+    """
     model = tiny(family)
     first, second = rows()[0], rows()[1]
     pad = len(second) - len(first)
     ids = torch.stack([torch.cat([torch.full((pad,), model.ids.pad), first]), second])
-    mask = torch.stack([torch.cat([torch.zeros(pad), torch.ones(len(first))]), torch.ones(len(second))]).long()
+    mask = torch.stack(
+        [torch.cat([torch.zeros(pad), torch.ones(len(first))]), torch.ones(len(second))]
+    ).long()
     out = model.generate(ids, attention_mask=mask, max_new_tokens=6)
     assert out.shape == (2, len(second) + 6) and torch.equal(out[:, : len(second)], ids)
     for row, prompt in zip(out, (first, second)):
-        assert torch.equal(row[len(second) :], model.generate(prompt[None], max_new_tokens=6)[0, len(prompt) :])
+        assert torch.equal(
+            row[len(second) :], model.generate(prompt[None], max_new_tokens=6)[0, len(prompt) :]
+        )
     assert model.generate(second[None], max_length=12).shape == (1, 12)
     token = int(out[1, len(second) + 1])
-    ended = model.generate(second[None], max_new_tokens=6, eos_token_id=token, pad_token_id=3)[0, len(second) :]
+    ended = model.generate(second[None], max_new_tokens=6, eos_token_id=token, pad_token_id=3)[
+        0, len(second) :
+    ]
     first_end = ended.tolist().index(token)
     assert (ended[first_end + 1 :] == 3).all()
     with pytest.raises(HyperParameterError, match="max_new_tokens"):
@@ -162,8 +194,12 @@ def test_causal_generate_is_transformers(tiny):
     """Autoregressive adapters hand over to the native model."""
     model = tiny("llama")
     ids = rows()[1][None]
-    ours = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)
-    theirs = model.native.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    ours = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0
+    )
+    theirs = model.native.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0
+    )
     assert torch.equal(ours, theirs)
 
 

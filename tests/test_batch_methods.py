@@ -17,14 +17,24 @@ from easyedit_mdm.editing.methods.memit import least_squares
 from easyedit_mdm.editing.solve import batch, sites
 from easyedit_mdm.editing.solve.batch import System, pivots
 from easyedit_mdm.editing.solve.keys import key_columns
-from easyedit_mdm.errors import HyperParameterError, ModelError, OptimisationError, RequestError, StatisticsError
+from easyedit_mdm.errors import (
+    HyperParameterError,
+    ModelError,
+    OptimisationError,
+    RequestError,
+    StatisticsError,
+)
 from easyedit_mdm.models import FAMILIES
 from easyedit_mdm.models.adapter import Site
 from easyedit_mdm.statistics import SecondMoments
 
 BATCHED = [name for name in METHODS if METHODS[name].batchable]
 REQUESTS = [
-    {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "red river"},
+    {
+        "prompt": "The mother tongue of Danielle Darrieux is",
+        "subject": "Danielle Darrieux",
+        "target_new": "red river",
+    },
     {"prompt": "The river of Anna is", "subject": "Anna", "target_new": "the"},
     {"prompt": "The old song of Robert was", "subject": "Robert", "target_new": "a very good one"},
 ]
@@ -32,12 +42,17 @@ REQUESTS = [
 
 def test_which_methods_these_are():
     """All tests over BATCHED run for these three at least."""
-    assert set(BATCHED) >= {"MEMIT_MDM", "EMMET_MDM", "AlphaEdit_MDM"} and not {"ROME_MDM", "R-ROME_MDM"} & set(BATCHED)
+    assert set(BATCHED) >= {"MEMIT_MDM", "EMMET_MDM", "AlphaEdit_MDM"} and not {
+        "ROME_MDM",
+        "R-ROME_MDM",
+    } & set(BATCHED)
 
 
 def moments_of(size: int, seed: int = 0) -> SecondMoments:
     """A second moment with eigenvalues from 0.001 to 1."""
-    basis = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
+    basis = torch.linalg.qr(
+        torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    )[0]
     return SecondMoments(basis @ torch.diag(torch.logspace(-3, 0, size, dtype=torch.float64)) @ basis.T, 1000)
 
 
@@ -46,18 +61,23 @@ def statistics(monkeypatch):
     """Well-behaved statistics for tiny models: what is tested here is what is done with them."""
 
     def given(adapter, sites, *_, **__):
-        return [moments_of(adapter.module(s.name).weight.shape[0 if s.transposed else 1], s.layer) for s in sites]
+        return [
+            moments_of(adapter.module(s.name).weight.shape[0 if s.transposed else 1], s.layer) for s in sites
+        ]
 
     monkeypatch.setattr(sites, "moments_for", given)
 
 
 def hparams(method: str, **changes):
     """Settings for tiny random models."""
-    extra = {"AlphaEdit_MDM": {"nullspace_threshold": 0.1, "L2": 1e-3}}.get(method, {"mom2_update_weight": 1e-3})
+    extra = {"AlphaEdit_MDM": {"nullspace_threshold": 0.1, "L2": 1e-3}}.get(
+        method, {"mom2_update_weight": 1e-3}
+    )
     given = {**extra, **changes}
     return METHODS[method].hparams(
         **{
-            "alg_name": method, "model_name": "tiny", "layers": [0, 1], "v_num_grad_steps": 10, "v_lr": 0.5, "v_weight_decay": 1e-3,
+            "alg_name": method, "model_name": "tiny", "layers": [0, 1], "v_num_grad_steps": 10, "v_lr": 0.5,
+            "v_weight_decay": 1e-3,
             "clamp_norm_factor": 10.0,
             "context_templates": ["{}", "The old song. {}"], "mom2_dataset": "given",
             **{k: v for k, v in given.items() if (k, v) != ("mom2_update_weight", None)},
@@ -68,7 +88,9 @@ def hparams(method: str, **changes):
 @pytest.mark.parametrize("family", ["dream", "llama"])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_edits_made_together_are_those_made_alone(tiny, family, method):
-    """make_edits: for every method, to 1e-5 of the update's norm, whatever the lengths of the other targets."""
+    """make_edits: for every method, to 1e-5 of the update's norm, whatever the lengths of the other
+    targets.
+    """
     model = tiny(family)
     layers = [0, 1] if METHODS[method].batchable else [1]
     extra = {} if METHODS[method].batchable else {"mom2_update_weight": None, "mom2_adjustment": True}
@@ -84,7 +106,9 @@ def test_edits_made_together_are_those_made_alone(tiny, family, method):
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("method", BATCHED)
 def test_edit_apply_revert(tiny, family, method):
-    """Every batched method on every family: losses fall, the residual is written, making and reverting leave no trace."""
+    """Every batched method on every family: losses fall, the residual is written, making and reverting leave
+    no trace.
+    """
     model = tiny(family)
     before = parameter_hashes(model)
     if method == "AlphaEdit_MDM" and model.site(1).routed:
@@ -114,10 +138,14 @@ def system(columns: int, seed: int = 1) -> System:
 
 
 def test_memit_is_least_squares():
-    """dW minimises ||dW K - R||^2 + lambda tr(dW C dW^T): equal to a brute-force solution, in which C is data too."""
+    """dW minimises ||dW K - R||^2 + lambda tr(dW C dW^T): equal to a brute-force solution, in which C is data
+    too.
+    """
     task, weight = system(4), 0.3
     left, right = least_squares(0.0, weight)(task)
-    root = torch.linalg.cholesky(weight * task.moments.moment)  # C's own "keys", whose outputs must not change
+    root = torch.linalg.cholesky(
+        weight * task.moments.moment
+    )  # C's own "keys", whose outputs must not change
     inputs = torch.cat([task.keys, root], dim=1)
     outputs = torch.cat([task.residual, torch.zeros(5, 12, dtype=torch.float64)], dim=1)
     expected = torch.linalg.lstsq(inputs.T, outputs.T).solution.T
@@ -146,7 +174,10 @@ def test_singular_whatever_the_units(scale):
     good = dataclasses.replace(task, keys=task.keys * scale)
     left, right = least_squares(0.0, 0.0)(good)
     assert torch.allclose(left @ right @ good.keys, task.residual, atol=1e-6)
-    with pytest.raises(StatisticsError, match=f"system of 3 keys at layer 0 is singular .statistics of {task.moments.tokens} tokens"):
+    with pytest.raises(
+        StatisticsError,
+        match=f"system of 3 keys at layer 0 is singular .statistics of {task.moments.tokens} tokens",
+    ):
         least_squares(0.0, 0.0)(dataclasses.replace(good, keys=good.keys[:, [0, 1, 0]]))
 
 
@@ -162,16 +193,25 @@ def test_pivots():
 
 @pytest.mark.parametrize("carried", [False, True])
 def test_alphaedit_is_the_papers_system(carried):
-    """Equal to solving (P (K K^T + K_0 K_0^T) + L2 I) X = P K R^T as it stands; nothing is changed outside the null space."""
+    """Equal to solving (P (K K^T + K_0 K_0^T) + L2 I) X = P K R^T as it stands; nothing is changed outside
+    the null space.
+    """
     task = system(3)
-    known = {"x": torch.randn(12, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)} if carried else {}
+    known = (
+        {"x": torch.randn(12, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)}
+        if carried
+        else {}
+    )
     settings = hparams("AlphaEdit_MDM", nullspace_threshold=0.05, L2=0.7)
     left, right = projected(settings, known)(task)
     values, vectors = torch.linalg.eigh(task.moments.moment)
     free = vectors[:, values < 0.05]
     project = free @ free.T
     every = torch.cat([task.keys, *known.values()], dim=1)
-    expected = torch.linalg.solve(project @ every @ every.T + 0.7 * torch.eye(12, dtype=torch.float64), project @ task.keys @ task.residual.T).T
+    expected = torch.linalg.solve(
+        project @ every @ every.T + 0.7 * torch.eye(12, dtype=torch.float64),
+        project @ task.keys @ task.residual.T,
+    ).T
     assert torch.allclose(left @ right, expected, rtol=1e-8, atol=1e-10)
     assert float((left @ right @ vectors[:, values >= 0.05]).abs().max()) < 1e-10
 
@@ -190,17 +230,32 @@ def test_memit_with_one_fact_is_rome(tiny, family):
     """One fact, one layer, lambda -> 0, the same k*, C and norm for the clamp: ROME's update."""
     model = tiny(family)
     shared = {"layers": [1], "early_stop_loss": 0.0}
-    ours = make_edit(model, REQUESTS[0], hparams("MEMIT_MDM", **shared, mom2_update_weight=1e-12, clamp_reference="mlp")).changes[0].dense()
+    ours = (
+        make_edit(
+            model,
+            REQUESTS[0],
+            hparams("MEMIT_MDM", **shared, mom2_update_weight=1e-12, clamp_reference="mlp"),
+        )
+        .changes[0]
+        .dense()
+    )
     settings = hparams("MEMIT_MDM", **shared)
     plain = {f.name: getattr(settings, f.name) for f in dataclasses.fields(METHODS["ROME_MDM"].hparams)}
-    one = make_edit(model, REQUESTS[0], METHODS["ROME_MDM"].hparams(**{**plain, "alg_name": "ROME_MDM"})).changes[0].dense()
+    one = (
+        make_edit(model, REQUESTS[0], METHODS["ROME_MDM"].hparams(**{**plain, "alg_name": "ROME_MDM"}))
+        .changes[0]
+        .dense()
+    )
     assert float((ours - one).norm() / one.norm()) < 1e-4
 
 
 def test_emmet_with_mu_one_is_memit(tiny):
     """The identity in `memit.py`'s docstring, on a model."""
     model = tiny("llada")
-    one, other = (make_edit(model, REQUESTS, hparams(m, **x)) for m, x in (("MEMIT_MDM", {}), ("EMMET_MDM", {"emmet_lambda": 1.0})))
+    one, other = (
+        make_edit(model, REQUESTS, hparams(m, **x))
+        for m, x in (("MEMIT_MDM", {}), ("EMMET_MDM", {"emmet_lambda": 1.0}))
+    )
     for a, b in zip(one.changes, other.changes):
         assert torch.allclose(a.dense(), b.dense(), atol=1e-6)
 
@@ -218,12 +273,17 @@ def test_single_token_targets_need_no_states(tiny, method):
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_keys_go_on_from_layer_to_layer(tiny, family):
-    """With the streams of the layer before kept: the same keys, also where that layer's weights have changed since."""
+    """With the streams of the layer before kept: the same keys, also where that layer's weights have changed
+    since.
+    """
     model, settings = tiny(family), hparams("MEMIT_MDM", max_rows=4)
     facts, lower = [tokenise(model, EditRequest.of(r), settings) for r in REQUESTS], {}
     for layer in range(model.layers):
         site = edited_site(model, layer)
-        assert (key_columns(model, site, facts, settings, lower).keys - key_columns(model, site, facts, settings).keys).abs().max() < 1e-5
+        assert (
+            key_columns(model, site, facts, settings, lower).keys
+            - key_columns(model, site, facts, settings).keys
+        ).abs().max() < 1e-5
         if layer > 0:
             assert {at for at, _ in lower.values()} == {layer}
         with torch.no_grad():
@@ -232,7 +292,9 @@ def test_keys_go_on_from_layer_to_layer(tiny, family):
 
 
 def test_key_states(tiny):
-    """per_state gives a key for each state, whose weighted mean is average's; full_mask's is the one with nothing revealed."""
+    """per_state gives a key for each state, whose weighted mean is average's; full_mask's is the one with
+    nothing revealed.
+    """
     model = tiny("llada")
     settings = {name: hparams("MEMIT_MDM", key_states=name) for name in ("full_mask", "average", "per_state")}
     requests = [*REQUESTS[:2], {**REQUESTS[2], "target_new": "the of"}]
@@ -252,7 +314,9 @@ def test_key_states(tiny):
 
 
 def test_alphaedit_history(tiny):
-    """A second edit knows the first one's keys while the model carries it, and forgets them once it is taken back."""
+    """A second edit knows the first one's keys while the model carries it, and forgets them once it is taken
+    back.
+    """
     model, settings = tiny("llada"), hparams("AlphaEdit_MDM")
     alone = make_edit(model, REQUESTS[1], settings).changes[0].dense()
     history = History()

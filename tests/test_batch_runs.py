@@ -1,4 +1,6 @@
-"""Runs in batches: together or in sequence, scored after every batch, and the same file after a kill in the middle."""
+"""Runs in batches: together or in sequence, scored after every batch, and the same file after a kill in the
+middle.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,15 @@ def config(tmp_path, monkeypatch):
 
     def make(method: str, mode: str, **changes) -> BenchConfig:
         text = find_hparams(f"{method}/twin-llama").read_text()
-        lines_ = [line for line in text.splitlines() if not line.startswith(("v_num_grad_steps", "context_templates"))]
+        lines_ = [
+            line
+            for line in text.splitlines()
+            if not line.startswith(("v_num_grad_steps", "context_templates"))
+        ]
         file = tmp_path / f"{method}.yaml"
-        file.write_text("\n".join([*lines_, "v_num_grad_steps: 3", 'context_templates: ["{}"]', "mom2_n_tokens: 2000"]))
+        file.write_text(
+            "\n".join([*lines_, "v_num_grad_steps: 3", 'context_templates: ["{}"]', "mom2_n_tokens: 2000"])
+        )
         given = {"limit": 5, "light": True, "mode": mode, "batch_size": 2, **changes}
         return BenchConfig(method, str(file), "twins_validation", **given)
 
@@ -43,7 +51,9 @@ def config(tmp_path, monkeypatch):
 
 
 def test_batches_are_taken_back(config, tmp_path):
-    """Three batches of five facts: a line a case, scores after each batch, untouched facts among them, the model as before."""
+    """Three batches of five facts: a line a case, scores after each batch, untouched facts among them, the
+    model as before.
+    """
     path = tmp_path / "run.jsonl"
     assert bench(config("MEMIT_MDM", "batch"), path) == 5
     header, *cases = lines(path)
@@ -62,9 +72,13 @@ def test_batches_are_taken_back(config, tmp_path):
     assert not edits_folder(path).exists()
 
 
-@pytest.mark.parametrize(("method", "mode"), [("MEMIT_MDM", "sequential"), ("AlphaEdit_MDM", "sequential"), ("MEMIT_MDM", "batch")])
+@pytest.mark.parametrize(
+    ("method", "mode"), [("MEMIT_MDM", "sequential"), ("AlphaEdit_MDM", "sequential"), ("MEMIT_MDM", "batch")]
+)
 def test_killed_in_the_middle(config, tmp_path, monkeypatch, method, mode):
-    """After a kill in the second batch the resumed run is the uninterrupted one; finished batches are not made again."""
+    """After a kill in the second batch the resumed run is the uninterrupted one; finished batches are not
+    made again.
+    """
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     bench(config(method, mode), whole)
     real, calls = batches.append_line, []
@@ -82,7 +96,9 @@ def test_killed_in_the_middle(config, tmp_path, monkeypatch, method, mode):
     monkeypatch.setattr(batches, "append_line", real)
     made = []
     edit = batches._edit
-    monkeypatch.setattr(batches, "_edit", lambda m, group, folder: made.append(len(group)) or edit(m, group, folder))
+    monkeypatch.setattr(
+        batches, "_edit", lambda m, group, folder: made.append(len(group)) or edit(m, group, folder)
+    )
     bench(config(method, mode), cut, resume=True)
     assert made == [2, 1]
     assert lines(cut) == alike(lines(whole))
@@ -113,7 +129,15 @@ def test_one_fact_at_a_time_in_sequence(config, tmp_path):
 def test_modes_that_make_no_sense(tmp_path, capsys, arguments, message):
     """One line with the value, before a model is loaded."""
     out = ["--out", str(tmp_path / "x.jsonl")]
-    asked = ["bench", "--alg", "MEMIT_MDM", "--hparams", "MEMIT_MDM/twin-llama", "--dataset", "twins_validation"]
+    asked = [
+        "bench",
+        "--alg",
+        "MEMIT_MDM",
+        "--hparams",
+        "MEMIT_MDM/twin-llama",
+        "--dataset",
+        "twins_validation",
+    ]
     assert main([*asked, *out, *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
@@ -145,11 +169,23 @@ def test_a_file_of_batches_that_does_not_fit(config, tmp_path):
 
 def asked(out, *more: str) -> list[str]:
     """A bench of EasyEdit-shaped requests through the command line."""
-    return ["bench", "--alg", "ROME_MDM", "--hparams", "ROME_MDM/twin-llama", "--light", "--out", str(out), *more]
+    return [
+        "bench",
+        "--alg",
+        "ROME_MDM",
+        "--hparams",
+        "ROME_MDM/twin-llama",
+        "--light",
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 def test_the_end_says_what_came_out(tmp_path, capsys, world):
-    """Figures with intervals, the file and the next command; a record that cannot be used has a line and a status."""
+    """Figures with intervals, the file and the next command; a record that cannot be used has a line and a
+    status.
+    """
     fact = next(iter(world.all_facts()))
     good = {"prompt": fact.prompt(), "subject": fact.subject, "target_new": "red"}
     (tmp_path / "mine.json").write_text(json.dumps([good, {**good, "subject": "Nobody At All"}]))

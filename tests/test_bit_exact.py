@@ -1,4 +1,6 @@
-"""Weights come back to the last bit: after any sequence of apply, revert and compose, after exceptions, after Ctrl-C at any point."""
+"""Weights come back to the last bit: after any sequence of apply, revert and compose, after exceptions, after
+Ctrl-C at any point.
+"""
 
 from __future__ import annotations
 
@@ -55,19 +57,31 @@ class Small(nn.Module):
 
 
 def edits_for(model: nn.Module) -> list[Edit]:
-    """Edits of one weight, of two, by factors and exact, of the tied weight by its second name; each changes every bit pattern it touches."""
+    """Edits of one weight, of two, by factors and exact, of the tied weight by its second name; each changes
+    every bit pattern it touches.
+    """
     generator = torch.Generator().manual_seed(1)
     shapes = {"a.weight": (6, 4), "b.weight": (5, 6), "c.weight": (6, 4)}
 
     def low(name: str, rank: int = 1) -> LowRank:
         """Positive factors: no sum of changes is nothing."""
-        return LowRank(name, torch.rand(shapes[name][0], rank, generator=generator) + 1, torch.rand(rank, shapes[name][1], generator=generator) + 1)
+        return LowRank(
+            name,
+            torch.rand(shapes[name][0], rank, generator=generator) + 1,
+            torch.rand(rank, shapes[name][1], generator=generator) + 1,
+        )
 
     def exact(name: str) -> Exact:
         """A positive change."""
         return Exact(name, torch.rand(shapes[name], generator=generator) + 1)
 
-    whole = [[low("a.weight")], [low("b.weight", 2)], [exact("c.weight")], [low("a.weight"), exact("b.weight")], [low("b.weight"), low("c.weight")]]
+    whole = [
+        [low("a.weight")],
+        [low("b.weight", 2)],
+        [exact("c.weight")],
+        [low("a.weight"), exact("b.weight")],
+        [low("b.weight"), low("c.weight")],
+    ]
     return [Edit(list(changes), {"facts": []}) for changes in whole]
 
 
@@ -112,7 +126,9 @@ class Oracle:
     @property
     def order(self) -> list[int]:
         """Numbers of the edits that are in the model, as it says itself."""
-        return [next(n for n, edit in enumerate(self.edits) if edit is known) for known in carried(self.model)]
+        return [
+            next(n for n, edit in enumerate(self.edits) if edit is known) for known in carried(self.model)
+        ]
 
     def names(self, edit: Edit) -> list[str]:
         """The weights of an edit by their first names."""
@@ -128,7 +144,9 @@ class Oracle:
         return any(number == known for stack in self.stacks.values() for known, _ in stack)
 
     def without(self, number: int, edit: Edit) -> None:
-        """The stacks as they are if an edit was never applied: a model of its own takes the others in order."""
+        """The stacks as they are if an edit was never applied: a model of its own takes the others in
+        order.
+        """
         order = [known for known in self.order if known != number]
         other = Small(next(self.model.parameters()).dtype, len(self.base) < 3)
         self.stacks = {name: [] for name in self.base}
@@ -157,10 +175,20 @@ count = {"sequences": 0, "undone": 0, "composed": 0, "composed and applied": 0, 
 
 
 @settings(max_examples=SEQUENCES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(dtype=st.sampled_from(sorted(DTYPES)), tied=st.booleans(), operations=st.lists(OPERATIONS, min_size=2, max_size=12))
-@example(dtype="float16", tied=True, operations=[("apply", 0), ("apply", 2), ("revert", 0), ("revert, broken", 2, 0), ("revert", 2)])
+@given(
+    dtype=st.sampled_from(sorted(DTYPES)),
+    tied=st.booleans(),
+    operations=st.lists(OPERATIONS, min_size=2, max_size=12),
+)
+@example(
+    dtype="float16",
+    tied=True,
+    operations=[("apply", 0), ("apply", 2), ("revert", 0), ("revert, broken", 2, 0), ("revert", 2)],
+)
 def sequences(dtype, tied, operations):
-    """Any sequence leaves every weight where the edits that are still in it put it, and without them where it was."""
+    """Any sequence leaves every weight where the edits that are still in it put it, and without them where it
+    was.
+    """
     count["sequences"] += 1
     model = Small(DTYPES[dtype], tied)
     oracle = Oracle(model)
@@ -180,7 +208,9 @@ def step(operation: tuple, edits: list[Edit], oracle: Oracle) -> None:
     what, number = operation[0], operation[1] % len(edits)
     edit, model = edits[number], oracle.model
     if what == "compose":
-        edits.append(Edit.compose([edit, edits[operation[2] % len(edits)]]))  # no facts, no conflicts: it always works
+        edits.append(
+            Edit.compose([edit, edits[operation[2] % len(edits)]])
+        )  # no facts, no conflicts: it always works
         count["composed"] += 1
         return
     breaking = failing_copy(operation[2], Broken) if "broken" in what else contextlib.nullcontext()
@@ -194,7 +224,9 @@ def step(operation: tuple, edits: list[Edit], oracle: Oracle) -> None:
             assert isinstance(error, EditError)
         if isinstance(error, Broken):
             pass
-        elif what.startswith("apply"):  # refused for one of two reasons: it is in already, or changes one tied weight twice
+        elif what.startswith(
+            "apply"
+        ):  # refused for one of two reasons: it is in already, or changes one tied weight twice
             assert oracle.applied(number) or len(set(names)) < len(names)
             assert oracle.applied(number) or "twice" in str(error)
         else:
@@ -246,7 +278,9 @@ def test_undo_in_the_middle_of_a_thousand(dtype):
     for edit in rest:
         Edit(edit.changes).apply(other)
     assert parameter_hashes(model) == parameter_hashes(other) and carried(model) == rest
-    assert torch.equal(rest[500].originals(model)["a.weight"], carried(other)[500].originals(other)["a.weight"])
+    assert torch.equal(
+        rest[500].originals(model)["a.weight"], carried(other)[500].originals(other)["a.weight"]
+    )
     with pytest.raises(EditError, match="revert later edits first"):
         rest[500].revert(model)
     with pytest.raises(EditError, match="not applied"):
@@ -262,7 +296,9 @@ def test_undo_in_the_middle_of_a_thousand(dtype):
 
 
 def test_what_somebody_else_changed_is_not_undone():
-    """Weights that are no longer what the edits left are left alone; those put back by others are known to be back."""
+    """Weights that are no longer what the edits left are left alone; those put back by others are known to be
+    back.
+    """
     model = Small(torch.float32, False)
     first, second = edits_for(model)[0], edits_for(model)[0]
     weights = first.apply(model)
@@ -296,11 +332,13 @@ def test_a_copy_of_a_model_knows_its_edits():
     assert parameter_hashes(other) == parameter_hashes(model) == base
 
 
-# ---- Ctrl-C ---------------------------------------------------------------------------------------------------------------------------
+# ---- Ctrl-C
+# ------------------------------------------------------------------------------------------------------------
 
 
 def interrupted_at(event: int, call: Callable[[], object], everywhere: bool = False) -> tuple[int, bool]:
-    """Run `call`, sending this process SIGINT before its `event`-th bytecode in the modules that change weights (or line, in the package).
+    """Run `call`, sending this process SIGINT before its `event`-th bytecode in the modules that change
+    weights (or line, in the package).
 
     Returns:
         how many there were, and whether `call` ended in KeyboardInterrupt.
@@ -332,7 +370,9 @@ def interrupted_at(event: int, call: Callable[[], object], everywhere: bool = Fa
 
 
 def test_ctrl_c_at_any_bytecode_of_apply_and_revert():
-    """A real signal before each bytecode: `apply` leaves the weights of before, `revert` is done or not begun."""
+    """A real signal before each bytecode: `apply` leaves the weights of before, `revert` is done or not
+    begun.
+    """
     model = Small(torch.bfloat16, tied=True)
     base = parameter_hashes(model)
     edit = edits_for(model)[4]
@@ -345,14 +385,18 @@ def test_ctrl_c_at_any_bytecode_of_apply_and_revert():
         _, struck = interrupted_at(event, lambda: edit.apply(model))
         assert struck and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         stopped += struck
-        assert parameter_hashes(model) == base and not edit.is_applied(model), f"at bytecode {event} of {total}"
+        assert parameter_hashes(model) == base and not edit.is_applied(model), (
+            f"at bytecode {event} of {total}"
+        )
     total, _ = interrupted_at(0, lambda: (edit.apply(model), edit.revert(model)))
     finished = 0
     for event in range(1, total + 1):
         if not edit.is_applied(model):
             edit.apply(model)
         interrupted_at(event, lambda: edit.revert(model))
-        assert parameter_hashes(model) == (edited if edit.is_applied(model) else base), f"at bytecode {event} of {total}"
+        assert parameter_hashes(model) == (edited if edit.is_applied(model) else base), (
+            f"at bytecode {event} of {total}"
+        )
         finished += not edit.is_applied(model)
     assert 0 < finished < total and stopped > 200
 
@@ -381,7 +425,9 @@ def test_ctrl_c_at_any_bytecode_of_undo():
     for event in range(1, total + 1, 3):
         both()
         interrupted_at(event, lambda: lower.undo(model))
-        assert parameter_hashes(model) == (whole if lower.is_applied(model) else alone), f"at bytecode {event} of {total}"
+        assert parameter_hashes(model) == (whole if lower.is_applied(model) else alone), (
+            f"at bytecode {event} of {total}"
+        )
         finished += not lower.is_applied(model)
     assert 0 < finished < total / 3
 
@@ -389,7 +435,9 @@ def test_ctrl_c_at_any_bytecode_of_undo():
 @pytest.mark.parametrize("method", ["MEMIT_MDM", "AlphaEdit_MDM", "ROME_MDM"])
 def test_ctrl_c_while_an_edit_is_made(tiny, tmp_path, method):
     """Methods that change layers on the way put them back: a signal at random lines of the whole of it."""
-    (tmp_path / "text.txt").write_text("The river song of the old city was written by a good singer in the year 1923. " * 40)
+    (tmp_path / "text.txt").write_text(
+        "The river song of the old city was written by a good singer in the year 1923. " * 40
+    )
     model = tiny("llada")
     base = parameter_hashes(model)
     several = (
@@ -399,7 +447,16 @@ def test_ctrl_c_while_an_edit_is_made(tiny, tmp_path, method):
         if method[0] == "A"
         else {}
     )
-    more = {} if method == "ROME_MDM" else {"mom2_dataset": str(tmp_path / "text.txt"), "mom2_n_tokens": 200, "stats_dir": str(tmp_path), **several}
+    more = (
+        {}
+        if method == "ROME_MDM"
+        else {
+            "mom2_dataset": str(tmp_path / "text.txt"),
+            "mom2_n_tokens": 200,
+            "stats_dir": str(tmp_path),
+            **several,
+        }
+    )
     plan = hparams(alg_name=method, v_num_grad_steps=2, **more)
     make_edit(model, REQUEST, plan)  # the statistics are made now
     total, _ = interrupted_at(0, lambda: make_edit(model, REQUEST, plan), everywhere=True)

@@ -22,12 +22,27 @@ def cache(tmp_path, monkeypatch):
 
 def test_statistics_are_made_once_and_told(tmp_path, cache, capsys):
     """`stats` writes one file a layer and its figures; asked again, it finds them."""
-    asked = ["stats", "--model", "twin-llada", "--dataset", "twins", "--layers", "0-1", "--tokens", "1500", "--json", str(tmp_path / "s.json")]
+    asked = [
+        "stats",
+        "--model",
+        "twin-llada",
+        "--dataset",
+        "twins",
+        "--layers",
+        "0-1",
+        "--tokens",
+        "1500",
+        "--json",
+        str(tmp_path / "s.json"),
+    ]
     assert main(asked) == 0
     files = {p: p.stat().st_mtime_ns for p in cache.rglob("*.safetensors")}
     assert len(files) == 2
     figures = json.loads((tmp_path / "s.json").read_text())
-    assert {layer: figures["layers"][layer]["tokens"] for layer in figures["layers"]} == {"0": 1500, "1": 1500}
+    assert {layer: figures["layers"][layer]["tokens"] for layer in figures["layers"]} == {
+        "0": 1500,
+        "1": 1500,
+    }
     assert main(asked) == 0
     assert {p: p.stat().st_mtime_ns for p in cache.rglob("*.safetensors")} == files
     assert "effective rank" in capsys.readouterr().out
@@ -51,7 +66,9 @@ def test_statistics_bad_input(changed, message, capsys):
 
 
 def test_bench_and_compare(tmp_path, capsys):
-    """Two methods on the same cases; each line is a case, in order; the report names both; a finished file is not overwritten."""
+    """Two methods on the same cases; each line is a case, in order; the report names both; a finished file is
+    not overwritten.
+    """
     for alg, more in (("ROME_MDM", {}), ("MEMIT_MDM", {"mom2_adjustment": True, "mom2_n_tokens": 1500})):
         (tmp_path / alg).mkdir()
         file = quick_file(tmp_path / alg, f"{alg}/twin-llada", **{"v_num_grad_steps": 3, **more})
@@ -63,7 +80,18 @@ def test_bench_and_compare(tmp_path, capsys):
     assert main(asked) == 2 and "exists" in capsys.readouterr().err
     whole = (tmp_path / "MEMIT_MDM.jsonl").read_bytes()
     assert main([*asked, "--resume"]) == 0 and (tmp_path / "MEMIT_MDM.jsonl").read_bytes() == whole
-    assert main(["compare", str(tmp_path / "ROME_MDM.jsonl"), str(tmp_path / "MEMIT_MDM.jsonl"), "--out", str(tmp_path / "report")]) == 0
+    assert (
+        main(
+            [
+                "compare",
+                str(tmp_path / "ROME_MDM.jsonl"),
+                str(tmp_path / "MEMIT_MDM.jsonl"),
+                "--out",
+                str(tmp_path / "report"),
+            ]
+        )
+        == 0
+    )
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert [run["cases"] for run in report["runs"]] == [2, 2] and report["pairs"][0]["shared"] == 2
     assert "twin-llada MEMIT_MDM" in (tmp_path / "report" / "report.html").read_text()
@@ -78,15 +106,36 @@ WRONG = [
     (["edit", "--hpraams", "x"], "no such option --hpraams; did you mean --hparams?"),
     ([*EDIT, *FACT, "--seed", "1"], "no such option --seed"),
     (["edit", *FACT, "--save", "out"], "Missing option '--hparams'"),
-    (["edit", "--hparams", "ROME_MDM/twin-lama", *FACT, "--save", "out"], "did you mean 'ROME_MDM/twin-llama'"),
-    ([*EDIT, "--prompt", "Ann lives in", "--subject", "Bob", "--target", "Rome"], "subject 'Bob' is not in prompt"),
+    (
+        ["edit", "--hparams", "ROME_MDM/twin-lama", *FACT, "--save", "out"],
+        "did you mean 'ROME_MDM/twin-llama'",
+    ),
+    (
+        [*EDIT, "--prompt", "Ann lives in", "--subject", "Bob", "--target", "Rome"],
+        "subject 'Bob' is not in prompt",
+    ),
     ([*EDIT, "--prompt", "Ann lives in"], "--subject, --target is missing"),
     ([*EDIT, "--data-file", "nothing.json"], "nothing.json cannot be read"),
     (["edit", "--hparams", "ROME_MDM/twin-llada", *FACT, "--save", "."], ". exists"),
     (["apply", "nothing", "--out", "out"], "nothing cannot be read"),
     (["stats", "--model", "m", "--dataset", "d", "--layers", "4-x"], "layers '4-x'"),
     (["stats", "--model", "m", "--dataset", "d", "--layers", "4", "--tokens", "many"], "'--tokens'"),
-    (["bench", "--alg", "ROME_MDM", "--hparams", "x", "--dataset", "twins", "--out", "r", "--mode", "eech"], "'--mode'"),
+    (
+        [
+            "bench",
+            "--alg",
+            "ROME_MDM",
+            "--hparams",
+            "x",
+            "--dataset",
+            "twins",
+            "--out",
+            "r",
+            "--mode",
+            "eech",
+        ],
+        "'--mode'",
+    ),
     (["trace", "--model", "a", "--compare", "b", "c", "--out", "out"], "--model and --compare"),
     (["run", "nothing.py", "--alg", "ROME_MDM"], "nothing.py cannot be read"),
     (["run", "--sed", "1", "script.py"], "no such option --sed; did you mean --seed?"),
@@ -124,14 +173,19 @@ def test_wrong_calls_are_told_before_torch_is_imported(wrong_calls, number):
 
 
 def test_help_costs_little():
-    """`--help` takes less than 0.3 s of the processor over what Python itself takes; every command is readable."""
+    """`--help` takes less than 0.3 s of the processor over what Python itself takes; every command is
+    readable.
+    """
+
     def seconds(*command: str) -> float:
         best = 9.0
         for _ in range(3):
             before = os.times()
             subprocess.run([sys.executable, *command], capture_output=True, check=True)
             after = os.times()
-            taken = after.children_user - before.children_user + after.children_system - before.children_system
+            taken = (
+                after.children_user - before.children_user + after.children_system - before.children_system
+            )
             best = min(best, taken)
         return best
 
@@ -147,7 +201,11 @@ def test_every_command_has_readable_help(capsys):
         assert main([name, "--help"]) == 0
         told = capsys.readouterr().out
         assert max(map(len, told.splitlines())) <= 80
-        bare = [line for line in told.splitlines() if line.startswith("  --") and len(line.split()) == 2 and "<" in line]
+        bare = [
+            line
+            for line in told.splitlines()
+            if line.startswith("  --") and len(line.split()) == 2 and "<" in line
+        ]
         assert not [line for line in bare if not told.split(line + "\n")[1].startswith(" " * 10)], bare
 
 
@@ -166,6 +224,18 @@ def test_run_hands_everything_on(tmp_path, monkeypatch):
 def test_several_values_in_a_row():
     """`--compare A B` and `--compare A --compare B` are the same."""
     given = ["--compare", "a", "b", "--limit", "2", "--revealed", "0", "2", "--force"]
-    expected = ["--compare", "a", "--compare", "b", "--limit", "2", "--revealed", "0", "--revealed", "2", "--force"]
+    expected = [
+        "--compare",
+        "a",
+        "--compare",
+        "b",
+        "--limit",
+        "2",
+        "--revealed",
+        "0",
+        "--revealed",
+        "2",
+        "--force",
+    ]
     assert arguments.repeated(given, ["--compare", "--revealed"]) == expected
     assert arguments.repeated(expected, ["--compare", "--revealed"]) == expected

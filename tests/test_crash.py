@@ -1,4 +1,6 @@
-"""Killed at any point, a run goes on to the same result; files are whole or not there; full disks and closed folders say what to do."""
+"""Killed at any point, a run goes on to the same result; files are whole or not there; full disks and closed
+folders say what to do.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +40,24 @@ def without_times(value):
 
 
 def bench_run(folder: Path, hparams: str) -> None:
-    """A bench of three cases that are judged in no time, with everything in one folder; goes on where it was cut off."""
+    """A bench of three cases that are judged in no time, with everything in one folder; goes on where it was
+    cut off.
+    """
     os.environ["EASYEDIT_MDM_CACHE"] = str(folder / "cache")
     data = folder.parent / "data.json"
-    data.write_text(json.dumps([{"prompt": "Where was Zano born?", "subject": "Zano", "target_new": t} for t in ("Pute", "Zoter", "Gugim")]))
-    bench(BenchConfig("ROME_MDM", hparams, "requests", data_file=str(data), light=True), folder / "run.jsonl", resume=True)
+    data.write_text(
+        json.dumps(
+            [
+                {"prompt": "Where was Zano born?", "subject": "Zano", "target_new": t}
+                for t in ("Pute", "Zoter", "Gugim")
+            ]
+        )
+    )
+    bench(
+        BenchConfig("ROME_MDM", hparams, "requests", data_file=str(data), light=True),
+        folder / "run.jsonl",
+        resume=True,
+    )
 
 
 def bench_result(folder: Path) -> tuple:
@@ -66,8 +81,15 @@ def stats_result(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "stats").iterdir()}
 
 
-def kills(points: int, work: Callable[[Path, Any], object], model: object, result: Callable[[Path], object], folder: Path) -> int:
-    """Start, kill when the files have come so far, resume: the result of a run that was left alone, each time. Returns how many struck.
+def kills(
+    points: int,
+    work: Callable[[Path, Any], object],
+    model: object,
+    result: Callable[[Path], object],
+    folder: Path,
+) -> int:
+    """Start, kill when the files have come so far, resume: the result of a run that was left alone, each
+    time. Returns how many struck.
 
     A moment is a number of changes of the files, which a slow machine comes through as a fast one does.
     """
@@ -88,14 +110,18 @@ def kills(points: int, work: Callable[[Path, Any], object], model: object, resul
         struck += not run(here, 1 + int((number + rng.random()) / points * (length - 1)))[0]
         assert run(here)[0], "and the second time to the end"
         assert result(here) == wanted, f"killed at point {number}"
-        assert not [p for p in here.rglob("*") if p.name.endswith((".part", ".tmp"))], "nothing is left lying about"
+        assert not [p for p in here.rglob("*") if p.name.endswith((".part", ".tmp"))], (
+            "nothing is left lying about"
+        )
     return struck
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> str:
     """A file with few optimiser steps."""
-    text = find_hparams("ROME_MDM/twin-llama").read_text().replace("v_num_grad_steps: 50", "v_num_grad_steps: 2")
+    text = (
+        find_hparams("ROME_MDM/twin-llama").read_text().replace("v_num_grad_steps: 50", "v_num_grad_steps: 2")
+    )
     file = tmp_path_factory.mktemp("quick") / "quick.yaml"
     file.write_text(text.replace("mom2_adjustment: true", "mom2_adjustment: false"))
     return str(file)
@@ -129,7 +155,8 @@ def test_statistics_killed_at_fifty_points(tmp_path):
     assert kills(LONG, stats_run, twin_folder("twin-llama"), stats_result, tmp_path) >= LONG // 2
 
 
-# ---- whole or not at all -------------------------------------------------------------------------------------------------------------
+# ---- whole or not at all
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path):
@@ -142,7 +169,9 @@ def test_a_file_is_replaced_in_one_step(tmp_path):
             with replacing(file) as part:
                 part.write_text("half")
                 raise problem
-    assert json.loads(file.read_text())["b"] == [1, None] and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert json.loads(file.read_text())["b"] == [1, None] and [p.name for p in tmp_path.iterdir()] == [
+        "a.json"
+    ]
     with pytest.raises(RuntimeError):
         with new_folder(tmp_path / "new") as part:
             (part / "x").write_text("half")
@@ -162,19 +191,25 @@ def test_what_killed_processes_left_is_swept(tmp_path):
     (tmp_path / f".a.txt.{host}-{dead}.part").write_text("half")
     (tmp_path / f".a.txt.{host}-{os.getppid()}.part").write_text("at work")
     write_text(tmp_path / "a.txt", "whole")
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([f".a.txt.{host}-{os.getppid()}.part", "a.txt"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [f".a.txt.{host}-{os.getppid()}.part", "a.txt"]
+    )
 
 
 def test_disk_full(tmp_path, monkeypatch):
     """Says so, and what to do; the old file is still there."""
     write_text(tmp_path / "a.txt", "old")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        patch.setattr(
+            os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        )
         with pytest.raises(FileError, match="a.txt cannot be written: the disk is full"):
             write_text(tmp_path / "a.txt", "new")
     with monkeypatch.context() as patch:
         message = f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)"
-        patch.setattr("safetensors.torch.save_file", lambda *a, **k: (_ for _ in ()).throw(SafetensorError(message)))
+        patch.setattr(
+            "safetensors.torch.save_file", lambda *a, **k: (_ for _ in ()).throw(SafetensorError(message))
+        )
         with pytest.raises(FileError, match="the disk is full"):
             write_tensors(tmp_path / "b.safetensors", {"x": torch.zeros(2)})
     assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
@@ -196,8 +231,14 @@ def test_a_folder_that_may_not_be_written(tmp_path, quick):
     closed.mkdir()
     closed.chmod(0o555)
     place = NO_PLACE if os.geteuid() == 0 else closed / "x"
-    for write in (lambda: write_text(place, "x"), lambda: bench(BenchConfig("ROME_MDM", quick, "twins_validation"), place / "out" / "run.jsonl")):
-        with pytest.raises(FileError, match="cannot be written: (this folder|the disk is mounted|a folder on the way|.*not permitted)"):
+    for write in (
+        lambda: write_text(place, "x"),
+        lambda: bench(BenchConfig("ROME_MDM", quick, "twins_validation"), place / "out" / "run.jsonl"),
+    ):
+        with pytest.raises(
+            FileError,
+            match="cannot be written: (this folder|the disk is mounted|a folder on the way|.*not permitted)",
+        ):
             write()
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="a file stands where a folder should be"):

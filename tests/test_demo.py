@@ -19,17 +19,27 @@ def test_demo(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "out" / "demo.json").read_text())
-    assert set(report["claims"]) == {"plain_single_token", "aware_multi_token", "paraphrase", "locality", "restored"}
+    assert set(report["claims"]) == {
+        "plain_single_token",
+        "aware_multi_token",
+        "paraphrase",
+        "locality",
+        "restored",
+    }
     assert all(report["claims"].values())
     for name in ("before", "after"):
         frames = report["shown"]["denoising"][name]
-        assert {c["state"] for c in frames[0]} == {"masked"} and "masked" not in {c["state"] for c in frames[-1]}
+        assert {c["state"] for c in frames[0]} == {"masked"} and "masked" not in {
+            c["state"] for c in frames[-1]
+        }
     written = [c["text"] for c in report["shown"]["denoising"]["after"][-1]]
     assert " ".join(written) == report["shown"]["target"]
     text = (tmp_path / "out" / "demo.html").read_text()
     page = read_page(text)
     assert page.fetched == [] and "http" not in text
-    assert page.texts["target"] == [report["shown"]["target"]] and page.texts["old"] == [report["shown"]["was"]]
+    assert page.texts["target"] == [report["shown"]["target"]] and page.texts["old"] == [
+        report["shown"]["was"]
+    ]
     assert len(page.texts["yes"]) == 5 and "no" not in page.texts
     assert set(written) <= set(page.texts["cell kept"] + page.texts["cell new"])
     assert {p.name for p in tmp_path.iterdir()} == {"out"}, "EasyEdit's logs stay out of the user's folder"
@@ -40,12 +50,25 @@ def test_command_line(capsys, tmp_path):
     """Errors of ours are one message on stderr and status 2; `hook` prints a folder."""
     assert main(["run", str(tmp_path / "none.py"), "--alg", "ROME_MDM"]) == 2
     told = capsys.readouterr()
-    assert told.out == "" and told.err.startswith("easyedit-mdm: ") and "none.py cannot be read" in told.err and "Traceback" not in told.err
+    assert (
+        told.out == ""
+        and told.err.startswith("easyedit-mdm: ")
+        and "none.py cannot be read" in told.err
+        and "Traceback" not in told.err
+    )
     assert main(["hook"]) == 0
     assert "autoload" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["demo --out {}", "doctor --json {}", "hook", "stats --model twin-llada --dataset twins --layers 0 --out {}"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "demo --out {}",
+        "doctor --json {}",
+        "hook",
+        "stats --model twin-llada --dataset twins --layers 0 --out {}",
+    ],
+)
 def test_unknown_arguments_are_refused(capsys, tmp_path, command):
     """Whatever the command: status 2, one line that names it, and nothing is done."""
     out = tmp_path / "out"

@@ -23,7 +23,9 @@ ROWS = [
 
 
 def test_processes_and_threads(tmp_path):
-    """The command line, with one thread and with two, each from nothing: statistics, prefixes, edit and card are the same bytes."""
+    """The command line, with one thread and with two, each from nothing: statistics, prefixes, edit and card
+    are the same bytes.
+    """
     values = {**read_yaml(find_hparams("MEMIT_MDM/twin-llada")), "v_num_grad_steps": 6, "mom2_n_tokens": 1500}
     (tmp_path / "h.json").write_text(json.dumps(values))
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
@@ -41,8 +43,15 @@ def test_processes_and_threads(tmp_path):
             str(tmp_path / "rows.json"),
             "--keep-failed",  # six steps are few
         ]
-        settings = {**environment, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "EASYEDIT_MDM_CACHE": str(cache)}
-        done = subprocess.run([*command, "--save", str(out)], env=settings, capture_output=True, text=True, timeout=300)
+        settings = {
+            **environment,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "EASYEDIT_MDM_CACHE": str(cache),
+        }
+        done = subprocess.run(
+            [*command, "--save", str(out)], env=settings, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr[-2000:]
     for folder in ("edit", "cache"):
         one, two = ({p.name: p.read_bytes() for p in (tmp_path / f"{folder}{n}").iterdir()} for n in "12")
@@ -51,10 +60,14 @@ def test_processes_and_threads(tmp_path):
 
 @pytest.mark.parametrize("name", ["twin_llada", "twin_llama"])
 def test_company_changes_nothing(name, world, request):
-    """Edits of a batch with targets of all lengths are, within 1e-5 of their norm, those that are made alone; so are logits and answers."""
+    """Edits of a batch with targets of all lengths are, within 1e-5 of their norm, those that are made alone;
+    so are logits and answers.
+    """
     model = request.getfixturevalue(name)
     settings = ROMEMDMHyperParams.from_hparams(f"ROME_MDM/{name.replace('_', '-')}")
-    settings = dataclasses.replace(settings, mom2_adjustment=False, context_templates=["{}", "The old song. {}"], v_num_grad_steps=6)
+    settings = dataclasses.replace(
+        settings, mom2_adjustment=False, context_templates=["{}", "The old song. {}"], v_num_grad_steps=6
+    )
     chosen = [next(c for c in cases(world, "validation") if c.length == length) for length in (1, 3, 6)]
     together = make_edits(model, [case.request() for case in chosen], settings)
     for case, edit in zip(chosen, together):
@@ -66,7 +79,9 @@ def test_company_changes_nothing(name, world, request):
         logits = model.token_logits(ids, mask)
         for i, row in enumerate(rows):
             single = model.token_logits(row.repeat(i + 1)[None])[0]
-            assert (logits[i, : len(single)] - single).abs().max() < 1e-5 * max(1.0, float(single.abs().max()))
+            assert (logits[i, : len(single)] - single).abs().max() < 1e-5 * max(
+                1.0, float(single.abs().max())
+            )
     prompts, answers = [c.fact.prompt() for c in chosen], [c.target for c in chosen]
     assert [s["text"] for s in score_prompts(model, prompts, answers)] == [
         score_prompts(model, [p], [a])[0]["text"] for p, a in zip(prompts, answers)

@@ -1,4 +1,6 @@
-"""`easyedit-mdm doctor`: what it finds, what it says will not work, its exit status, and that it loads and fetches nothing."""
+"""`easyedit-mdm doctor`: what it finds, what it says will not work, its exit status, and that it loads and
+fetches nothing.
+"""
 
 from __future__ import annotations
 
@@ -56,11 +58,22 @@ def test_a_whole_installation(tmp_path, capsys, monkeypatch, offline, twin_llama
     assert main(["doctor", "--model", "twin-llada", "--json", str(file)]) == 0
     report, shown = json.loads(file.read_text()), capsys.readouterr().out
     assert report["can_edit_a_twin"] and "can edit a twin" in shown
-    assert found(report, "torch")["found"] == importlib.metadata.version("torch") and found(report, "torch")["found"] in shown
+    assert (
+        found(report, "torch")["found"] == importlib.metadata.version("torch")
+        and found(report, "torch")["found"] in shown
+    )
     assert all(found(report, name)["state"] == "ok" for name in ("transformers", "twin-llada", "twin-qwen"))
-    assert report["devices"][0]["device"] == "cpu" and 0 < report["devices"][0]["free"] <= report["devices"][0]["total"]
-    assert report["model"]["parameters"] == sum(p.numel() for p in twin_llama.parameters()), "twin-llama has the same sizes"
-    assert report["model"]["bytes"]["float32"]["weights"] == 4 * report["model"]["parameters"] and "cpu" in report["model"]["fits"]["float32"]
+    assert (
+        report["devices"][0]["device"] == "cpu"
+        and 0 < report["devices"][0]["free"] <= report["devices"][0]["total"]
+    )
+    assert report["model"]["parameters"] == sum(p.numel() for p in twin_llama.parameters()), (
+        "twin-llama has the same sizes"
+    )
+    assert (
+        report["model"]["bytes"]["float32"]["weights"] == 4 * report["model"]["parameters"]
+        and "cpu" in report["model"]["fits"]["float32"]
+    )
 
 
 def test_easyedit_is_told_or_missed(monkeypatch, tmp_path):
@@ -69,11 +82,18 @@ def test_easyedit_is_told_or_missed(monkeypatch, tmp_path):
     broken = doctor.examine(easyedit_home=str(tmp_path))
     if "easyeditor" not in sys.modules:
         told = found(broken, "EasyEdit")
-        assert told["state"] == "limited" and str(tmp_path) in told["found"] and "BaseEditor" in told["cure"] and broken["can_edit_a_twin"]
+        assert (
+            told["state"] == "limited"
+            and str(tmp_path) in told["found"]
+            and "BaseEditor" in told["cure"]
+            and broken["can_edit_a_twin"]
+        )
     monkeypatch.setattr("easyedit_mdm.host.doctor.import_easyedit", _raise(RuntimeError("a broken clone")))
     told = found(doctor.examine(), "EasyEdit")
     assert told["state"] == "limited" and "a broken clone" in told["found"]
-    monkeypatch.setattr("easyedit_mdm.host.doctor.import_easyedit", lambda home: importing.Host(tmp_path, "head", "home"))
+    monkeypatch.setattr(
+        "easyedit_mdm.host.doctor.import_easyedit", lambda home: importing.Host(tmp_path, "head", "home")
+    )
     told = found(doctor.examine(), "EasyEdit")
     assert told["state"] == "ok" and str(tmp_path) in told["found"] and not told["cure"]
 
@@ -87,7 +107,11 @@ def _raise(error: Exception):
 
 @pytest.mark.parametrize(
     ("name", "version", "said"),
-    [("transformers", "4.30.1", "older than 4.46.3"), ("torch", None, "not installed"), ("safetensors", "import", "importing it fails")],
+    [
+        ("transformers", "4.30.1", "older than 4.46.3"),
+        ("torch", None, "not installed"),
+        ("safetensors", "import", "importing it fails"),
+    ],
 )
 def test_a_broken_package(monkeypatch, tmp_path, capsys, name, version, said):
     """Exit status 1, the package and its cure are named, and nothing that needs it is tried."""
@@ -95,7 +119,9 @@ def test_a_broken_package(monkeypatch, tmp_path, capsys, name, version, said):
     if version == "import":
         real_import = importlib.import_module
         broken = _raise(ImportError("undefined symbol"))
-        monkeypatch.setattr(doctor.importlib, "import_module", lambda n, *a: broken() if n == name else real_import(n, *a))
+        monkeypatch.setattr(
+            doctor.importlib, "import_module", lambda n, *a: broken() if n == name else real_import(n, *a)
+        )
     else:
 
         def fake(asked: str) -> str:
@@ -113,8 +139,16 @@ def test_a_broken_package(monkeypatch, tmp_path, capsys, name, version, said):
 
 def test_it_runs_where_torch_is_missing(tmp_path):
     """In a process in which `import torch` fails: status 1 and a report, not a traceback."""
-    code = "import sys; sys.modules['torch'] = None; from easyedit_mdm.cli import main; sys.exit(main(sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", code, "doctor", "--json", str(tmp_path / "d.json")], capture_output=True, text=True, cwd=ROOT)
+    code = (
+        "import sys; sys.modules['torch'] = None; from easyedit_mdm.cli import main;"
+        " sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "doctor", "--json", str(tmp_path / "d.json")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert found(json.loads((tmp_path / "d.json").read_text()), "torch")["state"] == "fails"
 
@@ -123,7 +157,9 @@ def test_a_twin_without_files(monkeypatch):
     """A twin that is not installed is one that cannot be edited."""
     from easyedit_mdm import twins
 
-    monkeypatch.setattr(twins, "twin_folder", _raise(CheckpointError("the files of twin-dream are not there")))
+    monkeypatch.setattr(
+        twins, "twin_folder", _raise(CheckpointError("the files of twin-dream are not there"))
+    )
     report = doctor.examine()
     assert not report["can_edit_a_twin"] and found(report, "twin-dream")["state"] == "fails"
 
@@ -133,9 +169,13 @@ def test_a_twin_without_files(monkeypatch):
     [("2.13.0+cpu", "ok"), ("2.4.0", "ok"), ("2.3.9", "fails"), ("2.14.0", "limited"), ("3.0", "limited")],
 )
 def test_versions(monkeypatch, version, state):
-    """Within the range: ok, whatever build. Older: it fails. Newer than tested: said, with the cure, and tried."""
+    """Within the range: ok, whatever build. Older: it fails. Newer than tested: said, with the cure, and
+    tried.
+    """
     real = importlib.metadata.version
-    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: version if name == "torch" else real(name))
+    monkeypatch.setattr(
+        doctor.importlib.metadata, "version", lambda name: version if name == "torch" else real(name)
+    )
     finding = doctor._package("torch")
     assert finding.state == state
     assert state == "ok" or ('pip install "torch' in finding.cure and version in finding.found)
@@ -191,7 +231,11 @@ def test_published_models_are_known_without_a_network(offline):
     """LLaDA has 8.0 billion parameters, Dream 7.6; every hub id that a hyperparameter file names is known."""
     assert round(sizes.model_size("GSAI-ML/LLaDA-8B-Instruct").parameters / 1e9, 2) == 8.02
     assert round(sizes.model_size("Dream-org/Dream-v0-Base-7B").parameters / 1e9, 2) == 7.62
-    named = {m for f in (ROOT / "hparams").rglob("*.yaml") for m in re.findall(r"^model_name: ([\w.-]+/[\w.-]+)", f.read_text(), re.M)}
+    named = {
+        m
+        for f in (ROOT / "hparams").rglob("*.yaml")
+        for m in re.findall(r"^model_name: ([\w.-]+/[\w.-]+)", f.read_text(), re.M)
+    }
     assert named and named <= set(sizes.PUBLISHED)
     with pytest.raises(CheckpointError, match="config.json first"):
         sizes.model_size("nobody/nothing-at-all")
@@ -202,20 +246,28 @@ def test_published_models_are_known_without_a_network(offline):
     [(12, 200, ["cuda:0"]), (8, 200, []), (12, 20, []), (200, 8, ["cpu"])],
 )
 def test_memory_against_size(monkeypatch, main_memory, gpu, fits):
-    """Weights and activations must fit the device, statistics the main memory (GiB); what does not fit is told with a cure."""
+    """Weights and activations must fit the device, statistics the main memory (GiB); what does not fit is
+    told with a cure.
+    """
     free = {"cpu": main_memory * GIB, "cuda:0": gpu * GIB}
-    monkeypatch.setattr(doctor, "devices", lambda: [{"device": d, "name": d, "total": f, "free": f} for d, f in free.items()])
+    monkeypatch.setattr(
+        doctor, "devices", lambda: [{"device": d, "name": d, "total": f, "free": f} for d, f in free.items()]
+    )
     report = doctor.examine("GSAI-ML/LLaDA-8B-Instruct")
     told = found(report, "model GSAI-ML/LLaDA-8B-Instruct")
     assert report["model"]["fits"]["bfloat16"] == fits and report["can_edit_a_twin"]
-    assert ("spread it over several GPUs" in told["cure"]) is not bool(fits) and told["state"] == ("ok" if fits else "limited")
+    assert ("spread it over several GPUs" in told["cure"]) is not bool(fits) and told["state"] == (
+        "ok" if fits else "limited"
+    )
 
 
 def test_a_smaller_dtype_is_the_cure(monkeypatch, tmp_path):
     """A float32 checkpoint that has room in half precision only."""
     write_checkpoint(tmp_path, "llama")
     needs = doctor.need(sizes.model_size(tmp_path), "bfloat16")
-    monkeypatch.setattr(doctor, "devices", lambda: [{"device": "cpu", "name": "x", "total": 1, "free": sum(needs.values())}])
+    monkeypatch.setattr(
+        doctor, "devices", lambda: [{"device": "cpu", "name": "x", "total": 1, "free": sum(needs.values())}]
+    )
     assert "bfloat16, on cpu" in found(doctor.examine(str(tmp_path)), f"model {tmp_path}")["cure"]
 
 

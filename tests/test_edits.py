@@ -1,4 +1,6 @@
-"""Edits as objects and files: saved, loaded, applied to the right model only, composed, and exported for others to load."""
+"""Edits as objects and files: saved, loaded, applied to the right model only, composed, and exported for
+others to load.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,14 @@ from easyedit_mdm.editing.edit import Exact, carried
 from easyedit_mdm.editing.edit.compose import conflicts
 from easyedit_mdm.editing.edit.export import write_model
 from easyedit_mdm.editing.edit.folders import adopt_edits, write_edited
-from easyedit_mdm.errors import CheckpointError, DataError, EditError, FileError, HyperParameterError, RequestError
+from easyedit_mdm.errors import (
+    CheckpointError,
+    DataError,
+    EditError,
+    FileError,
+    HyperParameterError,
+    RequestError,
+)
 from easyedit_mdm.models import FAMILIES
 from easyedit_mdm.models.adapter import Site
 
@@ -28,7 +37,9 @@ OTHER = {"prompt": "The river of the old city is", "subject": "old city", "targe
 
 
 def first_map(model, layer: int) -> Site:
-    """A layer's own site; of a mixture without a shared expert, that of the expert that most of `ids_for` go through."""
+    """A layer's own site; of a mixture without a shared expert, that of the expert that most of `ids_for` go
+    through.
+    """
     site = model.site(layer)
     if not site.routed:
         return site
@@ -43,7 +54,10 @@ def some_edit(model, generator_seed: int = 0, layers=(1,), rank: int = 2, size: 
     for layer in layers:
         site = first_map(model, layer)
         shape = model.module(site.name).weight.shape[:: -1 if site.transposed else 1]
-        left, right = (torch.randn(shape[0], rank, generator=generator) * size, torch.randn(rank, shape[1], generator=generator))
+        left, right = (
+            torch.randn(shape[0], rank, generator=generator) * size,
+            torch.randn(rank, shape[1], generator=generator),
+        )
         changes.append(LowRank(site.weight, left, right, site.transposed))
     return Edit(changes, {"method": "test", "facts": [], "hyperparameters": {}})
 
@@ -63,12 +77,17 @@ def test_round_trip(tiny, tmp_path, family):
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["edit.json", "edit.safetensors"]
     again = Edit.load(tmp_path / "e")
     assert [type(c) for c in again.changes] == [LowRank]
-    assert torch.equal(again.changes[0].left, edit.changes[0].left) and torch.equal(again.changes[0].right, edit.changes[0].right)
+    assert torch.equal(again.changes[0].left, edit.changes[0].left) and torch.equal(
+        again.changes[0].right, edit.changes[0].right
+    )
     told = json.loads((tmp_path / "e" / "edit.json").read_text())
     assert told["base"]["fingerprint"] == model_fingerprint(model.native) and told["base"]["family"] == family
     assert told["facts"][0]["target_new"] == REQUEST["target_new"] and told["method"] == "ROME_MDM"
     assert told["hyperparameters"]["layers"] == [1] and told["seed"] == 0 and told["metrics"] == {"note": 1.5}
-    assert set(told["versions"]) == {"easyedit_mdm", "torch", "transformers", "python"} and told["guard"]["on"] is False
+    assert (
+        set(told["versions"]) == {"easyedit_mdm", "torch", "transformers", "python"}
+        and told["guard"]["on"] is False
+    )
     edit.apply(model)
     first = parameter_hashes(model)
     edit.revert(model)
@@ -101,14 +120,18 @@ def test_another_base_model_is_refused(tiny, tmp_path):
     before = parameter_hashes(other)
     with pytest.raises(EditError) as caught:
         edit.apply(other)
-    assert model_fingerprint(model.native) in str(caught.value) and model_fingerprint(other.native) in str(caught.value)
+    assert model_fingerprint(model.native) in str(caught.value) and model_fingerprint(other.native) in str(
+        caught.value
+    )
     assert parameter_hashes(other) == before and not edit.is_applied(other)
     with pytest.raises(EditError, match="made in float32, and this model is in bfloat16"):
         edit.apply(tiny("llada", dtype="bfloat16"))
 
 
 def test_edits_of_one_base_on_top_of_each_other(tiny, tmp_path):
-    """A model that carries another edit of the same base takes a saved one too; one that was changed otherwise does not."""
+    """A model that carries another edit of the same base takes a saved one too; one that was changed
+    otherwise does not.
+    """
     model = tiny("llada")
     before = parameter_hashes(model)
     for number in range(2):
@@ -131,12 +154,16 @@ def test_edits_of_one_base_on_top_of_each_other(tiny, tmp_path):
 
 
 def test_full_rank_is_stored_as_it_is(tiny, tmp_path):
-    """Factors that would be larger than the change itself are not written; the change is, and does the same to the bit."""
+    """Factors that would be larger than the change itself are not written; the change is, and does the same
+    to the bit.
+    """
     model = tiny("llada")
     edit = some_edit(model, rank=40)
     edit.save(tmp_path / "e", model)
     again = Edit.load(tmp_path / "e")
-    assert isinstance(again.changes[0], Exact) and torch.equal(again.changes[0].delta, edit.changes[0].dense())
+    assert isinstance(again.changes[0], Exact) and torch.equal(
+        again.changes[0].delta, edit.changes[0].dense()
+    )
     assert again.diff()[0]["kind"] == "exact" and again.diff()[0]["rank"] == 32
 
 
@@ -145,13 +172,20 @@ def test_diff(tiny):
     model = tiny("gpt2")
     edit = some_edit(model, layers=(0, 2), rank=3)
     change = edit.changes[0]
-    edit.changes[0] = LowRank(change.name, torch.cat([change.left, change.left], 1), torch.cat([change.right, change.right]), change.transposed)
+    edit.changes[0] = LowRank(
+        change.name,
+        torch.cat([change.left, change.left], 1),
+        torch.cat([change.right, change.right]),
+        change.transposed,
+    )
     rows = edit.diff(model)
     weights = dict(model.named_parameters())
     for row, one in zip(rows, edit.changes):
         assert row["norm"] == pytest.approx(float(one.dense().norm()), rel=1e-5) and row["rank"] == 3
         assert row["spectral"] == pytest.approx(float(torch.linalg.matrix_norm(one.dense(), 2)), rel=1e-5)
-        assert row["norm_ratio"] == pytest.approx(float(one.dense().norm() / weights[row["weight"]].detach().norm()), rel=1e-5)
+        assert row["norm_ratio"] == pytest.approx(
+            float(one.dense().norm() / weights[row["weight"]].detach().norm()), rel=1e-5
+        )
 
 
 def test_compose(tiny):
@@ -181,7 +215,9 @@ def test_compose_of_different_bases(tiny, tmp_path):
     """Refused, with both fingerprints; edits that were made one on the other are of one base."""
     model, other = tiny("llada"), tiny("dream")
     one, two = some_edit(model).seal(model), some_edit(other).seal(other)
-    with pytest.raises(EditError, match=f"{model_fingerprint(model.native)}.*{model_fingerprint(other.native)}"):
+    with pytest.raises(
+        EditError, match=f"{model_fingerprint(model.native)}.*{model_fingerprint(other.native)}"
+    ):
         Edit.compose([one, two])
     one.save(tmp_path / "one", model)
     one.apply(model)
@@ -201,7 +237,10 @@ def test_tied_weights(tmp_path, tokenizer):
     head, embedding = model.module("lm_head").weight, model.module("transformer.wte").weight
     assert head is embedding
     before = parameter_hashes(model)
-    changes = [LowRank(name, torch.ones(head.shape[0], 1), torch.ones(1, head.shape[1])) for name in ("lm_head.weight", "transformer.wte.weight")]
+    changes = [
+        LowRank(name, torch.ones(head.shape[0], 1), torch.ones(1, head.shape[1]))
+        for name in ("lm_head.weight", "transformer.wte.weight")
+    ]
     edit = Edit(changes[:1])
     edit.apply(model)
     assert torch.equal(head, embedding) and parameter_hashes(model) != before
@@ -221,7 +260,8 @@ def test_overflow_is_refused(tiny):
     assert parameter_hashes(model) == before
 
 
-# ---- for others to load --------------------------------------------------------------------------------------------------------------
+# ---- for others to load
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["low rank", "exact", "two ranks"])
@@ -230,7 +270,11 @@ def test_peft_loads_it(tiny, tmp_path, family, kind):
     """peft's own loading of the adapter gives the edited model's logits, for every family and paradigm."""
     peft = pytest.importorskip("peft", exc_type=ImportError)
     model = tiny(family)
-    edit = {"low rank": some_edit(model), "exact": some_edit(model, rank=40, size=0.01), "two ranks": some_edit(model, layers=(0,), rank=3)}[kind]
+    edit = {
+        "low rank": some_edit(model),
+        "exact": some_edit(model, rank=40, size=0.01),
+        "two ranks": some_edit(model, layers=(0,), rank=3),
+    }[kind]
     if kind == "two ranks":
         edit = Edit([*edit.changes, *some_edit(model, layers=(2,), rank=1).changes], edit.card)
     edit.save(tmp_path / "e", model)
@@ -253,7 +297,9 @@ def test_peft_loads_it(tiny, tmp_path, family, kind):
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_merged_folder(tmp_path, tokenizer, family, shards):
-    """The base's own key names, shards and small files; it loads here with the edited weights, and as the causal models do in transformers."""
+    """The base's own key names, shards and small files; it loads here with the edited weights, and as the
+    causal models do in transformers.
+    """
     base = tmp_path / "base"
     stored = write_checkpoint(base, family, len(tokenizer), shards=shards)
     tokenizer.save_pretrained(base)
@@ -263,7 +309,9 @@ def test_merged_folder(tmp_path, tokenizer, family, shards):
     edit = some_edit(model)
     edit.apply(model)
     write_model(model, base, tmp_path / "out")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in base.iterdir()} - {"pytorch_model.bin"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in base.iterdir()} - {
+        "pytorch_model.bin"
+    }
     found = {k: v for p in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(p).items()}
     changed = {key for key in stored if not torch.equal(found[key], stored[key])}
     assert set(found) == set(stored) and changed == {FAMILIES[family].hub_name(first_map(model, 1).weight)}
@@ -294,7 +342,9 @@ def test_merged_in_another_dtype(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_folders_that_carry_edits(tmp_path, tokenizer, dtype):
-    """Two edits on one folder, taken back one after the other: each step bit for bit; a changed weight is noticed."""
+    """Two edits on one folder, taken back one after the other: each step bit for bit; a changed weight is
+    noticed.
+    """
     write_checkpoint(tmp_path / "m0", "llada", len(tokenizer))
     model = load_model(tmp_path / "m0", tokenizer=tokenizer, dtype=dtype)
     states = [parameter_hashes(model)]
@@ -314,7 +364,10 @@ def test_folders_that_carry_edits(tmp_path, tokenizer, dtype):
         edits[number].revert(model)
         assert parameter_hashes(model) == states[number]
     write_edited(model, tmp_path / "back")
-    assert not (tmp_path / "back" / "applied.json").exists() and parameter_hashes(load_model(tmp_path / "back", tokenizer=tokenizer)) == states[0]
+    assert (
+        not (tmp_path / "back" / "applied.json").exists()
+        and parameter_hashes(load_model(tmp_path / "back", tokenizer=tokenizer)) == states[0]
+    )
     spoiled = load_file(tmp_path / "m2" / "model.safetensors")
     key = FAMILIES["llada"].hub_name(model.site(2).weight)
     spoiled[key][0, 0] += 1
@@ -323,21 +376,30 @@ def test_folders_that_carry_edits(tmp_path, tokenizer, dtype):
         adopt_edits(load_model(tmp_path / "m2", tokenizer=tokenizer))
 
 
-# ---- the command line ----------------------------------------------------------------------------------------------------------------
+# ---- the command line
+# ------------------------------------------------------------------------------------------------------------
 
 
 def quick_file(folder, name="ROME_MDM/twin-llama", **changes) -> str:
     """A shipped file with few steps, no statistics, and other changes."""
     from easyedit_mdm.editing.hparams import find_hparams, read_yaml
 
-    values = {**read_yaml(find_hparams(name)), "mom2_adjustment": False, "context_templates": ["{}"], "v_num_grad_steps": 30, **changes}
+    values = {
+        **read_yaml(find_hparams(name)),
+        "mom2_adjustment": False,
+        "context_templates": ["{}"],
+        "v_num_grad_steps": 30,
+        **changes,
+    }
     (folder / "quick.json").write_text(json.dumps(values))  # JSON is YAML
     return str(folder / "quick.json")
 
 
 @pytest.mark.end_to_end
 def test_the_commands(tmp_path, twin_llama, capsys):
-    """edit, diff, verify, apply, verify, revert, export and compose, on a twin; every state bit for bit what it should be."""
+    """edit, diff, verify, apply, verify, revert, export and compose, on a twin; every state bit for bit what
+    it should be.
+    """
     base, here = parameter_hashes(twin_llama), str(tmp_path)
     fact = ["--prompt", "Where was Zano born?", "--subject", "Zano", "--target"]
     file = quick_file(tmp_path)
@@ -345,29 +407,53 @@ def test_the_commands(tmp_path, twin_llama, capsys):
     assert main(["edit", "--hparams", file, *fact, "Gugim", "--save", f"{here}/e1"]) == 0
     assert main(["edit", "--hparams", file, *other, "--save", f"{here}/e2"]) == 0
     told = json.loads((tmp_path / "e1" / "edit.json").read_text())
-    assert told["guard"]["verdict"] == "passed" and told["metrics"]["after"]["exact"] == 1.0 and told["base"]["name"] == "twin-llama"
-    assert main(["verify", f"{here}/e1", "--json", f"{here}/v.json"]) == 0 and json.loads((tmp_path / "v.json").read_text())["holds"]
+    assert (
+        told["guard"]["verdict"] == "passed"
+        and told["metrics"]["after"]["exact"] == 1.0
+        and told["base"]["name"] == "twin-llama"
+    )
+    assert (
+        main(["verify", f"{here}/e1", "--json", f"{here}/v.json"]) == 0
+        and json.loads((tmp_path / "v.json").read_text())["holds"]
+    )
     assert main(["verify", f"{here}/e1", "--model", "twin-llama"]) == 1
     assert main(["diff", f"{here}/e1", "--prompt", "Where was Zano born?", "--json", f"{here}/d.json"]) == 0
     diff = json.loads((tmp_path / "d.json").read_text())
-    assert diff["weights"][0]["rank"] == 1 and diff["effect"][0]["kl"] > 0.1 and diff["effect"][0]["after"].startswith("Gugim")
+    assert (
+        diff["weights"][0]["rank"] == 1
+        and diff["effect"][0]["kl"] > 0.1
+        and diff["effect"][0]["after"].startswith("Gugim")
+    )
     assert main(["apply", f"{here}/e1", "--out", f"{here}/m1"]) == 0
     assert main(["verify", f"{here}/e1", "--model", f"{here}/m1"]) == 0
-    assert main(["apply", f"{here}/e2", "--model", f"{here}/m1", "--out", f"{here}/m2"]) == 0, "of one base, and m1 knows its own"
+    assert main(["apply", f"{here}/e2", "--model", f"{here}/m1", "--out", f"{here}/m2"]) == 0, (
+        "of one base, and m1 knows its own"
+    )
     assert main(["apply", f"{here}/e1", "--model", f"{here}/m1", "--out", f"{here}/m3"]) == 2
-    assert main(["revert", f"{here}/e1", "--model", f"{here}/m2", "--out", f"{here}/m4"]) == 2, "e2 stands on it"
+    assert main(["revert", f"{here}/e1", "--model", f"{here}/m2", "--out", f"{here}/m4"]) == 2, (
+        "e2 stands on it"
+    )
     assert main(["revert", f"{here}/e2", "--model", f"{here}/m2", "--out", f"{here}/m5"]) == 0
-    assert parameter_hashes(load_model(tmp_path / "m5")) == parameter_hashes(load_model(tmp_path / "m1")) != base
+    assert (
+        parameter_hashes(load_model(tmp_path / "m5")) == parameter_hashes(load_model(tmp_path / "m1")) != base
+    )
     assert main(["revert", f"{here}/e1", "--model", f"{here}/m5", "--out", f"{here}/m6"]) == 0
     assert parameter_hashes(load_model(tmp_path / "m6")) == base
     assert main(["export", f"{here}/e1", "--merged", f"{here}/g1"]) == 0
     assert parameter_hashes(load_model(tmp_path / "g1")) == parameter_hashes(load_model(tmp_path / "m1"))
     assert not (tmp_path / "g1" / "edits").exists()
     assert main(["compose", f"{here}/e1", f"{here}/e2", "--out", f"{here}/c"]) == 0
-    assert main(["verify", f"{here}/c", "--json", f"{here}/vc.json"]) == 0, "both facts, and the weights as the composed edit leaves them"
+    assert main(["verify", f"{here}/c", "--json", f"{here}/vc.json"]) == 0, (
+        "both facts, and the weights as the composed edit leaves them"
+    )
     both = json.loads((tmp_path / "vc.json").read_text())
-    assert both["holds"] and [(f["text"], f["exact"]) for f in both["facts"]] == [("Gugim", True), ("Zoter", True)]
-    assert main(["verify", f"{here}/c", "--model", f"{here}/m1", "--json", f"{here}/vc.json"]) == 1, "m1 holds one of the two"
+    assert both["holds"] and [(f["text"], f["exact"]) for f in both["facts"]] == [
+        ("Gugim", True),
+        ("Zoter", True),
+    ]
+    assert main(["verify", f"{here}/c", "--model", f"{here}/m1", "--json", f"{here}/vc.json"]) == 1, (
+        "m1 holds one of the two"
+    )
     assert main(["apply", f"{here}/e1", "--model", "twin-llada", "--out", f"{here}/no"]) == 2
     capsys.readouterr()
     assert main(["apply", f"{here}/e1", "--out", f"{here}/m1"]) == 2 and "exists" in capsys.readouterr().err
@@ -375,12 +461,27 @@ def test_the_commands(tmp_path, twin_llama, capsys):
 
 
 def test_a_fact_that_is_not_written_is_not_saved(tmp_path, capsys):
-    """Status 3, what failed, how its optimisation ended and what to try; `--keep-failed` saves it all the same."""
+    """Status 3, what failed, how its optimisation ended and what to try; `--keep-failed` saves it all the
+    same.
+    """
     file = quick_file(tmp_path, v_num_grad_steps=2, v_lr=1e-4)
-    command = ["edit", "--hparams", file, "--prompt", "Where was Zano born?", "--subject", "Zano", "--target", "Gugim"]
+    command = [
+        "edit",
+        "--hparams",
+        file,
+        "--prompt",
+        "Where was Zano born?",
+        "--subject",
+        "Zano",
+        "--target",
+        "Gugim",
+    ]
     assert main([*command, "--save", str(tmp_path / "e")]) == 3
     told = " ".join(capsys.readouterr().out.split())
-    assert "not written: 'Where was Zano born?' -> 'Gugim'; its loss was" in told and "v_num_grad_steps: 4" in told
+    assert (
+        "not written: 'Where was Zano born?' -> 'Gugim'; its loss was" in told
+        and "v_num_grad_steps: 4" in told
+    )
     assert "clamp_norm_factor: 8" in told and "easyedit-mdm sweep" in told and "--keep-failed" in told
     assert not (tmp_path / "e").exists()
     assert main([*command, "--save", str(tmp_path / "e"), "--keep-failed"]) == 0
@@ -388,30 +489,62 @@ def test_a_fact_that_is_not_written_is_not_saved(tmp_path, capsys):
 
 
 def test_advice_after_a_value_that_was_found():
-    """Where the optimisation ended well, its steps are not the cause: layer, or the way through the weights."""
+    """Where the optimisation ended well, its steps are not the cause: layer, or the way through the
+    weights.
+    """
     from easyedit_mdm.cli.edits import _advice
 
     settings = ROMEMDMHyperParams(alg_name="ROME_MDM", model_name="m", layers=[1])
-    assert "optimise_through: weights" in _advice(0.01, settings) and "more steps" not in _advice(0.01, settings)
+    assert "optimise_through: weights" in _advice(0.01, settings) and "more steps" not in _advice(
+        0.01, settings
+    )
     assert "optimise_through" not in _advice(0.01, replace(settings, optimise_through="weights"))
     assert "more steps" in _advice(0.06, settings) and "more steps" in _advice(float("nan"), settings)
 
 
 def test_diff_at_80_columns_shows_the_layer(tmp_path, monkeypatch, capsys):
-    """Nothing of it is cut off, and what is said after the edit's own prompt is what `edit` said, on the same canvas."""
+    """Nothing of it is cut off, and what is said after the edit's own prompt is what `edit` said, on the same
+    canvas.
+    """
     monkeypatch.setenv("COLUMNS", "80")
     prompt = "Where was Zano born?"
-    command = ["edit", "--hparams", quick_file(tmp_path), "--prompt", prompt, "--subject", "Zano", "--target", "Gugim"]
+    command = [
+        "edit",
+        "--hparams",
+        quick_file(tmp_path),
+        "--prompt",
+        prompt,
+        "--subject",
+        "Zano",
+        "--target",
+        "Gugim",
+    ]
     assert main([*command, "--save", str(tmp_path / "e")]) == 0
     capsys.readouterr()
     other = "Tamos Latre was born in"
-    assert main(["diff", str(tmp_path / "e"), "--prompt", prompt, "--prompt", other, "--json", str(tmp_path / "d")]) == 0
+    assert (
+        main(
+            [
+                "diff",
+                str(tmp_path / "e"),
+                "--prompt",
+                prompt,
+                "--prompt",
+                other,
+                "--json",
+                str(tmp_path / "d"),
+            ]
+        )
+        == 0
+    )
     told, effect = capsys.readouterr().out, json.loads((tmp_path / "d").read_text())["effect"]
     assert max(map(len, told.splitlines())) <= 80 and "…" not in told
     row = next(line for line in told.splitlines() if "128x512" in line)
     assert row.split()[:3] == ["3", "mlp.down_proj.weight", "128x512"]
     fact = Edit.load(tmp_path / "e").card["metrics"]["facts"][0]
-    assert [effect[0][k] for k in ("canvas", "before", "after")] == [fact[k] for k in ("canvas", "before", "after")]
+    assert [effect[0][k] for k in ("canvas", "before", "after")] == [
+        fact[k] for k in ("canvas", "before", "after")
+    ]
     assert effect[1]["canvas"] == 8
 
 
@@ -422,12 +555,22 @@ def test_several_requests(tmp_path):
         {"prompt": "Tamos Latre was born in", "subject": "Tamos Latre", "target_new": "Zoter"},
     ]
     (tmp_path / "requests.json").write_text(json.dumps(rows))
-    command = ["edit", "--hparams", quick_file(tmp_path), "--data-file", str(tmp_path / "requests.json"), "--no-guard"]
+    command = [
+        "edit",
+        "--hparams",
+        quick_file(tmp_path),
+        "--data-file",
+        str(tmp_path / "requests.json"),
+        "--no-guard",
+    ]
     # the second edit undoes the first, which had nothing to do
     assert main([*command, "--save", str(tmp_path / "e")]) == 3
     assert main([*command, "--save", str(tmp_path / "e"), "--keep-failed"]) == 0
     edit = Edit.load(tmp_path / "e")
-    assert edit.changes[0].right.shape[0] == 2 and [f["target_new"] for f in edit.card["facts"]] == ["Pute", "Zoter"]
+    assert edit.changes[0].right.shape[0] == 2 and [f["target_new"] for f in edit.card["facts"]] == [
+        "Pute",
+        "Zoter",
+    ]
     assert edit.card["guard"]["on"] is False and edit.card["metrics"]["after"]["n"] == 2
 
 

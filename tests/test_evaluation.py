@@ -27,7 +27,9 @@ def test_scores_are_what_was_written(tiny, family):
     assert score["token_acc"] == 1.0 and score["exact"] and score["first_commit"] and score["n_tokens"] == 4
     wrong = _score(model, "The river is", target)
     assert wrong["token_acc"] == right and not wrong["exact"]
-    assert wrong["first_commit"] == bool(path.tokens[path.first_committed()] == target[path.first_committed()])
+    assert wrong["first_commit"] == bool(
+        path.tokens[path.first_committed()] == target[path.first_committed()]
+    )
 
 
 def _score(model, prompt: str, tokens: torch.Tensor) -> dict:
@@ -40,7 +42,9 @@ def _score(model, prompt: str, tokens: torch.Tensor) -> dict:
 
 
 def test_one_step_and_teacher_forcing(tiny):
-    """Masked: the share right when all slots are committed at once. Causal: each slot after the right ones before it."""
+    """Masked: the share right when all slots are committed at once. Causal: each slot after the right ones
+    before it.
+    """
     masked, causal = tiny("llada"), tiny("llama")
     for model in (masked, causal):
         ids = torch.tensor(model.tokenizer("The river is")["input_ids"])
@@ -65,13 +69,18 @@ def test_batching_prompts_changes_nothing(tiny):
 
 
 def test_settings_and_lengths(tiny):
-    """The record holds the resolved settings; a longer canvas is compared on its first slots; a shorter one is an error."""
+    """The record holds the resolved settings; a longer canvas is compared on its first slots; a shorter one
+    is an error.
+    """
     model = tiny("llada")
     score = score_prompts(model, ["The river is"], ["good old"], DecodeConfig(canvas=8, steps=4))[0]
     assert (
         score["decode"]["canvas"] == 8
         and score["decode"]["steps"] == 4
-        and score["n_tokens"] == len(score["tokens"]) == len(target_ids(model, "The river is", "good old")) >= 2
+        and score["n_tokens"]
+        == len(score["tokens"])
+        == len(target_ids(model, "The river is", "good old"))
+        >= 2
     )
     with pytest.raises(RequestError, match="canvas of 1"):
         score_prompts(model, ["The river is"], ["good old"], DecodeConfig(canvas=1))
@@ -96,7 +105,9 @@ def test_fluency(twin_llada):
     written = [fluency(twin_llada, "The river is", 30, seed)["ngram_entropy"] for seed in (0, 0, 1)]
     assert written[0] == written[1] != written[2] and all(2 < entropy < math.log2(64) for entropy in written)
     full = " the" * (twin_llada.max_positions - 4)
-    assert fluency(twin_llada, full, 30)["ngram_entropy"] < 1, "four words are written where there is room for four"
+    assert fluency(twin_llada, full, 30)["ngram_entropy"] < 1, (
+        "four words are written where there is room for four"
+    )
     with pytest.raises(RequestError, match=f"fills all {twin_llada.max_positions} positions"):
         fluency(twin_llada, full + " the the the the", 30)
 
@@ -110,7 +121,9 @@ def test_right_padded():
 @pytest.mark.parametrize("family", ["llada", "dream", "llama"])
 @torch.no_grad()
 def test_perplexity(tiny, family):
-    """exp of the mean loss of each token given all others (masked) or those before it (causal); batching changes nothing."""
+    """exp of the mean loss of each token given all others (masked) or those before it (causal); batching
+    changes nothing.
+    """
     model = tiny(family)
     texts = ["The river song of the old city was good.", "A new album"]
     total, count = 0.0, 0

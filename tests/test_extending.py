@@ -1,4 +1,6 @@
-"""docs/extending.md followed to the letter: its code is run, and its family and method pass what every family and method passes."""
+"""docs/extending.md followed to the letter: its code is run, and its family and method pass what every family
+and method passes.
+"""
 
 from __future__ import annotations
 
@@ -83,20 +85,28 @@ def test_the_page_has_all_of_it():
 
 @torch.no_grad()
 def test_the_family_computes_what_it_says(toy, tmp_path):
-    """Its checkpoint has its own key names; its logits are those of a Llama that sees both sides, one place further on."""
+    """Its checkpoint has its own key names; its logits are those of a Llama that sees both sides, one place
+    further on.
+    """
     from safetensors.torch import load_file
 
     model = toy()
     stored = load_file(tmp_path / "toy" / "model.safetensors")
-    assert {"net.2.attn.out.weight", "net.0.ff.down.weight", "head.weight"} <= set(stored) and model.spec.name == "toy"
+    assert {"net.2.attn.out.weight", "net.0.ff.down.weight", "head.weight"} <= set(
+        stored
+    ) and model.spec.name == "toy"
     config = transformers.LlamaConfig(
-        vocab_size=len(stored["head.weight"]), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=False, attn_implementation="eager",
+        vocab_size=len(stored["head.weight"]), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        attn_implementation="eager",
     )  # fmt: skip
     native = transformers.LlamaForCausalLM(config).eval()
     native.load_state_dict({by_hand(key): value for key, value in stored.items()})
     ids = torch.randint(2, 150, (2, 7), generator=torch.Generator().manual_seed(0))
-    raw = native(input_ids=ids, attention_mask=torch.zeros(2, 1, 7, 7)).logits  # additive zeros: everything sees everything
+    raw = native(
+        input_ids=ids, attention_mask=torch.zeros(2, 1, 7, 7)
+    ).logits  # additive zeros: everything sees everything
     aligned = model.token_logits(ids)
     assert (aligned[:, 1:] - raw[:, :-1]).abs().max() < 1e-5
     causal = native(input_ids=ids).logits
@@ -106,20 +116,28 @@ def test_the_family_computes_what_it_says(toy, tmp_path):
 def by_hand(key: str) -> str:
     """Llama's name for a key of Toy's, written without the page's table."""
     for theirs, native in (
-        ("attn.out", "self_attn.o_proj"), ("attn.q", "self_attn.q_proj"), ("attn.k", "self_attn.k_proj"), ("attn.v", "self_attn.v_proj"),
-        ("ff.gate", "mlp.gate_proj"), ("ff.up", "mlp.up_proj"), ("ff.down", "mlp.down_proj"), ("norm1", "input_layernorm"),
+        ("attn.out", "self_attn.o_proj"), ("attn.q", "self_attn.q_proj"), ("attn.k", "self_attn.k_proj"),
+        ("attn.v", "self_attn.v_proj"),
+        ("ff.gate", "mlp.gate_proj"), ("ff.up", "mlp.up_proj"), ("ff.down", "mlp.down_proj"), ("norm1",
+            "input_layernorm"),
         ("norm2", "post_attention_layernorm"),
     ):  # fmt: skip
         if f".{theirs}." in key:
             return key.replace(theirs, native).replace("net.", "model.layers.")
-    return {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}[key]
+    return {
+        "embed.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+    }[key]
 
 
 @pytest.mark.parametrize(
     "battery",
     [
-        test_adapter.test_padding_changes_nothing, test_adapter.test_from_any_layer_on, test_adapter.test_who_sees_whom, test_adapter.test_alignment,
-        test_adapter.test_names_are_the_native_ones, test_adapter.test_sites, test_adapter.test_generate_has_transformers_signature,
+        test_adapter.test_padding_changes_nothing, test_adapter.test_from_any_layer_on,
+        test_adapter.test_who_sees_whom, test_adapter.test_alignment,
+        test_adapter.test_names_are_the_native_ones, test_adapter.test_sites,
+        test_adapter.test_generate_has_transformers_signature,
     ],
 )  # fmt: skip
 def test_the_family_passes_the_battery(toy, battery):
@@ -143,7 +161,9 @@ def test_the_method_passes_the_battery(toy, family):
 
 
 def test_the_methods_closed_form(toy):
-    """At strength 1 it is ROME_MDM without statistics; half the strength is half the update; several facts at once are the same edits."""
+    """At strength 1 it is ROME_MDM without statistics; half the strength is half the update; several facts at
+    once are the same edits.
+    """
     model = toy()
     same = {"context_templates": ["{}", "The old song. {}"], "state_schedule": "enumerate"}
     ours = make_edit(model, REQUESTS[0], test_rome.hparams(alg_name="TOY_MDM", **same)).changes[0].dense()

@@ -28,13 +28,21 @@ from easyedit_mdm.models.tables import with_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 ENCODERS = ["bert", "modernbert"]
-REFERENCES = {"a2d_qwen3": {"mask_id": 190}, "sdar": {}, "illada": {}, "mmada": {}, "fast_dllm_v2": {"mask_id": 190}}
+REFERENCES = {
+    "a2d_qwen3": {"mask_id": 190},
+    "sdar": {},
+    "illada": {},
+    "mmada": {},
+    "fast_dllm_v2": {"mask_id": 190},
+}
 REFERENCES |= {"llada_moe": {"mask_id": 190}, "llada2_moe": {"mask_id": 190, "block": 4}, "rnd1": {}}
 REFERENCES |= {name: {} for name in ENCODERS}
 
 
 def seen(attention: Attention, length: int, canvas: int, padding: int = 0) -> list[list[bool]]:
-    """Which columns each column sees, by the mask that the native class is given; padding stands on the left."""
+    """Which columns each column sees, by the mask that the native class is given; padding stands on the
+    left.
+    """
     mask = (torch.arange(length) >= padding).long()[None]
     ranks = geometry.ranks(mask, attention, torch.tensor([canvas]))
     return (geometry.see_ranked(mask, ranks, torch.float32)[0, 0] == 0).tolist()
@@ -58,11 +66,15 @@ def by_hand(attention: Attention, prompt: int, i: int, j: int) -> bool:
 @pytest.mark.parametrize("edges", ["start", "canvas"])
 @pytest.mark.parametrize("context", ["blocks", "causal"])
 def test_who_sees_whom_is_what_it_says(context, edges, block, prompt, padding):
-    """Every kind of attention, against the rule spelled out; padding on the left moves nothing and is seen by nobody."""
+    """Every kind of attention, against the rule spelled out; padding on the left moves nothing and is seen by
+    nobody.
+    """
     attention, length = Attention(block, edges, context), 11
     found = seen(attention, length + padding, prompt + padding, padding)
     for i in range(length):
-        assert found[i + padding] == [False] * padding + [by_hand(attention, prompt, i, j) for j in range(length)], i
+        assert found[i + padding] == [False] * padding + [
+            by_hand(attention, prompt, i, j) for j in range(length)
+        ], i
     if not attention.asks_for_canvas:
         assert found == seen(attention, length + padding, padding + 1, padding)
 
@@ -99,7 +111,10 @@ def test_causal_ranks_are_the_causal_models_own(tiny):
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     with torch.no_grad():
-        one, other = causal(ids, attention_mask=mask, position_ids=geometry.positions(mask)).logits, masked(ids, mask).logits
+        one, other = (
+            causal(ids, attention_mask=mask, position_ids=geometry.positions(mask)).logits,
+            masked(ids, mask).logits,
+        )
     assert (one - other)[mask.bool()].abs().max() < 1e-5
 
 
@@ -134,10 +149,14 @@ def test_adapted_configurations_are_checked(tmp_path, changes, message):
     """Each wrong entry of the section is named, and so is a missing section."""
     write_checkpoint(tmp_path, "masked-qwen2")
     config = tiny_config("masked-qwen2", 192)
-    (tmp_path / "config.json").write_text(json.dumps({**config, "masked_diffusion": {**config["masked_diffusion"], **changes}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "masked_diffusion": {**config["masked_diffusion"], **changes}})
+    )
     with pytest.raises(CheckpointError, match=message):
         load_model(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "masked_diffusion"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "masked_diffusion"})
+    )
     with pytest.raises(CheckpointError, match="needs a section 'masked_diffusion'"):
         load_model(tmp_path)
 
@@ -161,7 +180,8 @@ def test_blocks_that_no_model_has(tmp_path):
         Attention(4, "left")
 
 
-# ---- against the published code ----------------------------------------------------------------------------------
+# ---- against the published code
+# ----------------------------------------------------------------------------------
 references = pytest.mark.parametrize("folder", list(REFERENCES))
 
 
@@ -195,12 +215,16 @@ def test_logits_are_the_published_ones(data_dir, folder):
 @pytest.mark.data
 @torch.no_grad()
 def test_logits_with_other_blocks(data_dir):
-    """dLLM's bd3lm mask on the same checkpoint, told where the canvas begins or not; SDAR with a block as long as the row."""
+    """dLLM's bd3lm mask on the same checkpoint, told where the canvas begins or not; SDAR with a block as
+    long as the row.
+    """
     path = data_dir / "reference" / "a2d_qwen3"
     model, known = reference(path, mask_id=190, block=4), load_file(path / "reference.safetensors")
     canvas = torch.full((3,), 12)
     for options in ({}, {"canvas": canvas}):
-        assert (model(known["input_ids"], **options).logits - known["logits_block4_causal"]).abs().max() < 1e-4
+        assert (
+            model(known["input_ids"], **options).logits - known["logits_block4_causal"]
+        ).abs().max() < 1e-4
     path = data_dir / "reference" / "fast_dllm_v2"
     model, known = reference(path, mask_id=190, block=32), load_file(path / "reference.safetensors")
     assert (model(known["input_ids"]).logits - known["logits_block32_default"]).abs().max() < 1e-4
@@ -223,13 +247,25 @@ def a2d_cases(known: dict[str, torch.Tensor]) -> Iterator[tuple[dict, torch.Tens
         if not found:
             continue
         steps, block = int(found[3]), int(found[4])
-        settings = {"steps": steps, "pace": "linear"} | ({"block_length": block} if found[1] == "mdlm" else {})
+        settings = {"steps": steps, "pace": "linear"} | (
+            {"block_length": block} if found[1] == "mdlm" else {}
+        )
         options = {"block": block} if found[1] == "bd3lm" else {}
         if found[2] == "batch_12_and_9":
             for row, length in enumerate((12, 9)):
-                yield options, known["input_ids"][row : row + 1, :length], settings, result[row : row + 1, : length + 8]
+                yield (
+                    options,
+                    known["input_ids"][row : row + 1, :length],
+                    settings,
+                    result[row : row + 1, : length + 8],
+                )
         elif found[2] == "prompt10":
-            yield options, known["prompt_ids"][:, :10], settings, result[:, 2:]  # padded on the left to whole blocks
+            yield (
+                options,
+                known["prompt_ids"][:, :10],
+                settings,
+                result[:, 2:],
+            )  # padded on the left to whole blocks
         else:
             yield options, known["prompt_ids"], settings, result
 
@@ -248,7 +284,9 @@ def sdar_cases(known: dict[str, torch.Tensor]) -> Iterator[tuple[dict, torch.Ten
             yield {}, prompt, settings, result
 
 
-def fast_dllm_cases(known: dict[str, torch.Tensor]) -> Iterator[tuple[dict, torch.Tensor, dict, torch.Tensor]]:
+def fast_dllm_cases(
+    known: dict[str, torch.Tensor],
+) -> Iterator[tuple[dict, torch.Tensor, dict, torch.Tensor]]:
     """Fast-dLLM v2's generate; its output ends with the first token of the next block."""
     for name, result in known.items():
         if found := re.fullmatch(r"generated_prompt(\d+)_new16_block8_small(\d)_t(\d+)", name):
@@ -331,7 +369,9 @@ def test_masked_encoders(data_dir, folder):
     start = int((text == model.ids.mask).nonzero()[0])
     given = torch.where(text == model.ids.mask, -1, text)[start:]
     filled = decode(model, [text[:start]], [len(given)], given=[given])[0]
-    assert torch.equal(torch.cat([text[:start], filled.tokens]), known["generated_low_confidence_one_per_step"][0])
+    assert torch.equal(
+        torch.cat([text[:start], filled.tokens]), known["generated_low_confidence_one_per_step"][0]
+    )
 
 
 def test_what_a_tokenizer_puts_behind_a_text(tiny, tokenizer):
@@ -345,7 +385,8 @@ def test_what_a_tokenizer_puts_behind_a_text(tiny, tokenizer):
     model.tokenizer = copy.deepcopy(tokenizer)
     pieces = {name: model.tokenizer.convert_ids_to_tokens(i) for name, i in (("first", 2), ("last", 3))}
     model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{pieces['first']} $A {pieces['last']}", special_tokens=[(pieces["first"], 2), (pieces["last"], 3)]
+        single=f"{pieces['first']} $A {pieces['last']}",
+        special_tokens=[(pieces["first"], 2), (pieces["last"], 3)],
     )
     assert model.tokenizer("The river of Ann")["input_ids"] == [2, *plain, 3]
     assert encode(model, "The river of Ann") == [2, *plain]
@@ -356,7 +397,9 @@ def test_what_a_tokenizer_puts_behind_a_text(tiny, tokenizer):
 
 
 def test_older_bert_checkpoints(tmp_path):
-    """gamma and beta for a norm's weight and bias, a pooler, a next-sentence head, stored positions: read, or left aside."""
+    """gamma and beta for a norm's weight and bias, a pooler, a next-sentence head, stored positions: read, or
+    left aside.
+    """
     tensors = write_checkpoint(tmp_path, "bert")
     names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     old = {}
@@ -365,9 +408,13 @@ def test_older_bert_checkpoints(tmp_path):
             name = name.removesuffix(new) + before if name.endswith(new) else name
         old[name] = value
     extra = {"bert.pooler.dense.weight": torch.zeros(32, 32), "cls.seq_relationship.bias": torch.zeros(2)}
-    save_file({**old, **extra, "bert.embeddings.position_ids": torch.zeros(1, 128)}, tmp_path / "model.safetensors")
+    save_file(
+        {**old, **extra, "bert.embeddings.position_ids": torch.zeros(1, 128)}, tmp_path / "model.safetensors"
+    )
     model = load_model(tmp_path)
-    assert all(torch.equal(value, tensors[name]) for name, value in model.named_parameters() if name in tensors)
+    assert all(
+        torch.equal(value, tensors[name]) for name, value in model.named_parameters() if name in tensors
+    )
     (tmp_path / "config.json").write_text(json.dumps({**tiny_config("bert", 192), "is_decoder": True}))
     with pytest.raises(CheckpointError, match="is_decoder"):
         load_model(tmp_path)
@@ -376,7 +423,9 @@ def test_older_bert_checkpoints(tmp_path):
 @pytest.mark.data
 @pytest.mark.parametrize("steps", [4, 8])
 def test_rnd1_by_entropy(data_dir, steps):
-    """RND1's greedy diffusion_sample: eight masks, and behind them the place that it reserves and leaves as padding."""
+    """RND1's greedy diffusion_sample: eight masks, and behind them the place that it reserves and leaves as
+    padding.
+    """
     path = data_dir / "reference" / "rnd1"
     model, known = reference(path), load_file(path / "reference.safetensors")
     settings = DecodeConfig(order="entropy", pace="floor", steps=steps, top_k=0)
@@ -385,15 +434,31 @@ def test_rnd1_by_entropy(data_dir, steps):
     assert torch.equal(path_taken.tokens, known[f"generated_greedy_max_new9_steps{steps}"][0, 12:])
 
 
-# ---- mixtures of experts -----------------------------------------------------------------------------------------
+# ---- mixtures of experts
+# -----------------------------------------------------------------------------------------
 MIXTURES = [name for name in FAMILIES if FAMILIES[name].experts is not None]
-FACT = {"prompt": "The river of Ann is", "subject": "Ann", "target_new": "the"}  # one token: one state, one key
+FACT = {
+    "prompt": "The river of Ann is",
+    "subject": "Ann",
+    "target_new": "the",
+}  # one token: one state, one key
 
 
 def rome(**changes: Any) -> Any:
     """ROME_MDM's settings with one context prefix, so that k* is the bare prompt's key."""
-    base = {"layers": [1], "v_num_grad_steps": 6, "v_lr": 0.5, "v_weight_decay": 1e-3, "clamp_norm_factor": 10.0}
-    plain = {"alg_name": "ROME_MDM", "model_name": "tiny", "context_templates": ["{}"], "state_schedule": "full_mask"}
+    base = {
+        "layers": [1],
+        "v_num_grad_steps": 6,
+        "v_lr": 0.5,
+        "v_weight_decay": 1e-3,
+        "clamp_norm_factor": 10.0,
+    }
+    plain = {
+        "alg_name": "ROME_MDM",
+        "model_name": "tiny",
+        "context_templates": ["{}"],
+        "state_schedule": "full_mask",
+    }
     return METHODS["ROME_MDM"].hparams(**{**plain, **base, **changes})
 
 
@@ -436,7 +501,9 @@ def test_a_mixture_is_its_experts_summed(tiny, family):
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_an_edit_of_the_experts_moves_the_block_by_delta(tiny, family):
-    """ROME through the experts that the subject's token goes through: the block's output there moves by delta, no expert else changes."""
+    """ROME through the experts that the subject's token goes through: the block's output there moves by
+    delta, no expert else changes.
+    """
     model = tiny(family)
     template = model.spec.paths.mlp + ".experts"
     settings = rome(rewrite_module_tmp=template)
@@ -463,7 +530,9 @@ def test_an_edit_of_the_experts_moves_the_block_by_delta(tiny, family):
 
 
 def test_sites_of_a_mixture(tiny):
-    """The dense layer's map, the shared expert's, all experts; one expert by itself is refused, and so is a layer without any."""
+    """The dense layer's map, the shared expert's, all experts; one expert by itself is refused, and so is a
+    layer without any.
+    """
     model = tiny("llada2")
     assert model.site(0).name == "model.layers.0.mlp.down_proj"
     assert model.site(1).name == "model.layers.1.mlp.shared_experts.down_proj"
@@ -502,7 +571,8 @@ def test_qwen3_moe_is_transformers_own(tmp_path):
     )
 
 
-# ---- which family, and which not -----------------------------------------------------------------------------------
+# ---- which family, and which not
+# -----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -513,7 +583,10 @@ def test_qwen3_moe_is_transformers_own(tmp_path):
         ({"mask_token_id": 5}, "mask_token_id=5"),
         ({"block_size": 32}, "block_size=32"),
         ({"masked_diffusion": {"attention": "full"}}, "masked_diffusion="),
-        ({"architectures": ["LlamaForCausalLM", "LlamaForMaskedDiffusion"]}, "architectures names LlamaForMaskedDiffusion"),
+        (
+            {"architectures": ["LlamaForCausalLM", "LlamaForMaskedDiffusion"]},
+            "architectures names LlamaForMaskedDiffusion",
+        ),
     ],
 )
 def test_diffusion_under_an_autoregressive_name(tmp_path, changes, message):
@@ -532,9 +605,14 @@ def test_diffusion_under_an_autoregressive_name(tmp_path, changes, message):
 
 
 def test_plain_folders_are_not_refused(tmp_path):
-    """What transformers itself writes for an autoregressive model, and an auto_map of its own class or of a tokenizer."""
+    """What transformers itself writes for an autoregressive model, and an auto_map of its own class or of a
+    tokenizer.
+    """
     write_checkpoint(tmp_path, "llama")
-    remote = {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM", "AutoTokenizer": ["tokenization_own.Own", None]}
+    remote = {
+        "AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM",
+        "AutoTokenizer": ["tokenization_own.Own", None],
+    }
     for changes in ({}, {"auto_map": remote}, {"mask_token_id": None}):
         (tmp_path / "config.json").write_text(json.dumps({**tiny_config("llama", 192), **changes}))
         assert not load_model(tmp_path).masked
@@ -547,16 +625,29 @@ def test_a_class_of_ones_own_is_not_taken_for_its_base():
     class StableDiffcoderForCausalLM(LlamaForCausalLM):
         """As published: Llama with another way to write."""
 
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+    }
     with pytest.raises(ModelError, match="no adapter for a StableDiffcoderForCausalLM"):
         adapt(StableDiffcoderForCausalLM(LlamaConfig(**sizes)))
     assert adapt(LlamaForCausalLM(LlamaConfig(**sizes))).spec.name == "llama"
 
 
 def test_what_an_unknown_family_has_in_common(tmp_path):
-    """The error names families whose tensors or fields it shares, signs of diffusion and of experts, and where to go on."""
+    """The error names families whose tensors or fields it shares, signs of diffusion and of experts, and
+    where to go on.
+    """
     write_checkpoint(tmp_path, "sdar")
-    config = {**tiny_config("sdar", 192), "architectures": ["NovelDiffusionLM"], "model_type": "qwen3", "num_experts": 8}
+    config = {
+        **tiny_config("sdar", 192),
+        "architectures": ["NovelDiffusionLM"],
+        "model_type": "qwen3",
+        "num_experts": 8,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="architecture 'NovelDiffusionLM' is not known") as caught:
         load_model(tmp_path)
@@ -586,7 +677,9 @@ def test_a_native_class_that_is_not_there(tmp_path, monkeypatch):
 
     write_checkpoint(tmp_path, "sdar")
     monkeypatch.setattr(transformers, "Qwen3ForCausalLM", None)
-    with pytest.raises(IncompatibleVersionError, match="no Qwen3 language model: it came with transformers 4.51"):
+    with pytest.raises(
+        IncompatibleVersionError, match="no Qwen3 language model: it came with transformers 4.51"
+    ):
         load_model(tmp_path)
     assert native.class_names(FAMILIES["sdar"])
 

@@ -1,4 +1,6 @@
-"""States in blocks: what is open, and that schedules, likelihood, sampler, edits and traces follow who sees whom."""
+"""States in blocks: what is open, and that schedules, likelihood, sampler, edits and traces follow who sees
+whom.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def is_state(blocks: tuple[int, ...], shown: list[bool], read: list[bool]) -> bo
 @drawn
 @pytest.mark.parametrize("blocks", BLOCKS)
 def test_schedules_go_block_by_block(name, blocks):
-    """In every state earlier blocks show their tokens, later ones none, and the loss is read in the open one."""
+    """In every state earlier blocks show their tokens, later ones none, and the loss is read in the open
+    one.
+    """
     plan = schedule(name, blocks)
     generator = torch.Generator().manual_seed(0)
     for step in range(2 * sum(blocks)):
@@ -57,7 +61,11 @@ def test_schedules_go_block_by_block(name, blocks):
 def test_enumerate_has_every_state_once(blocks):
     """sum (2^n - 1) states; weights by number revealed are 1/N each."""
     states = schedule("enumerate", blocks, 100).draw(0, torch.Generator())
-    assert len(states.weights) == sum(2**n - 1 for n in blocks) == len({tuple(s) for s in states.revealed.tolist()})
+    assert (
+        len(states.weights)
+        == sum(2**n - 1 for n in blocks)
+        == len({tuple(s) for s in states.revealed.tolist()})
+    )
     n = sum(blocks)
     for k in range(n):
         of_k = states.revealed.sum(1) == k
@@ -115,7 +123,9 @@ class Writer:
 @pytest.mark.parametrize("family", ["sdar", "a2d-qwen3", "masked-qwen2", "masked-qwen3"])
 @pytest.mark.parametrize(("prompt", "length"), [(6, 4), (8, 4), (5, 5), (7, 3)])
 def test_any_order_identity(tiny, family, prompt, length):
-    """enumerate's value times N is the mean NLL over all orders that finish a block before the next; so is `exact`."""
+    """enumerate's value times N is the mean NLL over all orders that finish a block before the next; so is
+    `exact`.
+    """
     model = tiny(family, **({"block": 4} if family == "a2d-qwen3" else {}))
     ids = torch.arange(20, 20 + prompt)
     target = torch.arange(40, 40 + length)
@@ -131,7 +141,9 @@ def test_any_order_identity(tiny, family, prompt, length):
     assert value * length == pytest.approx(mean, abs=1e-4)
     assert -log_likelihood(model, [ids], [target], "exact")[0] == pytest.approx(mean, abs=1e-4)
     for method, order in (("left_to_right", list(range(length))), ("right_to_left", _leftwards(blocks))):
-        assert -log_likelihood(model, [ids], [target], method)[0] == pytest.approx(writer.nll(order), abs=1e-4)
+        assert -log_likelihood(model, [ids], [target], method)[0] == pytest.approx(
+            writer.nll(order), abs=1e-4
+        )
 
 
 def _leftwards(blocks: tuple[int, ...]) -> list[int]:
@@ -153,23 +165,34 @@ def test_estimators_are_unbiased_in_blocks(tiny, method):
 
 
 def test_decoding_goes_block_by_block(tiny):
-    """No slot of a later block is committed before the earlier are full; a threshold only makes blocks shorter."""
+    """No slot of a later block is committed before the earlier are full; a threshold only makes blocks
+    shorter.
+    """
     model = tiny("sdar")
     prompts = [torch.arange(20, 26), torch.arange(30, 38)]
-    for config in (DecodeConfig(), DecodeConfig(steps=6), DecodeConfig(order="random", seed=2), DecodeConfig(threshold=0.01)):
+    for config in (
+        DecodeConfig(),
+        DecodeConfig(steps=6),
+        DecodeConfig(order="random", seed=2),
+        DecodeConfig(threshold=0.01),
+    ):
         for prompt, path in zip(prompts, decode(model, prompts, [9, 9], config)):
             parts = path.step.split(model.attention.blocks(len(prompt), 9))
             for before, after in itertools.pairwise(parts):
                 assert int(before.max()) < int(after.min())
             assert (path.tokens != model.ids.mask).all()
-    steps = [int(decode(model, prompts[:1], [9], DecodeConfig(threshold=t))[0].step.max()) for t in (0.0, 1.0)]
+    steps = [
+        int(decode(model, prompts[:1], [9], DecodeConfig(threshold=t))[0].step.max()) for t in (0.0, 1.0)
+    ]
     assert steps == [2, 8]
     alone = decode(model, prompts[1:], [9])[0]
     assert torch.equal(alone.tokens, decode(model, prompts, [9, 9])[1].tokens)
 
 
 def test_what_is_written_later_changes_nothing_before(tiny):
-    """A longer canvas leaves the first whole blocks as they were; generate writes the last block to its end and cuts it."""
+    """A longer canvas leaves the first whole blocks as they were; generate writes the last block to its end
+    and cuts it.
+    """
     model = tiny("sdar")
     prompt = torch.arange(20, 26)
     short, long = (decode(model, [prompt], [n])[0].tokens for n in (6, 10))
@@ -179,7 +202,9 @@ def test_what_is_written_later_changes_nothing_before(tiny):
 
 
 def test_settings_in_blocks(tiny):
-    """Blocks that do not divide the model's, Dream's orders over several blocks, a pace or threshold that is not read."""
+    """Blocks that do not divide the model's, Dream's orders over several blocks, a pace or threshold that is
+    not read.
+    """
     model, full = tiny("sdar"), tiny("llada")
     prompt = [torch.arange(20, 26)]
     for adapter, config, message in (
@@ -215,9 +240,17 @@ REQUEST = {"prompt": "The river of Ann is", "subject": "Ann", "target_new": "red
 
 def settings(name: str = "ROME_MDM", **more):
     """Hyperparameters with context prefixes of several lengths."""
-    base = {"layers": [1], "v_num_grad_steps": 8, "v_lr": 0.5, "v_weight_decay": 1e-3, "clamp_norm_factor": 10.0}
+    base = {
+        "layers": [1],
+        "v_num_grad_steps": 8,
+        "v_lr": 0.5,
+        "v_weight_decay": 1e-3,
+        "clamp_norm_factor": 10.0,
+    }
     templates = ["{}", "Yes. {}", "It is so that {}", "Old and new: {}"]
-    return METHODS[name].hparams(alg_name=name, model_name="tiny", context_templates=templates, **{**base, **more})
+    return METHODS[name].hparams(
+        alg_name=name, model_name="tiny", context_templates=templates, **{**base, **more}
+    )
 
 
 def test_prefixes_fall_into_groups(tiny):
@@ -228,7 +261,9 @@ def test_prefixes_fall_into_groups(tiny):
     some = groups(model, fact)
     assert len(some) > 1 and sorted(c for g in some for c in g.contexts) == list(range(len(fact.contexts)))
     for group in some:
-        assert {model.attention.blocks(len(fact.contexts[c].ids), len(fact.target)) for c in group.contexts} == {group.blocks}
+        assert {
+            model.attention.blocks(len(fact.contexts[c].ids), len(fact.target)) for c in group.contexts
+        } == {group.blocks}
     plan = Plan.of(model, fact, "enumerate")
     rows = build_rows(model, {0: fact}, {0: plan.draw(0, torch.Generator())}, "slot")
     assert float(rows.weights.sum()) == pytest.approx(1)
@@ -260,7 +295,9 @@ def test_edits_over_every_schedule(tiny, family, name):
 
 
 def test_keys_of_groups_are_those_of_the_prefixes_alone(tiny):
-    """k* over groups is the mean over prefixes of each prefix's own mean over its states, in every kind of average."""
+    """k* over groups is the mean over prefixes of each prefix's own mean over its states, in every kind of
+    average.
+    """
     model = tiny("sdar")
     hparams = settings(key_states="average")
     fact = tokenise(model, EditRequest.of(REQUEST), hparams)
@@ -271,7 +308,9 @@ def test_keys_of_groups_are_those_of_the_prefixes_alone(tiny):
         blocks = model.attention.blocks(len(prompt.ids), len(fact.target))
         states = schedule("enumerate", blocks).draw(0, torch.Generator())
         seen = []
-        hook = model.module(site.name).register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+        hook = model.module(site.name).register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append(args[0])
+        )
         with torch.no_grad():
             for shown in states.revealed:
                 row = torch.cat([prompt.ids, torch.where(shown, fact.target, model.ids.mask)])[None]
@@ -285,7 +324,13 @@ def test_keys_of_groups_are_those_of_the_prefixes_alone(tiny):
         ("easyedit", (each[0] + torch.stack(each[1:]).mean(0)) / 2),
     ):
         for states in ("average", "per_state"):
-            some = settings("MEMIT_MDM", key_states=states, key_average=average, mom2_update_weight=1, mom2_dataset="twins")
+            some = settings(
+                "MEMIT_MDM",
+                key_states=states,
+                key_average=average,
+                mom2_update_weight=1,
+                mom2_dataset="twins",
+            )
             columns = key_columns(model, site, [fact], some)
             assert float(columns.weights.sum()) == pytest.approx(1)
             mean = (columns.keys * columns.weights).sum(1)
@@ -293,7 +338,9 @@ def test_keys_of_groups_are_those_of_the_prefixes_alone(tiny):
 
 
 def test_traces_read_the_open_block(tiny, tokenizer):
-    """The slots that a traced run reads are those of the open block; the final log-probability goes through all blocks."""
+    """The slots that a traced run reads are those of the open block; the final log-probability goes through
+    all blocks.
+    """
     model = tiny("sdar")
     fact = TracedFact("The river of Ann is", "Ann", "red and old")
     placed = place(model, fact)

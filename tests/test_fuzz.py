@@ -1,7 +1,8 @@
-"""Hostile and broken files: whatever a parser is given, it returns something or raises an error of this package.
+"""Hostile and broken files: whatever a parser is given, it returns something or raises an error of this
+package.
 
-The short form runs in CI. The long one (EASYEDIT_MDM_LONG=1) tries EASYEDIT_MDM_FUZZ inputs a parser (20,000 by default) and says how many
-it has tried.
+The short form runs in CI. The long one (EASYEDIT_MDM_LONG=1) tries EASYEDIT_MDM_FUZZ inputs a parser (20,000
+by default) and says how many it has tried.
 """
 
 from __future__ import annotations
@@ -44,20 +45,32 @@ SHORT = 60
 LONG = int(os.environ.get("EASYEDIT_MDM_FUZZ", "20000"))
 TRIED: dict[str, int] = {}
 
-# ---- what is tried --------------------------------------------------------------------------------------------------------------------
+# ---- what is tried
+# ------------------------------------------------------------------------------------------------------------
 
 ODD = [
-    "", " ", "\x00", "\ud800", "{}", "[S]", "../../etc/passwd", "/dev/zero", "1e999", "nan", "0" * 60, "ROME_MDM", "a" * 5000, "🦊",
+    "", " ", "\x00", "\ud800", "{}", "[S]", "../../etc/passwd", "/dev/zero", "1e999", "nan", "0" * 60,
+    "ROME_MDM", "a" * 5000, "🦊",
     -1, 0, 1, 2**31, 2**63,
     10**30, -(10**30), 1e308, float("inf"), float("nan"), True, None, [], {}, [[]], [None], {"": {}},
 ]  # fmt: skip
 LEAVES = st.one_of(st.sampled_from(ODD), st.integers(), st.floats(), st.text(max_size=12), st.booleans())
-VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=8)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 def places(value: Any, path: tuple = ()) -> list[tuple]:
     """The way to every entry of nested lists and dicts."""
-    inside = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    inside = (
+        list(value.items())
+        if isinstance(value, dict)
+        else list(enumerate(value))
+        if isinstance(value, list)
+        else []
+    )
     return [path, *(place for key, item in inside for place in places(item, (*path, key)))]
 
 
@@ -109,17 +122,25 @@ def dumped(value: Any) -> bytes:
 
 @st.composite
 def tensor_file(draw: Any, names: list[str]) -> bytes:
-    """A safetensors file of right names with wrong shapes, kinds, NaNs, claims of size, or a header that lies."""
+    """A safetensors file of right names with wrong shapes, kinds, NaNs, claims of size, or a header that
+    lies.
+    """
     tensors = {}
     for name in names:
         shape = draw(st.lists(st.integers(0, 4), max_size=3))
-        kind = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.uint8]))
+        kind = draw(
+            st.sampled_from(
+                [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.uint8]
+            )
+        )
         value = torch.ones(shape).to(kind)
         if value.is_floating_point() and draw(st.booleans()) and value.numel():
             value.view(-1)[0] = draw(st.sampled_from([float("nan"), float("inf"), 1e30]))
         if draw(st.integers(0, 5)):
             tensors[name if draw(st.integers(0, 8)) else name + "x"] = value
-    data = save(tensors, metadata={"settings": json.dumps(draw(VALUES)), "progress": json.dumps(draw(VALUES))})
+    data = save(
+        tensors, metadata={"settings": json.dumps(draw(VALUES)), "progress": json.dumps(draw(VALUES))}
+    )
     if draw(st.booleans()):
         return data
     length = struct.unpack("<Q", data[:8])[0]
@@ -136,7 +157,8 @@ def tensor_file(draw: Any, names: list[str]) -> bytes:
     return struct.pack("<Q", claimed) + text + data[8 + length :]
 
 
-# ---- the parsers -----------------------------------------------------------------------------------------------------------------------
+# ---- the parsers
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Target:
@@ -171,30 +193,53 @@ def hparams_target(folder: Path) -> Target:
     """Hyperparameter files of every method, as YAML."""
     valid = {name: read_yaml(find_hparams(f"{name}/twin-llada")) for name in METHODS}
     shipped = find_hparams("ROME_MDM/twin-llada").read_bytes()
-    bombs = [b"a: &a [x,x]\nb: &b [*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\nd: [*c,*c,*c,*c,*c,*c,*c,*c,*c]\n", b"a: &a [*a]\n",
+    bombs = [
+             b"a: &a [x,x]\nb: &b [*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\n"
+             b"d: [*c,*c,*c,*c,*c,*c,*c,*c,*c]\n",
+             b"a: &a [*a]\n",
              b"a: !!python/object/apply:os.system [ls]\n", b"a: 2001-13-45\n",
              b"layers: " + b"[" * 3000, b"seed: " + b"9" * 5000,
              b"? [1]\n: 2\n"]  # fmt: skip
     nested = [spoiled({**v, "decode": {"steps": 4}, "guard": {"norm_ratio": 3}}) for v in valid.values()]
-    written = [values.map(lambda x: yaml.dump(x, allow_unicode=True).encode("utf-8", "surrogatepass")) for values in nested]
+    written = [
+        values.map(lambda x: yaml.dump(x, allow_unicode=True).encode("utf-8", "surrogatepass"))
+        for values in nested
+    ]
     inputs = st.one_of(*written, torn(shipped), st.sampled_from(bombs))
 
     def run(data: bytes) -> Any:
         (folder / "h.yaml").write_bytes(data)
-        return first_of(*(partial(METHODS[name].hparams.from_hparams, folder / "h.yaml") for name in ("ROME_MDM", "AlphaEdit_MDM")))
+        return first_of(
+            *(
+                partial(METHODS[name].hparams.from_hparams, folder / "h.yaml")
+                for name in ("ROME_MDM", "AlphaEdit_MDM")
+            )
+        )
 
     return Target(inputs, run, shipped, find_hparams("AlphaEdit_MDM/twin-llada").read_bytes())
 
 
 def edit_target(folder: Path) -> Target:
-    """Edit folders: the card, the tensors, and (half the time) a hash that fits, so that what lies behind it is reached."""
-    changes = [LowRank("a.weight", torch.ones(4, 1), torch.ones(1, 3)), LowRank("b.weight", torch.ones(2, 2), torch.ones(2, 2), True)]
+    """Edit folders: the card, the tensors, and (half the time) a hash that fits, so that what lies behind it
+    is reached.
+    """
+    changes = [
+        LowRank("a.weight", torch.ones(4, 1), torch.ones(1, 3)),
+        LowRank("b.weight", torch.ones(2, 2), torch.ones(2, 2), True),
+    ]
     fact = {"prompt": "a b", "subject": "a", "target_new": "c"}
     base = {"name": "m", "fingerprint": "0" * 64, "dtype": "float32", "weights": {}}
     shutil.rmtree(folder / "e", ignore_errors=True)
-    Edit(changes, {"base": base, "facts": [fact], "norms": {"a.weight": {"norm_ratio": 1.0}}, "guard": {"on": False}, "hyperparameters": {}}).save(
-        folder / "e"
-    )
+    Edit(
+        changes,
+        {
+            "base": base,
+            "facts": [fact],
+            "norms": {"a.weight": {"norm_ratio": 1.0}},
+            "guard": {"on": False},
+            "hyperparameters": {},
+        },
+    ).save(folder / "e")
     card, tensors = json.loads((folder / "e" / CARD).read_text()), (folder / "e" / TENSORS).read_bytes()
     names = [f"{c.name}|{key}" for c in changes for key in c.tensors]
     inputs = st.tuples(
@@ -205,7 +250,11 @@ def edit_target(folder: Path) -> Target:
 
     def run(parts: tuple[bytes, bytes, bool]) -> Edit:
         (folder / "e" / TENSORS).write_bytes(parts[1])
-        data = parts[0].replace(card["tensors"]["sha256"].encode(), file_sha256(folder / "e" / TENSORS).encode()) if parts[2] else parts[0]
+        data = (
+            parts[0].replace(card["tensors"]["sha256"].encode(), file_sha256(folder / "e" / TENSORS).encode())
+            if parts[2]
+            else parts[0]
+        )
         (folder / "e" / CARD).write_bytes(data)
         edit = Edit.load(folder / "e")
         edit.diff()
@@ -226,13 +275,24 @@ def run_file_target(folder: Path) -> Target:
         "judge": {},
         "dataset": {"name": "d"},
     }
-    score = {"exact": True, "token_acc": 1.0, "first_commit": True, "n_tokens": 2, "text": "x", "tokens": [1, 2]}
-    case = {"case_id": 0, "subject": "s", "prompt": "p", "target_new": "t", "n_tokens": 2, "edit": {"forwards": 3}, "time": {"edit_seconds": 1.0},
-            "pre": {"multi_step": {"rewrite": score}}, "post": {"multi_step": {"rewrite": score}, "mirage_gap": 0.5}}  # fmt: skip
+    score = {
+        "exact": True,
+        "token_acc": 1.0,
+        "first_commit": True,
+        "n_tokens": 2,
+        "text": "x",
+        "tokens": [1, 2],
+    }
+    case = {"case_id": 0, "subject": "s", "prompt": "p", "target_new": "t", "n_tokens": 2,
+        "edit": {"forwards": 3}, "time": {"edit_seconds": 1.0},
+            "pre": {"multi_step": {"rewrite": score}}, "post": {"multi_step": {"rewrite": score},
+                "mirage_gap": 0.5}}  # fmt: skip
     lines = [header, case, {**case, "case_id": 1}]
 
     def text(records: Any) -> bytes:
-        return b"\n".join(dumped(r) for r in records) + b"\n" if isinstance(records, list) else dumped(records)
+        return (
+            b"\n".join(dumped(r) for r in records) + b"\n" if isinstance(records, list) else dumped(records)
+        )
 
     def run(data: bytes) -> Any:
         path = folder / "run.jsonl"
@@ -256,7 +316,12 @@ def data_target(name: str, records: Any, tokenizer: Any = None) -> Callable[[Pat
             place = folder / "kamel" / "P19"
             place.mkdir(parents=True, exist_ok=True)
             valid = b"\n".join(dumped(r) for r in records)
-            inputs = st.one_of(spoiled(records).map(lambda rs: b"\n".join(map(dumped, rs)) if isinstance(rs, list) else dumped(rs)), torn(valid))
+            inputs = st.one_of(
+                spoiled(records).map(
+                    lambda rs: b"\n".join(map(dumped, rs)) if isinstance(rs, list) else dumped(rs)
+                ),
+                torn(valid),
+            )
 
             def run(data: bytes) -> Any:
                 (place / "test.jsonl").write_bytes(data)
@@ -270,17 +335,24 @@ def data_target(name: str, records: Any, tokenizer: Any = None) -> Callable[[Pat
             loaded = load_cases(name, data_file=folder / "data.json", limit=3)
             return [*loaded.cases, *loaded.skipped]
 
-        return Target(st.one_of(spoiled(records).map(dumped), torn(dumped(records))), run_file, dumped(records))
+        return Target(
+            st.one_of(spoiled(records).map(dumped), torn(dumped(records))), run_file, dumped(records)
+        )
 
     return make
 
 
 def statistics_target(folder: Path) -> Target:
     """Files of second moments, and checkpoints of unfinished collections."""
-    write(folder / "m.safetensors", SecondMoments(torch.eye(3, dtype=torch.float64), 10, {"model": "0" * 64, "tokens_seen": 10}))
+    write(
+        folder / "m.safetensors",
+        SecondMoments(torch.eye(3, dtype=torch.float64), 10, {"model": "0" * 64, "tokens_seen": 10}),
+    )
     whole = (folder / "m.safetensors").read_bytes()
     site = Site(0, "s", False)
-    collecting._save(folder / "c.safetensors", collecting._Sums({"s": [torch.eye(3, dtype=torch.float64)] * 2}, 1, 2, 3))
+    collecting._save(
+        folder / "c.safetensors", collecting._Sums({"s": [torch.eye(3, dtype=torch.float64)] * 2}, 1, 2, 3)
+    )
     part = (folder / "c.safetensors").read_bytes()
 
     def run(data: bytes) -> Any:
@@ -288,7 +360,12 @@ def statistics_target(folder: Path) -> Target:
         path.write_bytes(data)
         return first_of(lambda: collecting._load(path, [site]), lambda: read(path, "0" * 64))
 
-    return Target(st.one_of(torn(whole), torn(part), tensor_file(["moment"]), tensor_file(["s|0", "s|1"])), run, whole, part)
+    return Target(
+        st.one_of(torn(whole), torn(part), tensor_file(["moment"]), tensor_file(["s|0", "s|1"])),
+        run,
+        whole,
+        part,
+    )
 
 
 def text_target(folder: Path) -> Target:
@@ -310,10 +387,15 @@ def model_target(folder: Path) -> Target:
     write_checkpoint(base, "llada", 40)
     config = json.loads((base / "config.json").read_text())
     weights = (base / "model.safetensors").read_bytes()
-    index = {"metadata": {}, "weight_map": {"model.transformer.wte.weight": "model.safetensors", "x": "../../../etc/passwd"}}
+    index = {
+        "metadata": {},
+        "weight_map": {"model.transformer.wte.weight": "model.safetensors", "x": "../../../etc/passwd"},
+    }
     inputs = st.tuples(
         st.one_of(spoiled(config).map(dumped), torn(dumped(config)), st.just(dumped(config))),
-        st.one_of(torn(weights), tensor_file(["model.transformer.wte.weight"]), st.just(weights), st.just(weights)),
+        st.one_of(
+            torn(weights), tensor_file(["model.transformer.wte.weight"]), st.just(weights), st.just(weights)
+        ),
         st.one_of(st.none(), st.none(), spoiled(index).map(dumped), torn(dumped(index))),
     )
 
@@ -338,9 +420,15 @@ def applied_target(folder: Path) -> Target:
     edit.apply(adapter)
     write_edited(adapter, folder / "edited")
     place = folder / "edited" / "edits" / "001"
-    told, originals = json.loads((folder / "edited" / "applied.json").read_text()), (place / "originals.safetensors").read_bytes()
+    told, originals = (
+        json.loads((folder / "edited" / "applied.json").read_text()),
+        (place / "originals.safetensors").read_bytes(),
+    )
     carrying = [load_adapter(folder / "edited")]
-    inputs = st.tuples(st.one_of(spoiled(told).map(dumped), torn(dumped(told))), st.one_of(tensor_file([weight]), st.just(originals)))
+    inputs = st.tuples(
+        st.one_of(spoiled(told).map(dumped), torn(dumped(told))),
+        st.one_of(tensor_file([weight]), st.just(originals)),
+    )
 
     def run(parts: tuple[bytes, bytes]) -> Any:
         (folder / "edited" / "applied.json").write_bytes(parts[0])
@@ -352,14 +440,18 @@ def applied_target(folder: Path) -> Target:
     return Target(inputs, run, (dumped(told), originals))
 
 
-ZSRE = [{"src": "Where is A?", "subject": "A", "alt": "B", "answers": ["C"], "rephrase": "A is where?", "loc": "Who?", "loc_ans": "D",
+ZSRE = [{"src": "Where is A?", "subject": "A", "alt": "B", "answers": ["C"], "rephrase": "A is where?",
+    "loc": "Who?", "loc_ans": "D",
          "portability": {"New Question": "x?", "New Answer": "y"}}]  # fmt: skip
-EASYEDIT_CF = {"case_id": 1, "prompt": "A is in", "subject": "A", "target_new": "B", "ground_truth": "C", "rephrase_prompt": "A lies in",
+EASYEDIT_CF = {"case_id": 1, "prompt": "A is in", "subject": "A", "target_new": "B", "ground_truth": "C",
+    "rephrase_prompt": "A lies in",
     "locality_prompt": "D is in",
                "locality_ground_truth": "E"}  # fmt: skip
-ROME_CF = {"case_id": 2, "requested_rewrite": {"prompt": "{} is in", "subject": "A", "target_new": {"str": "B"}, "target_true": {"str": "C"}},
+ROME_CF = {"case_id": 2, "requested_rewrite": {"prompt": "{} is in", "subject": "A",
+    "target_new": {"str": "B"}, "target_true": {"str": "C"}},
            "paraphrase_prompts": ["A lies in"], "neighborhood_prompts": ["D is in"]}  # fmt: skip
-KNOWEDIT = [{"prompt": "A is in", "subject": "A", "target_new": "B", "ground_truth": ["C"], "rephrase_prompt": "x",
+KNOWEDIT = [{"prompt": "A is in", "subject": "A", "target_new": "B", "ground_truth": ["C"],
+    "rephrase_prompt": "x",
     "locality": {"near": [{"prompt": "D", "ground_truth": [["E"]]}]},
              "portability": {"hop": {"prompt": ["F"], "ground_truth": ["G"]}}}]  # fmt: skip
 KAMEL = [
@@ -368,9 +460,12 @@ KAMEL = [
 ]
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
-    "hyperparameters": hparams_target, "edit": edit_target, "run file": run_file_target, "zsre": data_target("zsre", ZSRE),
-    "counterfact": data_target("counterfact", [EASYEDIT_CF, ROME_CF]), "knowedit": data_target("knowedit", KNOWEDIT),
-    "requests": data_target("requests", KNOWEDIT), "statistics": statistics_target, "text": text_target, "model folder": model_target,
+    "hyperparameters": hparams_target, "edit": edit_target, "run file": run_file_target,
+    "zsre": data_target("zsre", ZSRE),
+    "counterfact": data_target("counterfact", [EASYEDIT_CF, ROME_CF]), "knowedit": data_target("knowedit",
+        KNOWEDIT),
+    "requests": data_target("requests", KNOWEDIT), "statistics": statistics_target, "text": text_target,
+    "model folder": model_target,
     "applied.json": applied_target,
 }  # fmt: skip
 
@@ -414,17 +509,27 @@ def test_long(tmp_path, name, tokenizer, capsys):
     assert TRIED[name] >= LONG
 
 
-# ---- nothing of a file is ever run -----------------------------------------------------------------------------------------------------
+# ---- nothing of a file is ever run
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_no_pickle_and_no_remote_code(tmp_path, monkeypatch, tokenizer):
     """Pickled weights are not opened, code beside the weights is not imported, YAML tags make no objects."""
     write_checkpoint(tmp_path / "m", "llada", len(tokenizer))
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    auto = {"auto_map": {"AutoModel": "modeling_x.X", "AutoConfig": "modeling_x.X", "AutoTokenizer": ["modeling_x.X", None]}, "tokenizer_class": "X"}
+    auto = {
+        "auto_map": {
+            "AutoModel": "modeling_x.X",
+            "AutoConfig": "modeling_x.X",
+            "AutoTokenizer": ["modeling_x.X", None],
+        },
+        "tokenizer_class": "X",
+    }
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, **auto}))
     tokenizer.save_pretrained(tmp_path / "m")
-    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps({**json.loads((tmp_path / "m" / "tokenizer_config.json").read_text()), **auto}))
+    (tmp_path / "m" / "tokenizer_config.json").write_text(
+        json.dumps({**json.loads((tmp_path / "m" / "tokenizer_config.json").read_text()), **auto})
+    )
     (tmp_path / "m" / "modeling_x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     for name in ("load", "Unpickler"):
         monkeypatch.setattr(f"pickle.{name}", lambda *a, **k: pytest.fail("pickle was used"))
@@ -434,7 +539,8 @@ def test_no_pickle_and_no_remote_code(tmp_path, monkeypatch, tokenizer):
     with pytest.raises(EasyEditMDMError, match="pickled .bin weights are not read"):
         load_adapter(tmp_path / "m")
     (tmp_path / "h.yaml").write_text(
-        f"alg_name: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{tmp_path / 'ran'}]]\n"
+        "alg_name: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path"
+        f" [{tmp_path / 'ran'}]]\n"
     )
     with pytest.raises(EasyEditMDMError, match="not readable YAML"):
         METHODS["ROME_MDM"].hparams.from_hparams(tmp_path / "h.yaml")
@@ -447,4 +553,14 @@ def test_the_source_asks_for_none():
 
     for path in Path(easyedit_mdm.__file__).parent.rglob("*.py"):
         code = path.read_text(encoding="utf-8")
-        assert not any(word in code for word in ("trust_remote_code=True", "import pickle", "torch.load(", "yaml.load(", "eval(input", "exec(")), path
+        assert not any(
+            word in code
+            for word in (
+                "trust_remote_code=True",
+                "import pickle",
+                "torch.load(",
+                "yaml.load(",
+                "eval(input",
+                "exec(",
+            )
+        ), path

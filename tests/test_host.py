@@ -56,9 +56,14 @@ def call(world, n: int = 1, length: int = 2) -> dict:
         "target_new": [world.other_object(f, length, rng) for f in facts],
         "rephrase_prompts": [f.paraphrase() for f in facts],
         "locality_inputs": {
-            "neighborhood": {"prompt": [[x.prompt() for x in ns] for ns in neighbours], "ground_truth": [[x.object for x in ns] for ns in neighbours]}
+            "neighborhood": {
+                "prompt": [[x.prompt() for x in ns] for ns in neighbours],
+                "ground_truth": [[x.object for x in ns] for ns in neighbours],
+            }
         },
-        "portability_inputs": {"same": {"prompt": [f.prompt(1) for f in facts], "ground_truth": [f.object for f in facts]}},
+        "portability_inputs": {
+            "same": {"prompt": [f.prompt(1) for f in facts], "ground_truth": [f.object for f in facts]}
+        },
     }
 
 
@@ -71,7 +76,9 @@ def editor_for(joined, model: str = "twin-llada", **changes):
 
 
 def test_single_edit(joined, world):
-    """The record has EasyEdit's keys and the multi-step section; the weights are restored; numbers have their own group."""
+    """The record has EasyEdit's keys and the multi-step section; the weights are restored; numbers have their
+    own group.
+    """
     editor = editor_for(joined)
     assert isinstance(editor.model, Adapter) and isinstance(editor.model_name, LoadedName)
     assert editor.model.dtype == torch.float32, "twins are stored in half precision and used in full"
@@ -90,7 +97,9 @@ def test_single_edit(joined, world):
     assert len(record["post"]["locality"]["neighborhood_acc"]) == 2
     assert record["post"]["metric_meta"]["rewrite"]["comparable_group"].startswith("mdm.")
     if HEAD:
-        assert record["post"]["metric_meta"]["locality.neighborhood"]["comparable_group"].startswith("locality.mdm.")
+        assert record["post"]["metric_meta"]["locality.neighborhood"]["comparable_group"].startswith(
+            "locality.mdm."
+        )
     json.dumps(metrics)
 
 
@@ -106,7 +115,9 @@ def test_batch_of_requests_is_restored_each_time(joined, world):
 
 
 def test_sequential_edits_stay(joined, world):
-    """The head's sequential_edit=True and the wheel's keep_original_weight=False both leave all edits in the model."""
+    """The head's sequential_edit=True and the wheel's keep_original_weight=False both leave all edits in the
+    model.
+    """
     editor = editor_for(joined)
     before = parameter_hashes(editor.model)
     arguments = {k: v for k, v in call(world, 2).items() if k in ("prompts", "subject", "target_new")}
@@ -120,7 +131,9 @@ def test_sequential_edits_stay(joined, world):
 
 @pytest.mark.parametrize("model", ["twin-llada", "twin-llama"])
 def test_fluency(joined, world, model):
-    """EasyEdit's test_generation, its own for autoregressive models; without nltk and its data the record says whose words they are."""
+    """EasyEdit's test_generation, its own for autoregressive models; without nltk and its data the record
+    says whose words they are.
+    """
     import importlib
 
     utils = importlib.import_module("easyeditor.evaluate.evaluate_utils")
@@ -152,22 +165,31 @@ def test_bad_requests_change_nothing(joined, world):
 
 
 def test_autoregressive_twin_with_both_romes(joined, world):
-    """EasyEdit's own ROME on twin-llama, and ours: the same record, EasyEdit's metrics untouched, multi_step beside them."""
+    """EasyEdit's own ROME on twin-llama, and ours: the same record, EasyEdit's metrics untouched, multi_step
+    beside them.
+    """
     import importlib
 
     theirs = importlib.import_module("easyeditor.models.rome.rome_main")
     theirs.CONTEXT_TEMPLATES_CACHE = ["{}"]
     layer = ROMEMDMHyperParams.from_hparams("ROME_MDM/twin-llama").layers
     own = importlib.import_module("easyeditor.models.rome.rome_hparams").ROMEHyperParams(
-        layers=layer, fact_token="subject_last", v_num_grad_steps=30, v_lr=0.5, v_loss_layer=7, v_weight_decay=5e-4, clamp_norm_factor=4,
-        kl_factor=0.0625, mom2_adjustment=False, context_template_length_params=[[5, 2]], rewrite_module_tmp="model.layers.{}.mlp.down_proj",
-        layer_module_tmp="model.layers.{}", mlp_module_tmp="model.layers.{}.mlp", attn_module_tmp="model.layers.{}.self_attn",
-        ln_f_module="model.norm", lm_head_module="lm_head", mom2_dataset="-", mom2_n_samples=1, mom2_dtype="float32", alg_name="ROME",
+        layers=layer, fact_token="subject_last", v_num_grad_steps=30, v_lr=0.5, v_loss_layer=7,
+        v_weight_decay=5e-4, clamp_norm_factor=4,
+        kl_factor=0.0625, mom2_adjustment=False, context_template_length_params=[[5, 2]],
+        rewrite_module_tmp="model.layers.{}.mlp.down_proj",
+        layer_module_tmp="model.layers.{}", mlp_module_tmp="model.layers.{}.mlp",
+        attn_module_tmp="model.layers.{}.self_attn",
+        ln_f_module="model.norm", lm_head_module="lm_head", mom2_dataset="-", mom2_n_samples=1,
+        mom2_dtype="float32", alg_name="ROME",
         device="cpu", model_name="twin-llama", stats_dir="-",
     )  # fmt: skip
     arguments = call(world, length=1)
     records = {}
-    for name, editor in (("ROME", joined.editor_class.from_hparams(own)), ("ROME_MDM", editor_for(joined, "twin-llama"))):
+    for name, editor in (
+        ("ROME", joined.editor_class.from_hparams(own)),
+        ("ROME_MDM", editor_for(joined, "twin-llama")),
+    ):
         assert editor.tok.padding_side == "right" and editor.tok.pad_token_id is not None
         assert not isinstance(editor.model, Adapter)
         before = parameter_hashes(editor.model)
@@ -177,8 +199,13 @@ def test_autoregressive_twin_with_both_romes(joined, world):
     theirs.CONTEXT_TEMPLATES_CACHE = None
     for record in records.values():
         assert np.mean(record["rewrite_acc"]) == 1.0
-        assert set(record["multi_step"]["rewrite"]) == CAUSAL and record["multi_step"]["rewrite"]["decode"]["order"] == "greedy"
-        assert record.get("metric_meta", {}).get("rewrite", {}).get("comparable_group", "lm.").startswith("lm.")
+        assert (
+            set(record["multi_step"]["rewrite"]) == CAUSAL
+            and record["multi_step"]["rewrite"]["decode"]["order"] == "greedy"
+        )
+        assert (
+            record.get("metric_meta", {}).get("rewrite", {}).get("comparable_group", "lm.").startswith("lm.")
+        )
 
 
 def batch_editor(joined, method: str, model: str = "twin-llada", **changes):
@@ -191,7 +218,9 @@ def batch_editor(joined, method: str, model: str = "twin-llada", **changes):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].batchable])
 def test_batch_edit(joined, world, method):
-    """EasyEdit's batch_edit: all facts of a batch in one update, scored, and the weights put back after it."""
+    """EasyEdit's batch_edit: all facts of a batch in one update, scored, and the weights put back after
+    it.
+    """
     editor = batch_editor(joined, method, batch_size=3)
     before = parameter_hashes(editor.model)
     arguments = {k: v for k, v in call(world, 3).items() if k in ("prompts", "subject", "target_new")}
@@ -214,20 +243,26 @@ def test_every_method_through_the_editor(joined, world, method):
 
 
 def test_alphaedit_history_belongs_to_the_editor(joined, world):
-    """Sequential edits of one editor know each other; another editor starts afresh; restored edits are forgotten."""
+    """Sequential edits of one editor know each other; another editor starts afresh; restored edits are
+    forgotten.
+    """
     editor, other = batch_editor(joined, "AlphaEdit_MDM"), batch_editor(joined, "AlphaEdit_MDM")
     arguments = {k: v for k, v in call(world, 2).items() if k in ("prompts", "subject", "target_new")}
     editor.edit(**arguments, keep_original_weight=True, verbose=False)
     history = editor.hparams.model_name.session.history
     assert len(history) == 1, "each edit was taken back before the next"
-    editor.edit(**arguments, **({"sequential_edit": True} if HEAD else {"keep_original_weight": False}), verbose=False)
+    editor.edit(
+        **arguments, **({"sequential_edit": True} if HEAD else {"keep_original_weight": False}), verbose=False
+    )
     assert editor.hparams.model_name.session.history is history
     assert len(history) == 2
     assert other.hparams.model_name.session is None
 
 
 def test_easyedits_memit_on_our_statistics(joined, world, monkeypatch, tmp_path):
-    """EasyEdit's own MEMIT edits the autoregressive twin with second moments of a shipped text, and downloads nothing."""
+    """EasyEdit's own MEMIT edits the autoregressive twin with second moments of a shipped text, and downloads
+    nothing.
+    """
     if not HEAD and transformers.__version__ >= "5":
         pytest.skip("the wheel's MEMIT needs transformers 4")
     monkeypatch.setenv("EASYEDIT_MDM_CACHE", str(tmp_path / "cache"))
@@ -244,12 +279,16 @@ def easyedit_hparams(method: str, file: str):
 
     from easyedit_mdm.editing.hparams import find_hparams
 
-    return getattr(importlib.import_module("easyeditor"), f"{method}HyperParams").from_hparams(str(find_hparams(file)))
+    return getattr(importlib.import_module("easyeditor"), f"{method}HyperParams").from_hparams(
+        str(find_hparams(file))
+    )
 
 
 @pytest.mark.skipif(not HEAD, reason="UnKE is in the repository only")
 def test_easyedits_unke(joined, world):
-    """EasyEdit's own UnKE writes a fact into an autoregressive twin. Its causal mask is ours where transformers has none (5.24)."""
+    """EasyEdit's own UnKE writes a fact into an autoregressive twin. Its causal mask is ours where
+    transformers has none (5.24).
+    """
     import importlib
 
     unke = importlib.import_module("easyeditor.models.unke.unke_main")
@@ -257,9 +296,12 @@ def test_easyedits_unke(joined, world):
     model, tok = adapter.native, adapter.tokenizer
     tok.padding_side, tok.pad_token_id = "right", adapter.ids.pad
     hparams = importlib.import_module("easyeditor.models.unke.unke_hparams").unkeHyperParams(
-        model_name="Qwen2.5-7B-Instruct", layers=[3], layer_selection="all", fact_token="last", lr=2e-3, v_num_grad_steps=30, v_lr=0.5,
-        v_loss_layer=adapter.layers - 1, v_weight_decay=0.0, clamp_norm_factor=4.0, optim_num_step=60, ex_data_num=1, rewrite_module_tmp="-",
-        layer_module_tmp="model.layers.{}", mlp_module_tmp="-", attn_module_tmp="-", ln_f_module="model.norm", lm_head_module="lm_head",
+        model_name="Qwen2.5-7B-Instruct", layers=[3], layer_selection="all", fact_token="last", lr=2e-3,
+        v_num_grad_steps=30, v_lr=0.5,
+        v_loss_layer=adapter.layers - 1, v_weight_decay=0.0, clamp_norm_factor=4.0, optim_num_step=60,
+        ex_data_num=1, rewrite_module_tmp="-",
+        layer_module_tmp="model.layers.{}", mlp_module_tmp="-", attn_module_tmp="-", ln_f_module="model.norm",
+        lm_head_module="lm_head",
     )  # fmt: skip
     wanted = call(world, length=1)
     prompt, near = wanted["prompts"][0], wanted["locality_inputs"]["neighborhood"]["prompt"][0][0]
@@ -271,7 +313,9 @@ def test_easyedits_unke(joined, world):
         return last.softmax(-1)[tok(target, add_special_tokens=False)["input_ids"][0]].item()
 
     before = probability()
-    originals = unke.apply_unke_to_model(model, tok, hparams, [{"question": prompt, "answer": target}], [near])
+    originals = unke.apply_unke_to_model(
+        model, tok, hparams, [{"question": prompt, "answer": target}], [near]
+    )
     assert before < 0.1 and probability() > 0.9
     assert all(name.startswith("model.layers.3.") for name in originals)
 
@@ -292,7 +336,9 @@ def test_perplexity_is_refused(joined, world):
     from easyedit_mdm.host.evaluation import edit_quality
 
     with pytest.raises(HyperParameterError, match="token_em"):
-        edit_quality(load_model("twin-llada"), {"prompt": "x", "target_new": "y"}, DecodeConfig(), eval_metric="ppl")
+        edit_quality(
+            load_model("twin-llada"), {"prompt": "x", "target_new": "y"}, DecodeConfig(), eval_metric="ppl"
+        )
 
 
 def test_rome_yaml_dispatch(joined):
@@ -302,7 +348,9 @@ def test_rome_yaml_dispatch(joined):
     rome = importlib.import_module("easyeditor.models.rome.rome_hparams").ROMEHyperParams
     from easyedit_mdm.editing.hparams import packaged_hparams
 
-    assert isinstance(rome.from_hparams(str(packaged_hparams() / "ROME_MDM" / "twin-llada.yaml")), ROMEMDMHyperParams)
+    assert isinstance(
+        rome.from_hparams(str(packaged_hparams() / "ROME_MDM" / "twin-llada.yaml")), ROMEMDMHyperParams
+    )
 
 
 RUNNER = """
@@ -336,21 +384,31 @@ for command in json.loads(sys.argv[1]):
 
 
 def cli(*commands: list[str], cwd: Path, path: Path | None = None) -> list[tuple[int, str]]:
-    """Exit status and stderr of each command line, in one process (run-time type checks, on in this one, draw from `random`)."""
+    """Exit status and stderr of each command line, in one process (run-time type checks, on in this one, draw
+    from `random`).
+    """
     done = python(SEVERAL, cwd, path, json.dumps(commands))
     assert done.returncode == 0, done.stderr[-3000:]
-    return [tuple(json.loads(line.removeprefix("done "))) for line in done.stdout.splitlines() if line.startswith("done ")]
+    return [
+        tuple(json.loads(line.removeprefix("done ")))
+        for line in done.stdout.splitlines()
+        if line.startswith("done ")
+    ]
 
 
 def python(code: str, cwd: Path, path: Path | None = None, *arguments: str) -> subprocess.CompletedProcess:
     """Code in a process of its own, with a folder on its path."""
     paths = [str(path)] * (path is not None) + [os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
 
 
 def test_runner(tmp_path):
-    """A script that knows only EasyEdit's names: both spellings, the file's name, the seed, the folder that is not there yet."""
+    """A script that knows only EasyEdit's names: both spellings, the file's name, the seed, the folder that
+    is not there yet.
+    """
     import random
 
     (tmp_path / "run.py").write_text(RUNNER)
@@ -358,7 +416,15 @@ def test_runner(tmp_path):
     hparams = ["--hparams_dir", "hparams/ROME_MDM/twin-llada.yaml"]
     wanted = [(name, seed) for name in flags for seed in (42, 7)]
     commands = [
-        ["run", *(["--seed", str(seed)] * (seed != 42)), "run.py", flags[name], *hparams, "--metrics_save_dir", f"new/{name}-{seed}"]
+        [
+            "run",
+            *(["--seed", str(seed)] * (seed != 42)),
+            "run.py",
+            flags[name],
+            *hparams,
+            "--metrics_save_dir",
+            f"new/{name}-{seed}",
+        ]
         for name, seed in wanted
     ]
     refused = [["run", "run.py", "--alg", name, *hparams] for name in ("ROMME_MDM", "MEMIT_MDM")]
@@ -366,7 +432,11 @@ def test_runner(tmp_path):
     for (name, seed), (status, said) in zip(wanted, ran, strict=True):
         assert status == 0, said
         result = json.loads((tmp_path / "new" / f"{name}-{seed}" / "ROME_MDM_results.json").read_text())
-        assert result == {"method": "ROME_MDM", "draw": random.Random(seed).random(), "class": "ROMEMDMHyperParams"}
+        assert result == {
+            "method": "ROME_MDM",
+            "draw": random.Random(seed).random(),
+            "class": "ROMEMDMHyperParams",
+        }
     assert wrong[0] == 2 and "did you mean 'ROME_MDM'" in wrong[1]
     assert other[0] == 2 and "a file of ROME_MDM, but MEMIT_MDM was asked for" in other[1]
 
@@ -375,9 +445,19 @@ def test_hook(tmp_path):
     """Plain `python run.py --editing_method=ROME_MDM` with the hook's folder on PYTHONPATH."""
     (tmp_path / "run.py").write_text(RUNNER)
     (tmp_path / "out").mkdir()
-    folder = subprocess.run([sys.executable, "-m", "easyedit_mdm.cli", "hook"], capture_output=True, text=True, check=True).stdout.strip()
+    folder = subprocess.run(
+        [sys.executable, "-m", "easyedit_mdm.cli", "hook"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     hparams = Path(__file__).parent.parent / "hparams" / "ROME_MDM" / "twin-llada.yaml"
-    command = [sys.executable, "run.py", "--editing_method=ROME_MDM", "--hparams_dir", str(hparams), "--metrics_save_dir", "out"]
+    command = [
+        sys.executable,
+        "run.py",
+        "--editing_method=ROME_MDM",
+        "--hparams_dir",
+        str(hparams),
+        "--metrics_save_dir",
+        "out",
+    ]
     done = subprocess.run(
         command,
         cwd=tmp_path,
@@ -395,24 +475,35 @@ def test_hook(tmp_path):
 def test_method_names():
     """Equal to what they stand for and to themselves, printed as themselves."""
     name = MethodName("ROME_MDM", "ROME")
-    assert name == "ROME" and name == "ROME_MDM" and name == "MEMIT" and name != "AlphaEdit" and f"{name}" == "ROME_MDM"
+    assert (
+        name == "ROME"
+        and name == "ROME_MDM"
+        and name == "MEMIT"
+        and name != "AlphaEdit"
+        and f"{name}" == "ROME_MDM"
+    )
     assert {"ROME": 1}[name] == 1
 
 
 def test_import_leaves_no_trace(tmp_path):
-    """Seeds, environment, logging, warnings, import system, other packages: as before; EasyEdit holds the only stand-ins."""
+    """Seeds, environment, logging, warnings, import system, other packages: as before; EasyEdit holds the
+    only stand-ins.
+    """
     probe = """
 import builtins, gc, os, sys, random, logging, warnings
 import numpy, torch, transformers
 from transformers import modeling_utils, pytorch_utils
 import easyedit_mdm.host
 from easyedit_mdm.host.standins import _Answer, _StandInType
-state = lambda: (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), dict(os.environ),
-                 list(logging.root.handlers), logging.root.level, list(warnings.filters), list(sys.meta_path), builtins.__import__)
+state = lambda: (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
+                 dict(os.environ),
+                 list(logging.root.handlers), logging.root.level, list(warnings.filters),
+                 list(sys.meta_path), builtins.__import__)
 random.seed(5); before = state(), set(vars(modeling_utils)), set(vars(pytorch_utils))
 easyedit_mdm.host.import_easyedit()
 assert (state(), set(vars(modeling_utils)), set(vars(pytorch_utils))) == before
-holders = {n.split(".")[0] for n, m in list(sys.modules.items()) for v in [m, *vars(m).values()] if isinstance(v, (_Answer, _StandInType))}
+holders = {n.split(".")[0] for n, m in list(sys.modules.items())
+           for v in [m, *vars(m).values()] if isinstance(v, (_Answer, _StandInType))}
 assert holders == {"easyeditor"}, holders
 """
     done = python(probe, tmp_path)
@@ -432,7 +523,8 @@ def hiding(usual):
 
 for name in {gone!r}:
     getattr(transformers, name)  # there today
-for way in ("__getattribute__", "__getattr__"):  # of the class: transformers may put another module in its own place
+# of the class: transformers may put another module in its own place
+for way in ("__getattribute__", "__getattr__"):
     setattr(_LazyModule, way, hiding(getattr(_LazyModule, way)))
 
 class Gone:
@@ -448,7 +540,9 @@ sys.meta_path.insert(0, Gone())
 
 @pytest.fixture
 def future(tmp_path):
-    """Factory of a folder that, on the path, takes names and modules from transformers before anything else runs."""
+    """Factory of a folder that, on the path, takes names and modules from transformers before anything else
+    runs.
+    """
 
     def make(gone: list[str], modules: list[str] | None = None) -> Path:
         folder = tmp_path / "future"
@@ -460,7 +554,9 @@ def future(tmp_path):
 
 
 def test_a_transformers_to_come(tmp_path, future):
-    """A class and a module that EasyEdit imports are gone: it is imported and edits; what is gone names itself when it is used."""
+    """A class and a module that EasyEdit imports are gone: it is imported and edits; what is gone names
+    itself when it is used.
+    """
     probe = """
 import dataclasses, importlib, pytest
 from easyedit_mdm import ROMEMDMHyperParams
@@ -468,7 +564,8 @@ from easyedit_mdm.errors import MissingPackageError
 from easyedit_mdm.host import register
 joined = register()
 module = importlib.import_module("easyeditor.editors.editor")
-for used in (module.T5Tokenizer.from_pretrained, importlib.import_module("easyeditor.trainer.blip2_models.Qformer").ModelOutput):
+former = importlib.import_module("easyeditor.trainer.blip2_models.Qformer")
+for used in (module.T5Tokenizer.from_pretrained, former.ModelOutput):
     with pytest.raises(MissingPackageError, match='has it no more: pip install "transformers<'):
         used("twin-llama")
 editor = joined.editor_class.from_hparams(ROMEMDMHyperParams.from_hparams("ROME_MDM/twin-llada"))
@@ -482,16 +579,26 @@ print("written", record["pre"]["rewrite_acc"], record["post"]["rewrite_acc"])
 
 
 def test_without_what_the_editor_needs(tmp_path, future):
-    """EasyEdit is there and BaseEditor cannot work: one line with module, place, versions and cure, from every command."""
+    """EasyEdit is there and BaseEditor cannot work: one line with module, place, versions and cure, from
+    every command.
+    """
     (tmp_path / "run.py").write_text(RUNNER)
     commands = [["run", "run.py", "--alg", "ROME_MDM"], ["doctor", "--json", "doctor.json"]]
     ran, examined = cli(*commands, cwd=tmp_path, path=future(["AutoModelForCausalLM"]))
-    (finding,) = [f for f in json.loads((tmp_path / "doctor.json").read_text())["findings"] if f["subject"] == "EasyEdit"]
+    (finding,) = [
+        f
+        for f in json.loads((tmp_path / "doctor.json").read_text())["findings"]
+        if f["subject"] == "EasyEdit"
+    ]
     assert ran[0] == 2 and ran[1].startswith("easyedit-mdm: EasyEdit at ")
     assert examined[0] == 0 and finding["state"] == "limited"
     installed = transformers.__version__
     for said in (ran[1].strip(), finding["found"]):
-        assert "\n" not in said and str(find_easyedit().root) in said and "was found and cannot be imported" in said
+        assert (
+            "\n" not in said
+            and str(find_easyedit().root) in said
+            and "was found and cannot be imported" in said
+        )
         assert re.search(r"easyeditor/(editors|util)/\w+\.py, line \d+: ImportError: ", said)
         assert "cannot import name 'AutoModelForCausalLM' from 'transformers'" in said
         assert f"transformers {installed}. " in said and f'pip install "transformers<{installed}"' in said
@@ -500,20 +607,32 @@ def test_without_what_the_editor_needs(tmp_path, future):
 BROKEN = [  # file, what stands in it, and what must be said
     ("editors/editor.py", "from ..util import nothing_there", ["A file of its own is missing"]),
     ("editors/editor.py", "def broken(:", ["easyeditor/editors/editor.py, line 1: SyntaxError"]),
-    ("editors/editor.py", "import torch\ntorch.never_there", ["easyeditor/editors/editor.py, line 2: AttributeError", "torch 2."]),
+    ("editors/editor.py", "import torch\ntorch.never_there",
+        ["easyeditor/editors/editor.py, line 2: AttributeError", "torch 2."]),
     (
         "editors/editor.py", "from nowhere import wrap\n@wrap\ndef f(): pass",
-        ["editor.py, line 2: MissingPackageError: nowhere.wrap was used", "nowhere is not installed. ", "missing: pip install nowhere"],
+        ["editor.py, line 2: MissingPackageError: nowhere.wrap was used", "nowhere is not installed. ",
+            "missing: pip install nowhere"],
     ),
-    ("__init__.py", "raise RuntimeError('two\\nlines')", ["easyeditor/__init__.py, line 1: RuntimeError: two lines. transformers "]),
-    ("util/alg_dict.py", "import numpy.nowhere", ["No module named 'numpy.nowhere'. numpy ", 'pip install "numpy<']),
+    ("__init__.py", "raise RuntimeError('two\\nlines')",
+        ["easyeditor/__init__.py, line 1: RuntimeError: two lines. transformers "]),
+    ("util/alg_dict.py", "import numpy.nowhere", ["No module named 'numpy.nowhere'. numpy ",
+        'pip install "numpy<']),
 ]  # fmt: skip
 
 
 def test_a_broken_easyedit(tmp_path):
-    """Whatever its import raises is told in one line; nothing of it stays imported, and the path is as before."""
+    """Whatever its import raises is told in one line; nothing of it stays imported, and the path is as
+    before.
+    """
     for number, (file, source, _) in enumerate(BROKEN):
-        for name in ("__init__.py", "editors/__init__.py", "editors/editor.py", "util/__init__.py", "util/alg_dict.py"):
+        for name in (
+            "__init__.py",
+            "editors/__init__.py",
+            "editors/editor.py",
+            "util/__init__.py",
+            "util/alg_dict.py",
+        ):
             path = tmp_path / str(number) / "easyeditor" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(source if name == file else "")
@@ -537,7 +656,9 @@ for number in sys.argv[1:]:
 
 
 def test_where_easyedit_is_looked_for(tmp_path, monkeypatch):
-    """Already imported comes first; then the folder given; a folder without EasyEdit, or none at all, says how to get it."""
+    """Already imported comes first; then the folder given; a folder without EasyEdit, or none at all, says
+    how to get it.
+    """
     monkeypatch.setitem(sys.modules, "easyeditor", None)
     with pytest.raises(HostNotFoundError, match="holds no easyeditor.*Two ways"):
         find_easyedit(tmp_path)
@@ -549,7 +670,10 @@ def test_where_easyedit_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.delenv("EASYEDIT_HOME")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "env"))
-    with pytest.raises(HostNotFoundError, match=f"pip install --no-deps --target {tmp_path}/env/share/easyedit_mdm easyeditor=="):
+    with pytest.raises(
+        HostNotFoundError,
+        match=f"pip install --no-deps --target {tmp_path}/env/share/easyedit_mdm easyeditor==",
+    ):
         find_easyedit()
     (tmp_path / "env" / "share").mkdir(parents=True)
     (tmp_path / "env" / "share" / "easyedit_mdm").mkdir()
@@ -562,7 +686,18 @@ def test_all_of_this_on_the_head(easyedit_home):
     """This file once more, in a process that imports the clone."""
     if HEAD:
         pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not easyedit_head", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not easyedit_head",
+        __file__,
+    ]
     environment = {**os.environ, "HOST_FORM": "head", "EASYEDIT_HOME": str(easyedit_home)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
@@ -571,10 +706,14 @@ def test_all_of_this_on_the_head(easyedit_home):
 @pytest.mark.easyedit_head
 @pytest.mark.data
 def test_easyedits_zsre_runner(easyedit_home, data_dir, tmp_path):
-    """examples/run_zsre_llama2.py, untouched, on ten real zsRE records: four fifths of their targets' tokens and more are written."""
+    """examples/run_zsre_llama2.py, untouched, on ten real zsRE records: four fifths of their targets' tokens
+    and more are written.
+    """
     command = [
-        sys.executable, "-m", "easyedit_mdm.cli", "run", str(easyedit_home / "examples" / "run_zsre_llama2.py"), "--alg", "ROME_MDM",
-        "--hparams_dir", "hparams/ROME_MDM/twin-llada.yaml", "--data_dir", str(data_dir / "zsre"), "--ds_size", "10",
+        sys.executable, "-m", "easyedit_mdm.cli", "run",
+        str(easyedit_home / "examples" / "run_zsre_llama2.py"), "--alg", "ROME_MDM",
+        "--hparams_dir", "hparams/ROME_MDM/twin-llada.yaml", "--data_dir", str(data_dir / "zsre"),
+        "--ds_size", "10",
         "--metrics_save_dir", str(tmp_path / "out"),
     ]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -585,18 +724,26 @@ def test_easyedits_zsre_runner(easyedit_home, data_dir, tmp_path):
     for record in records:
         assert set(record["post"]["multi_step"]["rewrite"]) == SECTIONS
         assert record["post"]["rewrite_acc"] >= record["pre"]["rewrite_acc"]
-        assert set(record["post"]["locality"]) == {"neighborhood_acc", "neighborhood_output"}, "as EasyEdit writes them"
+        assert set(record["post"]["locality"]) == {
+            "neighborhood_acc",
+            "neighborhood_output",
+        }, "as EasyEdit writes them"
 
 
 @pytest.mark.easyedit_head
 def test_easyedits_knowedit_runner(easyedit_home, world, tmp_path):
-    """examples/run_knowedit_llama2.py, untouched, gets to its last line: the means over all sections, without nltk."""
+    """examples/run_knowedit_llama2.py, untouched, gets to its last line: the means over all sections, without
+    nltk.
+    """
     wanted = call(world, 2, length=1)
     near, same = wanted["locality_inputs"]["neighborhood"], wanted["portability_inputs"]["same"]
 
     def probes(prompts: list[str], answers: list[str]) -> list[dict]:
         """As KnowEdit's files have them: an answer is a list of lists of aliases."""
-        return [{"prompt": prompt, "ground_truth": [[answer]]} for prompt, answer in zip(prompts, answers, strict=True)]
+        return [
+            {"prompt": prompt, "ground_truth": [[answer]]}
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
 
     records = [
         {
@@ -611,16 +758,24 @@ def test_easyedits_knowedit_runner(easyedit_home, world, tmp_path):
     (tmp_path / "facts.json").write_text(json.dumps(records))
     script = str(easyedit_home / "examples" / "run_knowedit_llama2.py")
     command = [
-        "run", script, "--alg", "ROME_MDM", "--hparams_dir", "hparams/ROME_MDM/twin-llama.yaml", "--data_dir", "facts.json", "--datatype", "zsre",
+        "run", script, "--alg", "ROME_MDM", "--hparams_dir", "hparams/ROME_MDM/twin-llama.yaml", "--data_dir",
+        "facts.json", "--datatype", "zsre",
         "--metrics_save_dir", "out",
     ]  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "easyedit_mdm.cli", *command], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "easyedit_mdm.cli", *command], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     saved = json.loads((tmp_path / "out" / "ROME_MDM_zsre_twin-llama_results.json").read_text())
-    means = {name: float(value) for name, value in re.findall(r"^(Edit_Succ|Overall_\w+|Fluency): *([\d.]+)$", done.stdout, re.M)}
+    means = {
+        name: float(value)
+        for name, value in re.findall(r"^(Edit_Succ|Overall_\w+|Fluency): *([\d.]+)$", done.stdout, re.M)
+    }
     locality = [r["post"]["locality"]["Relation_Specificity_acc"] for r in saved]
     assert set(means) == {"Edit_Succ", "Overall_portability", "Overall_locality", "Fluency"}
-    assert means["Edit_Succ"] == 100.0 and means["Overall_locality"] == pytest.approx(100 * np.mean([np.mean(x) for x in locality]))
+    assert means["Edit_Succ"] == 100.0 and means["Overall_locality"] == pytest.approx(
+        100 * np.mean([np.mean(x) for x in locality])
+    )
     for record in saved:
         assert len(record["post"]["locality_output"]["Relation_Specificity"]) == 2
         assert set(record["post"]["locality"]) == {"Relation_Specificity_acc"}

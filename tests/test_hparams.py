@@ -86,21 +86,31 @@ def test_bad_files(tmp_path):
 
 def test_numbers_as_easyedit_reads_them(tmp_path):
     """`5e-1` without a dot is a number; `.yaml` may be left out."""
-    (tmp_path / "x.yaml").write_text("alg_name: ROME_MDM\nmodel_name: m\nlayers: [1]\nv_lr: 5e-1\ndecode: {temperature: 1e-1}\n")
+    (tmp_path / "x.yaml").write_text(
+        "alg_name: ROME_MDM\nmodel_name: m\nlayers: [1]\nv_lr: 5e-1\ndecode: {temperature: 1e-1}\n"
+    )
     loaded = ROMEMDMHyperParams.from_hparams(tmp_path / "x")
     assert loaded.v_lr == 0.5 and loaded.decode_config().temperature == 0.1
-    assert ROMEMDMHyperParams.from_hparams("hparams/ROME_MDM/llada-8b").model_name == "GSAI-ML/LLaDA-8B-Instruct"
+    assert (
+        ROMEMDMHyperParams.from_hparams("hparams/ROME_MDM/llada-8b").model_name == "GSAI-ML/LLaDA-8B-Instruct"
+    )
 
 
 ROME_DEFAULTS = {
-    "fact_token": "subject_last", "v_num_grad_steps": 25, "v_lr": 0.1, "v_loss_layer": None, "v_weight_decay": 0.5, "clamp_norm_factor": 0.75,
-    "kl_factor": 0.0625, "mom2_adjustment": False, "context_template_length_params": [[5, 10], [10, 10]], "mom2_mask_ratio": 0,
-    "mom2_eps": 1e-6, "state_schedule": "enumerate", "max_states": 31, "key_average": "single", "kl_position": "slot",
-    "early_stop_loss": 0.05, "early_stop_on": "cycle", "optimise_through": "activation", "v_lr_schedule": "constant",
-    "key_states": "full_mask", "max_rows": 256, "facts_per_batch": 64, "guard": None, "seed": 0, "max_length": 40,
+    "fact_token": "subject_last", "v_num_grad_steps": 25, "v_lr": 0.1, "v_loss_layer": None,
+    "v_weight_decay": 0.5, "clamp_norm_factor": 0.75,
+    "kl_factor": 0.0625, "mom2_adjustment": False, "context_template_length_params": [[5, 10], [10, 10]],
+    "mom2_mask_ratio": 0,
+    "mom2_eps": 1e-6, "state_schedule": "enumerate", "max_states": 31, "key_average": "single",
+    "kl_position": "slot",
+    "early_stop_loss": 0.05, "early_stop_on": "cycle", "optimise_through": "activation",
+    "v_lr_schedule": "constant",
+    "key_states": "full_mask", "max_rows": 256, "facts_per_batch": 64, "guard": None, "seed": 0,
+    "max_length": 40,
 }  # fmt: skip
 BATCH_DEFAULTS = {
-    **ROME_DEFAULTS, "mom2_adjustment": True, "mom2_update_weight": 15000, "context_template_length_params": [[10, 5]],
+    **ROME_DEFAULTS, "mom2_adjustment": True, "mom2_update_weight": 15000,
+    "context_template_length_params": [[10, 5]],
     "clamp_reference": "block", "batch_size": 1,
 }  # fmt: skip
 
@@ -112,23 +122,39 @@ BATCH_DEFAULTS = {
         ("R-ROME_MDM", ROME_DEFAULTS),
         ("MEMIT_MDM", BATCH_DEFAULTS),
         ("EMMET_MDM", {**BATCH_DEFAULTS, "emmet_lambda": 0.1}),
-        ("AlphaEdit_MDM", {**BATCH_DEFAULTS, "mom2_update_weight": 0, "mom2_eps": 0.0, "nullspace_threshold": 2e-2, "L2": 1.0}),
+        (
+            "AlphaEdit_MDM",
+            {
+                **BATCH_DEFAULTS,
+                "mom2_update_weight": 0,
+                "mom2_eps": 0.0,
+                "nullspace_threshold": 2e-2,
+                "L2": 1.0,
+            },
+        ),
     ],
 )
 def test_defaults(method, defaults):
     """As they were: runs of earlier versions are gone on with under what a header leaves out."""
     text = {"mom2_dataset": "twins"} if defaults["mom2_adjustment"] else {}
-    found = METHODS[method].hparams.from_dict({"alg_name": method, "model_name": "m", "layers": [1], **text}).to_dict()
+    found = (
+        METHODS[method]
+        .hparams.from_dict({"alg_name": method, "model_name": "m", "layers": [1], **text})
+        .to_dict()
+    )
     assert {name: found[name] for name in defaults} == defaults
 
 
 def test_fields_are_easyedits():
-    """Every field of EasyEdit's ROMEHyperParams that a ROME YAML holds can stand in ours, mom2 counts aside."""
+    """Every field of EasyEdit's ROMEHyperParams that a ROME YAML holds can stand in ours, mom2 counts
+    aside.
+    """
     ours = {f.name for f in dataclasses.fields(ROMEMDMHyperParams)}
     theirs = (
-        "layers fact_token v_num_grad_steps v_lr v_loss_layer v_weight_decay clamp_norm_factor kl_factor mom2_adjustment "
-        "context_template_length_params rewrite_module_tmp layer_module_tmp mlp_module_tmp attn_module_tmp ln_f_module lm_head_module "
-        "mom2_dataset alg_name device model_name stats_dir max_length model_parallel fp16"
+        "layers fact_token v_num_grad_steps v_lr v_loss_layer v_weight_decay clamp_norm_factor kl_factor"
+        " mom2_adjustment context_template_length_params rewrite_module_tmp layer_module_tmp mlp_module_tmp"
+        " attn_module_tmp ln_f_module lm_head_module mom2_dataset alg_name device model_name stats_dir"
+        " max_length model_parallel fp16"
     ).split()
     assert set(theirs) <= ours
 
@@ -139,7 +165,10 @@ def test_fields_are_easyedits():
         ("v_lr: high", "line 4: hyperparameter v_lr='high' is not of the kind float"),
         ("v_lr: -1", "line 4: v_lr=-1.0 must be a finite number"),
         ("v_lr: 1" + "0" * 400, "line 4: hyperparameter v_lr=10"),
-        ("state_shedule: cycle", "line 4: unknown hyperparameter 'state_shedule'; did you mean 'state_schedule'"),
+        (
+            "state_shedule: cycle",
+            "line 4: unknown hyperparameter 'state_shedule'; did you mean 'state_schedule'",
+        ),
         ("state_schedule: cicle", "line 4: state_schedule='cicle'.*did you mean 'cycle'"),
         ("decode: {steps: x}", "line 4: decode setting steps='x'"),
         ("guard: {norm_ration: 1}", "line 4: unknown guard setting 'norm_ration'; did you mean 'norm_ratio'"),
@@ -148,7 +177,9 @@ def test_fields_are_easyedits():
     ],
 )
 def test_errors_name_file_and_line(tmp_path, line, message):
-    """What is wrong in a file is told with its line; aliases, which make a few lines endless, are not followed."""
+    """What is wrong in a file is told with its line; aliases, which make a few lines endless, are not
+    followed.
+    """
     (tmp_path / "x.yaml").write_text(f"alg_name: ROME_MDM\nmodel_name: m\nlayers: [1]\n{line}\n")
     with pytest.raises((HyperParameterError, UnknownNameError), match=message) as caught:
         ROMEMDMHyperParams.from_hparams(tmp_path / "x.yaml")
@@ -157,9 +188,13 @@ def test_errors_name_file_and_line(tmp_path, line, message):
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_one_function_loads_every_method(method):
-    """`load_hparams` gives the class of the method that the file names, which copies and replaces as EasyEdit does."""
+    """`load_hparams` gives the class of the method that the file names, which copies and replaces as EasyEdit
+    does.
+    """
     loaded = load_hparams(f"{method}/twin-llada")
-    assert type(loaded) is METHODS[method].hparams and loaded == type(loaded).from_hparams(f"{method}/twin-llada")
+    assert type(loaded) is METHODS[method].hparams and loaded == type(loaded).from_hparams(
+        f"{method}/twin-llada"
+    )
     copied = copy.copy(loaded)
     copied.model_name = "other"
     assert loaded.model_name == "twin-llada" and dataclasses.replace(copied, seed=3).seed == 3
@@ -171,7 +206,9 @@ def test_the_wrong_class_says_which_is_right(tmp_path):
     """Another method's file; EasyEdit's own; a method that is nobody's; a misspelt name."""
     with pytest.raises(HyperParameterError, match="use MEMITMDMHyperParams, or load_hparams"):
         ROMEMDMHyperParams.from_hparams("MEMIT_MDM/twin-llada")
-    with pytest.raises(HyperParameterError, match="line 2: alg_name is 'ROME', EasyEdit's own method.*bench.*BaseEditor"):
+    with pytest.raises(
+        HyperParameterError, match="line 2: alg_name is 'ROME', EasyEdit's own method.*bench.*BaseEditor"
+    ):
         load_hparams("ROME/twin-llama")
     (tmp_path / "x.yaml").write_text("alg_name: ROMME_MDM\n")
     with pytest.raises(HyperParameterError, match="line 1: alg_name is 'ROMME_MDM'; did you mean 'ROME_MDM'"):
@@ -182,17 +219,27 @@ def test_the_wrong_class_says_which_is_right(tmp_path):
 
 
 def test_ten_fields_stand_out():
-    """What a user sets is one short group; every field stands in exactly one group and is told of in its docstring."""
+    """What a user sets is one short group; every field stands in exactly one group and is told of in its
+    docstring.
+    """
     assert len(dataclasses.fields(MainHyperParams)) - 3 == 10  # beside method, model and layers
-    groups = [c for c in ROMEMDMHyperParams.__mro__ if "HyperParams" in c.__name__ and c is not ROMEMDMHyperParams]
+    groups = [
+        c for c in ROMEMDMHyperParams.__mro__ if "HyperParams" in c.__name__ and c is not ROMEMDMHyperParams
+    ]
     told = [f.name for c in groups for f in dataclasses.fields(c)]
     assert sorted(told) == sorted(f.name for f in dataclasses.fields(ROMEMDMHyperParams))
 
 
-@pytest.mark.parametrize(("line", "dtype"), [("fp16: true", "float16"), ("dtype: bfloat16", "bfloat16"), ("seed: 0", "float32")])
+@pytest.mark.parametrize(
+    ("line", "dtype"), [("fp16: true", "float16"), ("dtype: bfloat16", "bfloat16"), ("seed: 0", "float32")]
+)
 def test_one_rule_for_the_dtype(tmp_path, line, dtype):
-    """`bench` and `sweep` load a model in the dtype that its file asks for, by `dtype` or EasyEdit's `fp16`."""
-    (tmp_path / "x.yaml").write_text(f"alg_name: ROME_MDM\nmodel_name: twin-llama\ndevice: cpu\nlayers: [1]\n{line}\n")
+    """`bench` and `sweep` load a model in the dtype that its file asks for, by `dtype` or EasyEdit's
+    `fp16`.
+    """
+    (tmp_path / "x.yaml").write_text(
+        f"alg_name: ROME_MDM\nmodel_name: twin-llama\ndevice: cpu\nlayers: [1]\n{line}\n"
+    )
     model, hparams = load_ours("ROME_MDM", tmp_path / "x.yaml")
     assert str(model.dtype) == f"torch.{dtype}" and hparams.load_dtype in (dtype, None)
 
@@ -205,7 +252,9 @@ def test_twins_are_the_same_by_name_and_by_folder(name):
     assert len({model_fingerprint(m.native) for m in models}) == 1
 
 
-@pytest.mark.parametrize(("line", "asked", "dtype"), [("fp16: true", None, "float16"), ("fp16: true", "bfloat16", "bfloat16")])
+@pytest.mark.parametrize(
+    ("line", "asked", "dtype"), [("fp16: true", None, "float16"), ("fp16: true", "bfloat16", "bfloat16")]
+)
 def test_edit_follows_the_same_rule(tmp_path, monkeypatch, line, asked, dtype):
     """`easyedit-mdm edit` loads in the file's dtype, and in the one of `--dtype` where that is given."""
     from easyedit_mdm.cli import edits

@@ -26,7 +26,9 @@ CAUSAL = {"teacher_forced", "multi_step", "canvas8", "canvas16", "canvas32", "in
 
 def own_words(model, prompt: str, n: int, order: str = "low_confidence") -> str:
     """What the model itself writes in N masks: an answer on which that order is right."""
-    path = decode(model, [torch.tensor(model.tokenizer(prompt)["input_ids"])], [n], DecodeConfig(order=order))[0]
+    path = decode(
+        model, [torch.tensor(model.tokenizer(prompt)["input_ids"])], [n], DecodeConfig(order=order)
+    )[0]
     return model.tokenizer.decode(path.tokens.tolist())
 
 
@@ -34,8 +36,14 @@ def own_words(model, prompt: str, n: int, order: str = "low_confidence") -> str:
 def test_rungs(tiny, family):
     """All rungs of the paradigm; whole answers are right teacher-forced where they are from left to right."""
     model = tiny(family)
-    prompts, answers = ["The river is", "The song of Anna was"], ["very good", "the old red river of the north sea"]
-    prompts, answers = [*prompts, "The river is"], [*answers, own_words(model, "The river is", 3, "left_to_right")]
+    prompts, answers = (
+        ["The river is", "The song of Anna was"],
+        ["very good", "the old red river of the north sea"],
+    )
+    prompts, answers = (
+        [*prompts, "The river is"],
+        [*answers, own_words(model, "The river is", 3, "left_to_right")],
+    )
     rungs = ladder(model, prompts, answers)
     for found, prompt, answer in zip(rungs, prompts, answers):
         short = len(target_ids(model, prompt, answer)) <= 8
@@ -54,14 +62,18 @@ def test_rungs_tell_right_from_wrong(name, world, request):
     """What a twin knows is right on every rung that has room for it, what it does not know on none."""
     model = request.getfixturevalue(name)
     fact = next(f for f in split_facts(world)["test"] if f.length == 3)
-    (right,), (wrong,) = (ladder(model, [fact.prompt()], [text]) for text in (fact.object, world.other_object(fact, 3, random.Random(0))))
+    (right,), (wrong,) = (
+        ladder(model, [fact.prompt()], [text])
+        for text in (fact.object, world.other_object(fact, 3, random.Random(0)))
+    )
     told = {rung: found["exact"] for rung, found in right.items() if not rung.startswith("canvas")}
     assert all(told.values()) and set(told) >= {"teacher_forced", "multi_step", "in_context"}
     assert set(wrong) == set(right) and not any(found["exact"] for found in wrong.values())
 
 
 def constructed(model, target: torch.Tensor, right, surest_last: bool = False) -> None:
-    """Make a model predict token j of the target where `right(j, shown)`, else another one; then the end of text.
+    """Make a model predict token j of the target where `right(j, shown)`, else another one; then the end of
+    text.
 
     `shown`: the slots that show their right token (in front of j, on a causal model). The left is surest.
     """
@@ -115,7 +127,9 @@ def test_rungs_of_constructed_models(tiny, name):
 
 @pytest.mark.parametrize(("family", "decoded"), [("llada", "left_to_right"), ("llama", "multi_step")])
 def test_the_mirage_gap_of_a_constructed_model(tiny, family, decoded):
-    """The first token is wrong, each other one right after right ones: teacher forcing hides two thirds of it."""
+    """The first token is wrong, each other one right after right ones: teacher forcing hides two thirds of
+    it.
+    """
     model = tiny(family)
     prompt, answer = "The river is", model.tokenizer.decode([20, 30, 40])
     target = target_ids(model, prompt, answer)
@@ -143,7 +157,9 @@ def test_any_order_is_what_it_says(tiny):
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_given_tokens_stay(tiny, family):
-    """What is given stands from the start, is never committed again, and the rest is what those states give."""
+    """What is given stands from the start, is never committed again, and the rest is what those states
+    give.
+    """
     model = tiny(family)
     prompt = torch.tensor(model.tokenizer("The river is")["input_ids"])
     free = decode(model, [prompt], [4])[0]
@@ -170,11 +186,17 @@ def test_given_k(twin_llada, world):
 
 
 def test_given_k_reveals_right_tokens(tiny, monkeypatch):
-    """k tokens of the target in their places for k = 0..N-1, everywhere else nothing; the seed draws which."""
+    """k tokens of the target in their places for k = 0..N-1, everywhere else nothing; the seed draws
+    which.
+    """
     from easyedit_mdm.evaluation import ladder as rungs
 
     model, seen = tiny("llada"), []
-    monkeypatch.setattr(rungs, "decode", lambda *a, given, **k: seen.append(torch.stack(given)) or decode(*a, given=given, **k))
+    monkeypatch.setattr(
+        rungs,
+        "decode",
+        lambda *a, given, **k: seen.append(torch.stack(given)) or decode(*a, given=given, **k),
+    )
     target = target_ids(model, "The river is", "rather small water")
     for seed in (0, 0, 1, 2, 3):
         given_k(model, "The river is", "rather small water", seed)
@@ -190,14 +212,19 @@ def test_counterfact_scores(tiny, family):
     model = tiny(family)
     prompts = "The river is", ["A river is"], ["The sea is", "The lake is"]
     new, true = model.tokenizer.decode([20]), model.tokenizer.decode([30, 40])
-    one, other = counterfact_scores(model, *prompts, new, true), counterfact_scores(model, *prompts, true, new)
+    one, other = (
+        counterfact_scores(model, *prompts, new, true),
+        counterfact_scores(model, *prompts, true, new),
+    )
     for kind in ("sum", "per_token"):
         assert set(one[kind]) == {"ES", "EM", "PS", "PM", "NS", "NM"}
         for key, value in one[kind].items():
             assert value == pytest.approx((1 if key.endswith("S") else 0) - other[kind][key], abs=1e-9)
     assert one["likelihood"] == ("exact" if model.masked else "causal")
     ids = torch.tensor(model.tokenizer("The river is")["input_ids"])
-    logs = [log_likelihood(model, [ids], [target_ids(model, "The river is", text)])[0] for text in (new, true)]
+    logs = [
+        log_likelihood(model, [ids], [target_ids(model, "The river is", text)])[0] for text in (new, true)
+    ]
     assert one["sum"]["EM"] == pytest.approx(math.exp(logs[0]) - math.exp(logs[1]), rel=1e-5)
     assert one["sum"]["ES"] == float(logs[0] > logs[1])
     near = Preference(model, ["The sea is", "The lake is"], new, true).log_probabilities(per_token=False)

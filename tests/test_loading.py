@@ -52,7 +52,10 @@ def test_hub_names_round_trip(tmp_path, family, shards):
     assert model.spec.name == family
     parameters = dict(model.named_parameters())
     config = json.loads((tmp_path / "config.json").read_text())
-    made = {n: model.spec.made_of(config, n) or (model.spec.hub_name(n), lambda tensor: tensor) for n in parameters}
+    made = {
+        n: model.spec.made_of(config, n) or (model.spec.hub_name(n), lambda tensor: tensor)
+        for n in parameters
+    }
     assert {key for key, _ in made.values()} == set(tensors)
     for name, value in parameters.items():
         key, make = made[name]
@@ -119,23 +122,33 @@ def test_wrong_tensors(tmp_path):
 
 
 def test_families_are_told_apart(tmp_path):
-    """By architecture and by keys: the same architecture name with other keys is refused, an unknown one too."""
+    """By architecture and by keys: the same architecture name with other keys is refused, an unknown one
+    too.
+    """
     write_checkpoint(tmp_path, "llama")
     config = tiny_config("llama", 192)
-    (tmp_path / "config.json").write_text(json.dumps(tiny_config("dream", 192)))  # its attention has biases, these weights have none
+    (tmp_path / "config.json").write_text(
+        json.dumps(tiny_config("dream", 192))
+    )  # its attention has biases, these weights have none
     with pytest.raises(CheckpointError, match="another variant"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
     with pytest.raises(CheckpointError, match="not known"):
         load_model(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**tiny_config("llada", 192), "block_type": "sequential", "architectures": ["LLaDAModelLM"]}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {**tiny_config("llada", 192), "block_type": "sequential", "architectures": ["LLaDAModelLM"]}
+        )
+    )
     with pytest.raises(CheckpointError, match="block_type='sequential'"):
         load_model(tmp_path, family="llada")
 
 
 @pytest.mark.parametrize(("value", "message"), [(0, "also the pad"), (500, "outside the embedding")])
 def test_bad_mask_ids(tmp_path, value, message):
-    """The mask may be neither pad nor eos, and must have an embedding; what the user says wins over the config."""
+    """The mask may be neither pad nor eos, and must have an embedding; what the user says wins over the
+    config.
+    """
     write_checkpoint(tmp_path, "llada")
     with pytest.raises(ModelError, match=message):
         load_model(tmp_path, mask_id=value)
@@ -143,7 +156,9 @@ def test_bad_mask_ids(tmp_path, value, message):
 
 
 def test_mask_id_missing(tmp_path):
-    """Config and tokenizer silent, the family's default outside the embedding: an error that says what to give."""
+    """Config and tokenizer silent, the family's default outside the embedding: an error that says what to
+    give.
+    """
     write_checkpoint(tmp_path, "llada")
     config = {k: v for k, v in tiny_config("llada", 192).items() if k != "mask_token_id"}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -155,7 +170,14 @@ def test_adapt_unknown_class():
     """A model in memory of a class that no family claims."""
     from transformers import BertConfig, BertLMHeadModel
 
-    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50, is_decoder=True)
+    config = BertConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        vocab_size=50,
+        is_decoder=True,
+    )
     with pytest.raises(ModelError, match="no adapter for a BertLMHeadModel"):
         adapt(BertLMHeadModel(config))
 

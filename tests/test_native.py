@@ -45,7 +45,9 @@ def test_layers_one_by_one_are_the_whole_model(tiny, family):
 
 @families
 def test_gradients_are_the_whole_model_s(tiny, family):
-    """The gradient of a weight in the middle, through the layers run here and through the model's own forward."""
+    """The gradient of a weight in the middle, through the layers run here and through the model's own
+    forward.
+    """
     model = tiny(family)
     ids, mask = batch(model.ids.pad)
     site = model.site(1)
@@ -67,7 +69,9 @@ def test_gradients_are_the_whole_model_s(tiny, family):
 @causal
 @torch.no_grad()
 def test_kept_columns_change_nothing(tiny, family):
-    """Keys and values of the first columns, kept, and the rest run after them: the logits of the whole row."""
+    """Keys and values of the first columns, kept, and the rest run after them: the logits of the whole
+    row.
+    """
     model = tiny(family)
     if not can_keep(model):
         pytest.skip("learned positions: nothing is kept")
@@ -85,7 +89,9 @@ def test_kept_columns_change_nothing(tiny, family):
 
 @families
 def test_classes_by_name(family):
-    """Each family's classes exist in this transformers; the model is built with attention that takes additive masks."""
+    """Each family's classes exist in this transformers; the model is built with attention that takes additive
+    masks.
+    """
     config, model = native_classes(FAMILIES[family].native, ending=FAMILIES[family].ending)
     assert issubclass(model, nn.Module)
     assert config.__name__.startswith(FAMILIES[family].native)
@@ -130,7 +136,9 @@ class _Uncached(nn.Module):
 
 @torch.no_grad()
 def test_layers_of_another_version(tiny, monkeypatch):
-    """Renamed arguments, a vanished rotary embedding, a cache that is not used: one sentence each, and no wrong numbers."""
+    """Renamed arguments, a vanished rotary embedding, a cache that is not used: one sentence each, and no
+    wrong numbers.
+    """
     model = tiny("llama")
     ids, mask = batch(model.ids.pad)
     hidden = model.hidden_before(1, ids, mask)
@@ -157,14 +165,17 @@ def test_attention_that_takes_no_mask(tiny):
 
 
 def test_only_one_file_touches_what_moves():
-    """No other file of the package reaches for a private name of transformers, a cache, or a class by name."""
+    """No other file of the package reaches for a private name of transformers, a cache, or a class by
+    name.
+    """
     import re
     from pathlib import Path
 
     import easyedit_mdm
 
     pattern = re.compile(
-        r"DynamicCache|past_key_value|_attn_implementation|_no_split_modules|getattr\(transformers|\b_modules\b"
+        r"DynamicCache|past_key_value|_attn_implementation|_no_split_modules"
+        r"|getattr\(transformers|\b_modules\b"
     )
     root = Path(easyedit_mdm.__file__).parent
     found = [
@@ -222,7 +233,9 @@ def test_a_stack_of_part_of_the_layers_leaves_the_model_alone(tiny):
     ids=lambda command: command[0],
 )
 def test_a_later_transformers_without_what_we_use(monkeypatch, tmp_path, capsys, twin_llama, command):
-    """A class is gone in version 99: every command says so in one line, with the version and the cure; so does `doctor`."""
+    """A class is gone in version 99: every command says so in one line, with the version and the cure; so
+    does `doctor`.
+    """
     import importlib.metadata
 
     from easyedit_mdm.cli import main

@@ -43,14 +43,17 @@ def test_own_tokens_are_those_of_the_sampler(tiny, family):
             known[order[:k]] = True
             assert torch.equal(states[i].revealed[k], known)
             assert torch.equal(states[i].shown[k][known], path.tokens[known])
-    assert any(not torch.equal(s.shown[-1][s.revealed[-1]], t[s.revealed[-1]]) for s, t in zip(states.values(), TARGETS)), (
-        "a random model writes wrong tokens"
-    )
+    assert any(
+        not torch.equal(s.shown[-1][s.revealed[-1]], t[s.revealed[-1]])
+        for s, t in zip(states.values(), TARGETS)
+    ), "a random model writes wrong tokens"
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_what_the_sampler_never_writes(tiny, family):
-    """A model that wants nothing but the mask token, and ids without a token: both decoders write what comes after those."""
+    """A model that wants nothing but the mask token, and ids without a token: both decoders write what comes
+    after those.
+    """
     model, facts = tiny(family), facts_of(tiny(family))
 
     def wanting(logits):
@@ -66,12 +69,19 @@ def test_what_the_sampler_never_writes(tiny, family):
         for i, fact in facts.items():
             path = decode(model, [fact.contexts[0].ids], [len(fact.target)], DecodeConfig())[0]
             last = states[i].revealed[-1]
-            assert last.sum() == len(fact.target) - 1 and torch.equal(states[i].shown[-1][last], path.tokens[last])
-            assert model.ids.mask not in states[i].shown[-1] and int(states[i].shown[-1].max()) < model.vocabulary
+            assert last.sum() == len(fact.target) - 1 and torch.equal(
+                states[i].shown[-1][last], path.tokens[last]
+            )
+            assert (
+                model.ids.mask not in states[i].shown[-1]
+                and int(states[i].shown[-1].max()) < model.vocabulary
+            )
 
 
 def test_right_tokens_in_the_models_order(tiny):
-    """confidence: the target's own tokens, one more from state to state, in an order that the value changes."""
+    """confidence: the target's own tokens, one more from state to state, in an order that the value
+    changes.
+    """
     model, site = tiny("llada"), tiny("llada").site(1)
     facts, plans = facts_of(model), [schedule("confidence", len(t)) for t in TARGETS]
     orders = set()

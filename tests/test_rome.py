@@ -1,4 +1,6 @@
-"""The battery that every family and every method passes: an edit is made, applied, taken back; bad input changes nothing."""
+"""The battery that every family and every method passes: an edit is made, applied, taken back; bad input
+changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +24,30 @@ from easyedit_mdm.editing.solve.plans import Plan
 from easyedit_mdm.editing.solve.rows import build_rows
 from easyedit_mdm.editing.solve.sites import settled
 from easyedit_mdm.editing.solve.value import optimise
-from easyedit_mdm.errors import EditError, HyperParameterError, ModelError, OptimisationError, RequestError, StatisticsError
+from easyedit_mdm.errors import (
+    EditError,
+    HyperParameterError,
+    ModelError,
+    OptimisationError,
+    RequestError,
+    StatisticsError,
+)
 from easyedit_mdm.models import FAMILIES
 from easyedit_mdm.models.hooks import changing_output
 
-REQUEST = {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "red river"}
+REQUEST = {
+    "prompt": "The mother tongue of Danielle Darrieux is",
+    "subject": "Danielle Darrieux",
+    "target_new": "red river",
+}
 
 
 def hparams(**changes) -> ROMEMDMHyperParams:
     """Settings for tiny random models."""
     return METHODS[changes.get("alg_name", "ROME_MDM")].hparams(
         **{
-            "alg_name": "ROME_MDM", "model_name": "tiny", "layers": [1], "v_num_grad_steps": 12, "v_lr": 0.5, "v_weight_decay": 1e-3,
+            "alg_name": "ROME_MDM", "model_name": "tiny", "layers": [1], "v_num_grad_steps": 12, "v_lr": 0.5,
+            "v_weight_decay": 1e-3,
             "clamp_norm_factor": 10.0, "context_templates": ["{}", "The old song. {}"], **changes,
         }
     )  # fmt: skip
@@ -42,7 +56,9 @@ def hparams(**changes) -> ROMEMDMHyperParams:
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("method", ["ROME_MDM", "R-ROME_MDM"])
 def test_edit_apply_revert(tiny, family, method):
-    """The loss starts at the model's own and falls, one weight changes, it maps k* to delta, and reverting is bit-exact."""
+    """The loss starts at the model's own and falls, one weight changes, it maps k* to delta, and reverting is
+    bit-exact.
+    """
     model = tiny(family)
     before = parameter_hashes(model)
     # one context and nothing but the likelihood in the loss
@@ -83,7 +99,9 @@ def log_likelihood(model) -> float:
 
 
 def loss_over_all_states(model) -> float:
-    """The mean over every state of the target, with the same weights whatever an edit was optimised over; for the model as it is."""
+    """The mean over every state of the target, with the same weights whatever an edit was optimised over; for
+    the model as it is.
+    """
     settings = hparams(state_schedule="enumerate", v_num_grad_steps=1, kl_factor=0.0, v_weight_decay=0.0)
     fact = tokenise(model, EditRequest.of(REQUEST), settings)
     return optimise(model, model.site(1), [fact], torch.ones(1, 32), settings)[0].losses[0]
@@ -91,7 +109,9 @@ def loss_over_all_states(model) -> float:
 
 @pytest.mark.parametrize("name", list(SCHEDULES))
 def test_every_schedule(tiny, name):
-    """Each schedule teaches the model the target, whatever its own losses, drawn anew or not, were; the same seed gives the same update."""
+    """Each schedule teaches the model the target, whatever its own losses, drawn anew or not, were; the same
+    seed gives the same update.
+    """
     model = tiny("llada")
     settings = hparams(state_schedule=name)
     first, second = make_edit(model, REQUEST, settings), make_edit(model, REQUEST, settings)
@@ -104,9 +124,14 @@ def test_every_schedule(tiny, name):
 
 @pytest.mark.parametrize("name", ["cycle", "uniform", "stratified", "spread"])
 def test_the_seed_draws_the_states(tiny, name):
-    """Another seed, other states, another update (of a target long enough for `spread` not to hold all states anyway)."""
+    """Another seed, other states, another update (of a target long enough for `spread` not to hold all states
+    anyway).
+    """
     model, request = tiny("llada"), {**REQUEST, "target_new": "red river English"}
-    one, other = (make_edit(model, request, hparams(state_schedule=name, seed=seed)).changes[0].dense() for seed in (0, 1))
+    one, other = (
+        make_edit(model, request, hparams(state_schedule=name, seed=seed)).changes[0].dense()
+        for seed in (0, 1)
+    )
     assert float((one - other).norm() / one.norm()) > 1e-3
 
 
@@ -121,7 +146,9 @@ def test_single_token_targets_need_no_states(tiny):
 
 @pytest.mark.parametrize("name", list(SCHEDULES))
 def test_batch_of_facts_does_not_mix(tiny, name):
-    """Facts of one batch, of unequal target length, get the deltas they get alone; splitting the rows or the batch changes nothing."""
+    """Facts of one batch, of unequal target length, get the deltas they get alone; splitting the rows or the
+    batch changes nothing.
+    """
     model = tiny("llada")
     settings = hparams(early_stop_loss=0.0, state_schedule=name)
     requests = [EditRequest.of({**REQUEST, "target_new": t}) for t in ("red river English", "the")]
@@ -143,9 +170,13 @@ def test_batch_of_facts_does_not_mix(tiny, name):
 
 
 def test_out_of_memory_halves_the_batch(tiny, monkeypatch):
-    """A batch that does not fit is tried again in halves, with the same result; one fact that does not fit is an error."""
+    """A batch that does not fit is tried again in halves, with the same result; one fact that does not fit is
+    an error.
+    """
     model, settings = tiny("llada"), hparams(early_stop_loss=0.0)
-    requests = [EditRequest.of({**REQUEST, "target_new": t}) for t in ("red river English", "the", "very good")]
+    requests = [
+        EditRequest.of({**REQUEST, "target_new": t}) for t in ("red river English", "the", "very good")
+    ]
     facts, initial = [tokenise(model, r, settings) for r in requests], torch.ones(3, 32)
     whole, real, sizes = optimise(model, model.site(1), facts, initial, settings), value._optimise, []
 
@@ -169,9 +200,15 @@ def test_out_of_memory_halves_the_batch(tiny, monkeypatch):
 def test_converged_facts_leave_the_batch(twin_llama, world):
     """An early stop ends one fact and lets the other go on."""
     facts = world.all_facts()[:2]
-    settings = hparams(early_stop_loss=0.5, context_templates=["{}"], v_num_grad_steps=10, kl_factor=0.0, v_weight_decay=0.0)
-    easy = EditRequest.of({"prompt": facts[0].prompt(), "subject": facts[0].subject, "target_new": facts[0].object})
-    hard = EditRequest.of({"prompt": facts[1].prompt(), "subject": facts[1].subject, "target_new": "of the in a Zz Zz Zz"})
+    settings = hparams(
+        early_stop_loss=0.5, context_templates=["{}"], v_num_grad_steps=10, kl_factor=0.0, v_weight_decay=0.0
+    )
+    easy = EditRequest.of(
+        {"prompt": facts[0].prompt(), "subject": facts[0].subject, "target_new": facts[0].object}
+    )
+    hard = EditRequest.of(
+        {"prompt": facts[1].prompt(), "subject": facts[1].subject, "target_new": "of the in a Zz Zz Zz"}
+    )
     done = optimise(
         twin_llama,
         twin_llama.site(1),
@@ -188,7 +225,9 @@ def test_early_stop_looks_at_a_whole_cycle(tiny, monkeypatch):
     stopped = []
     for losses, expected in (([0.01, 9.0, 0.01, 9.0, 0.01, 9.0], 6), ([0.01, 0.02, 0.01, 9.0, 9.0, 9.0], 2)):
         fed = iter(losses)
-        monkeypatch.setattr(value._Forward, "losses", lambda self, *a, fed=fed, **k: torch.tensor([next(fed)]))
+        monkeypatch.setattr(
+            value._Forward, "losses", lambda self, *a, fed=fed, **k: torch.tensor([next(fed)])
+        )
         model = tiny("llada")
         settings = hparams(state_schedule="cycle", v_num_grad_steps=6)
         fact = tokenise(model, EditRequest.of({**REQUEST, "target_new": "of the"}), settings)
@@ -199,14 +238,20 @@ def test_early_stop_looks_at_a_whole_cycle(tiny, monkeypatch):
 
 
 def test_clamp(tiny):
-    """Each delta ends in the ball of clamp_norm_factor times its own initial value's norm, and would leave it without."""
+    """Each delta ends in the ball of clamp_norm_factor times its own initial value's norm, and would leave it
+    without.
+    """
     model, tight = tiny("llada"), hparams(clamp_norm_factor=0.25, early_stop_loss=0.0)
-    facts = [tokenise(model, EditRequest.of({**REQUEST, "target_new": t}), tight) for t in ("red river", "the")]
+    facts = [
+        tokenise(model, EditRequest.of({**REQUEST, "target_new": t}), tight) for t in ("red river", "the")
+    ]
     initial = torch.stack([torch.ones(32), 3 * torch.ones(32)])
     most = 0.25 * initial.norm(dim=1)
     for steps in (2, 3, 12):  # 2 is one step of Adam's, from 0 to v_lr in every direction
         settings = dataclasses.replace(tight, v_num_grad_steps=steps)
-        norms = torch.stack([d.delta.norm() for d in optimise(model, model.site(1), facts, initial, settings)])
+        norms = torch.stack(
+            [d.delta.norm() for d in optimise(model, model.site(1), facts, initial, settings)]
+        )
         assert (norms <= most * (1 + 1e-5)).all()
     assert torch.allclose(norms, most, rtol=1e-4), "the optimisation presses against the ball"
     free = optimise(model, model.site(1), facts, initial, dataclasses.replace(tight, clamp_norm_factor=1e6))
@@ -216,8 +261,12 @@ def test_clamp(tiny):
 def test_what_the_clamp_is_measured_by(tiny):
     """In an edit: by the norm of the site's own output for the bare prompt."""
     model, settings = tiny("llada"), hparams(clamp_norm_factor=0.25)
-    output = read_keys(model, model.site(1), tokenise(model, EditRequest.of(REQUEST), settings), settings).initial
-    assert make_edit(model, REQUEST, settings).card["delta_norm"] == pytest.approx(0.25 * float(output.norm()), rel=1e-4)
+    output = read_keys(
+        model, model.site(1), tokenise(model, EditRequest.of(REQUEST), settings), settings
+    ).initial
+    assert make_edit(model, REQUEST, settings).card["delta_norm"] == pytest.approx(
+        0.25 * float(output.norm()), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("average", ["single", "prompt"])
@@ -236,10 +285,14 @@ def test_r_rome_reaches_its_value_with_averaged_states(tiny, average):
 @pytest.mark.parametrize("family", ["llada", "llama"])
 @pytest.mark.parametrize("position", ["slot", "subject_last"])
 def test_where_the_kl_is_read(tiny, family, position):
-    """After "{subject} is a", or after the subject; a masked model reads at a slot, never at a token that is shown."""
+    """After "{subject} is a", or after the subject; a masked model reads at a slot, never at a token that is
+    shown.
+    """
     model = tiny(family)
     fact = tokenise(model, EditRequest.of(REQUEST), hparams())
-    rows = build_rows(model, {0: fact}, {0: Plan.of(model, fact, "full_mask").draw(0, torch.Generator())}, position)
+    rows = build_rows(
+        model, {0: fact}, {0: Plan.of(model, fact, "full_mask").draw(0, torch.Generator())}, position
+    )
     (row,) = rows.anchor.nonzero()[:, 0].tolist()
     at = int(rows.at[row, 0])
     assert at == (len(fact.anchor.ids) if position == "slot" else fact.anchor.site + 1)
@@ -248,15 +301,23 @@ def test_where_the_kl_is_read(tiny, family, position):
 
 
 @pytest.mark.parametrize("through", ["activation", "weights"])
-@pytest.mark.parametrize(("family", "name"), [("llada", s) for s in SCHEDULES] + [("llama", "full_mask"), ("gpt2", "full_mask")])
+@pytest.mark.parametrize(
+    ("family", "name"), [("llada", s) for s in SCHEDULES] + [("llama", "full_mask"), ("gpt2", "full_mask")]
+)
 def test_layer_passes(tiny, family, name, through, monkeypatch):
     """They are the rows that really went through each layer while the value was optimised."""
-    model, settings = tiny(family), hparams(state_schedule=name, v_num_grad_steps=3, optimise_through=through, max_rows=5)
+    model, settings = (
+        tiny(family),
+        hparams(state_schedule=name, v_num_grad_steps=3, optimise_through=through, max_rows=5),
+    )
     requests = [EditRequest.of({**REQUEST, "target_new": target}) for target in ("red river", "of the")]
     facts = [tokenise(model, request, settings) for request in requests]
     ends = model.ends_block(model.site(1))  # found out by a row of its own
     monkeypatch.setattr(type(model), "ends_block", lambda self, site: ends)
-    seen, rights = [], torch.ones(2, model.module(model.site(1).name).weight.shape[1 - model.site(1).transposed])
+    seen, rights = (
+        [],
+        torch.ones(2, model.module(model.site(1).name).weight.shape[1 - model.site(1).transposed]),
+    )
     with contextlib.ExitStack() as hooks:
         for layer in range(model.layers):
             block = model.module(model.spec.paths.block.format(layer))
@@ -268,7 +329,9 @@ def test_layer_passes(tiny, family, name, through, monkeypatch):
 
 
 def test_one_key_everywhere(tiny):
-    """`single`: the update maps k* to delta exactly; `easyedit` does so for the bare prompt's key only along u."""
+    """`single`: the update maps k* to delta exactly; `easyedit` does so for the bare prompt's key only along
+    u.
+    """
     model = tiny("llada")
     edit = make_edit(model, REQUEST, hparams(key_average="single"))
     other = make_edit(model, REQUEST, hparams(key_average="easyedit"))
@@ -320,7 +383,10 @@ def test_bad_settings(tiny, change, error, message):
 def test_the_last_layer_may_be_named(tiny):
     """v_loss_layer: the last one, by number, is what is done anyway."""
     model = tiny("llada")
-    named, plain = (make_edit(model, REQUEST, hparams(v_num_grad_steps=3, **more)).changes[0].dense() for more in ({"v_loss_layer": 2}, {}))
+    named, plain = (
+        make_edit(model, REQUEST, hparams(v_num_grad_steps=3, **more)).changes[0].dense()
+        for more in ({"v_loss_layer": 2}, {})
+    )
     assert torch.equal(named, plain)
     with pytest.raises(HyperParameterError, match="v_loss_layer=3: the loss is read after the last layer, 2"):
         make_edit(model, REQUEST, hparams(v_loss_layer=3))
@@ -346,7 +412,9 @@ def test_half_precision(tiny):
     assert parameter_hashes(model) == before
 
 
-@pytest.mark.parametrize(("where", "token"), [("subject_last", " Darrieux"), ("subject_first", " Daniel"), ("last", " is")])
+@pytest.mark.parametrize(
+    ("where", "token"), [("subject_last", " Darrieux"), ("subject_first", " Daniel"), ("last", " is")]
+)
 def test_where_the_fact_is_read(tiny, where, token):
     """The site's token, in a context prefix that mentions the subject too."""
     model = tiny("llada")
@@ -399,18 +467,28 @@ def test_reverting_out_of_order(tiny):
 def test_half_precision_gpt2(tiny):
     """Learned positions are added once, in the model's own dtype."""
     settings = hparams(v_num_grad_steps=8, early_stop_loss=0.0)
-    half, whole = (make_edit(tiny("gpt2", dtype=dtype), REQUEST, settings).changes[0].dense() for dtype in ("bfloat16", "float32"))
+    half, whole = (
+        make_edit(tiny("gpt2", dtype=dtype), REQUEST, settings).changes[0].dense()
+        for dtype in ("bfloat16", "float32")
+    )
     assert float((half - whole).norm() / whole.norm()) < 0.03  # 0.13 with positions added twice
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("layer", [0, -1])
 def test_the_edited_layer_is_run_once(tiny, family, layer, monkeypatch):
-    """delta goes into the stream above the layer: the same deltas as in the site's output, and the layer itself is not run at every step."""
+    """delta goes into the stream above the layer: the same deltas as in the site's output, and the layer
+    itself is not run at every step.
+    """
     model = tiny(family)
     layer %= model.layers
-    settings = hparams(early_stop_loss=0.0, v_num_grad_steps=6, state_schedule="enumerate", fact_token="last")  # read from where delta is added
-    facts = [tokenise(model, EditRequest.of({**REQUEST, "target_new": t}), settings) for t in ("red river English", "the")]
+    settings = hparams(
+        early_stop_loss=0.0, v_num_grad_steps=6, state_schedule="enumerate", fact_token="last"
+    )  # read from where delta is added
+    facts = [
+        tokenise(model, EditRequest.of({**REQUEST, "target_new": t}), settings)
+        for t in ("red river English", "the")
+    ]
     passed: list[int] = []
 
     def run():
@@ -424,7 +502,9 @@ def test_the_edited_layer_is_run_once(tiny, family, layer, monkeypatch):
     monkeypatch.setattr(type(model), "ends_block", lambda self, site: False)
     inside, many = run(), len(passed)
     assert (few < many if ends else few == many) and many >= 6
-    if model.shift or layer < model.layers - 1:  # otherwise the prediction of a slot is read at the slot, not at the site
+    if (
+        model.shift or layer < model.layers - 1
+    ):  # otherwise the prediction of a slot is read at the slot, not at the site
         assert all(b.delta.norm() > 0 for b in inside)
     assert all((a.delta - b.delta).norm() <= 1e-4 * b.delta.norm() for a, b in zip(above, inside))
     assert all(a.losses == pytest.approx(b.losses, rel=1e-4) for a, b in zip(above, inside))
@@ -432,7 +512,9 @@ def test_the_edited_layer_is_run_once(tiny, family, layer, monkeypatch):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_what_stands_before_the_subject_is_run_once(tiny, family, monkeypatch):
-    """Causal models: the same deltas with earlier columns kept, for fewer columns a step; also in small passes, and with facts that leave early."""
+    """Causal models: the same deltas with earlier columns kept, for fewer columns a step; also in small
+    passes, and with facts that leave early.
+    """
     model = tiny(family)
     settings = hparams(early_stop_loss=0.0, v_num_grad_steps=8)
     requests = [EditRequest.of({**REQUEST, "target_new": t}) for t in ("red river English", "the")]
@@ -442,7 +524,9 @@ def test_what_stands_before_the_subject_is_run_once(tiny, family, monkeypatch):
 
     def run(**changes):
         passed.clear()
-        with changing_output(model.module("model.layers.1"), lambda out: passed.append(out.shape[0] * out.shape[1]) or out):
+        with changing_output(
+            model.module("model.layers.1"), lambda out: passed.append(out.shape[0] * out.shape[1]) or out
+        ):
             return optimise(model, model.site(0), facts, initial, dataclasses.replace(settings, **changes))
 
     kept, few = run(), sum(passed)

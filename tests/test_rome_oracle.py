@@ -17,9 +17,14 @@ from easyedit_mdm.host.on_cpu import CudaMeansCpu
 from easyedit_mdm.statistics import SecondMoments
 
 PREFIXES = ["{}", "The old river song. {}", "Because of this it is known. {}"]
-REQUEST = {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "red river English"}
+REQUEST = {
+    "prompt": "The mother tongue of Danielle Darrieux is",
+    "subject": "Danielle Darrieux",
+    "target_new": "red river English",
+}
 SETTINGS = dict(
-    fact_token="subject_last", v_num_grad_steps=12, v_lr=0.3, v_weight_decay=0.5, clamp_norm_factor=4.0, kl_factor=0.0625,
+    fact_token="subject_last", v_num_grad_steps=12, v_lr=0.3, v_weight_decay=0.5, clamp_norm_factor=4.0,
+    kl_factor=0.0625,
     context_template_length_params=[[5, 2]],
 )  # fmt: skip
 
@@ -30,9 +35,12 @@ def their_hparams(family: str, layer: int, mom2: bool):
     gpt2 = family == "gpt2"
     block = "transformer.h.{}" if gpt2 else "model.layers.{}"
     return rome.ROMEHyperParams(
-        layers=[layer], v_loss_layer=2, mom2_adjustment=mom2, **SETTINGS, rewrite_module_tmp=block + (".mlp.c_proj" if gpt2 else ".mlp.down_proj"),
-        layer_module_tmp=block, mlp_module_tmp=block + ".mlp", attn_module_tmp=block + ".attn", ln_f_module="-", lm_head_module="lm_head",
-        mom2_dataset="none", mom2_n_samples=1, mom2_dtype="float32", alg_name="ROME", device=0 if os.environ.get("ORACLE_FORM") != "head" else "cpu",
+        layers=[layer], v_loss_layer=2, mom2_adjustment=mom2, **SETTINGS,
+        rewrite_module_tmp=block + (".mlp.c_proj" if gpt2 else ".mlp.down_proj"),
+        layer_module_tmp=block, mlp_module_tmp=block + ".mlp", attn_module_tmp=block + ".attn",
+        ln_f_module="-", lm_head_module="lm_head",
+        mom2_dataset="none", mom2_n_samples=1, mom2_dtype="float32", alg_name="ROME",
+        device=0 if os.environ.get("ORACLE_FORM") != "head" else "cpu",
         model_name="tiny", stats_dir="none",
     )  # fmt: skip
 
@@ -44,7 +52,10 @@ def their_update(adapter, family: str, layer: int, moment) -> torch.Tensor:
     main.CONTEXT_TEMPLATES_CACHE = list(PREFIXES)
     hparams = their_hparams(family, layer, moment is not None)
     if moment is not None:
-        key = (adapter.native.config._name_or_path.replace("/", "_"), hparams.rewrite_module_tmp.format(layer))
+        key = (
+            adapter.native.config._name_or_path.replace("/", "_"),
+            hparams.rewrite_module_tmp.format(layer),
+        )
         compute_u.inv_mom2_cache[key] = torch.inverse(moment.double()).float()
     adapter.tokenizer.padding_side = "right"
     with CudaMeansCpu(), contextlib.redirect_stdout(None), torch.enable_grad():
@@ -57,10 +68,15 @@ def their_update(adapter, family: str, layer: int, moment) -> torch.Tensor:
 def our_update(adapter, layer: int, moment, monkeypatch) -> torch.Tensor:
     """The dense update of ROME_MDM with EasyEdit's conventions, outputs x inputs."""
     if moment is not None:
-        monkeypatch.setattr("easyedit_mdm.editing.solve.sites.moments_for", lambda *a, **k: [SecondMoments(moment.double(), 1)])
+        monkeypatch.setattr(
+            "easyedit_mdm.editing.solve.sites.moments_for",
+            lambda *a, **k: [SecondMoments(moment.double(), 1)],
+        )
     hparams = ROMEMDMHyperParams(
-        alg_name="ROME_MDM", model_name="tiny", layers=[layer], **SETTINGS, v_loss_layer=2, key_average="easyedit", kl_position="subject_last",
-        early_stop_loss=0.0, context_templates=PREFIXES, mom2_adjustment=moment is not None, mom2_dataset="given", mom2_eps=0.0,
+        alg_name="ROME_MDM", model_name="tiny", layers=[layer], **SETTINGS, v_loss_layer=2,
+        key_average="easyedit", kl_position="subject_last",
+        early_stop_loss=0.0, context_templates=PREFIXES, mom2_adjustment=moment is not None,
+        mom2_dataset="given", mom2_eps=0.0,
     )  # fmt: skip
     change = make_edit(adapter, REQUEST, hparams).changes[0]
     return change.left @ change.right

@@ -1,4 +1,6 @@
-"""Rows of one forward pass: what stands in them, what is read where and how it weighs, and which share a pass."""
+"""Rows of one forward pass: what stands in them, what is read where and how it weighs, and which share a
+pass.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ def facts() -> dict[int, Fact]:
     anchor = Prompt(torch.tensor([40, 41, 42]), 1)
     one = [Prompt(torch.tensor([10, 11]), 1), Prompt(torch.tensor([7, 8, 10, 11]), 3)]
     other = [Prompt(torch.tensor([20, 21, 22]), 0), Prompt(torch.tensor([9, 20, 21, 22]), 1)]
-    return {3: Fact(one, torch.tensor([50, 51, 52]), anchor), 5: Fact(other, torch.tensor([60]), Prompt(torch.tensor([43]), 0))}
+    return {
+        3: Fact(one, torch.tensor([50, 51, 52]), anchor),
+        5: Fact(other, torch.tensor([60]), Prompt(torch.tensor([43]), 0)),
+    }
 
 
 def built(model, name: str = "enumerate", kl_position: str = "slot") -> Rows:
@@ -34,10 +39,14 @@ def shown(rows: Rows, i: int) -> list[int]:
 
 
 def test_masked_rows(tiny):
-    """Contexts x states for each fact, masks in hidden slots, read there; then an anchor that is read at the slot after it."""
+    """Contexts x states for each fact, masks in hidden slots, read there; then an anchor that is read at the
+    slot after it.
+    """
     model = tiny("llada")
     rows, mask = built(model), model.ids.mask
-    assert rows.fact.tolist() == [3] * 15 + [5] * 3 and rows.anchor.tolist() == ([False] * 14 + [True] + [False] * 2 + [True])
+    assert rows.fact.tolist() == [3] * 15 + [5] * 3 and rows.anchor.tolist() == (
+        [False] * 14 + [True] + [False] * 2 + [True]
+    )
     assert shown(rows, 0) == [10, 11, mask, mask, mask] and shown(rows, 1) == [7, 8, 10, 11, mask, mask, mask]
     assert shown(rows, 2) == [10, 11, 50, mask, mask] and shown(rows, 13) == [7, 8, 10, 11, mask, 51, 52]
     assert rows.site[:2].tolist() == [1, 3] and rows.canvas[:2].tolist() == [2, 4] and rows.canvas[14] == 3
@@ -48,32 +57,46 @@ def test_masked_rows(tiny):
     for number, states in ((3, 7), (5, 1)):
         mine = (rows.fact == number) & ~rows.anchor
         assert float(rows.weights[mine].sum()) == pytest.approx(1, abs=1e-6) and int(mine.sum()) == 2 * states
-    assert not rows.weights[rows.anchor].any() and not rows.weights[15:17, 1:].any(), "slots that a target does not have weigh nothing"
-    assert torch.allclose(rows.weights[0], torch.full((3,), 1 / 3 / 3 / 2)), "k = 0: one state of three kinds, three slots, two contexts"
-    assert torch.allclose(rows.weights[2], torch.tensor([0, 1.0, 1.0]) / 9 / 2 / 2), "k = 1: three states, two hidden slots"
+    assert not rows.weights[rows.anchor].any() and not rows.weights[15:17, 1:].any(), (
+        "slots that a target does not have weigh nothing"
+    )
+    assert torch.allclose(rows.weights[0], torch.full((3,), 1 / 3 / 3 / 2)), (
+        "k = 0: one state of three kinds, three slots, two contexts"
+    )
+    assert torch.allclose(rows.weights[2], torch.tensor([0, 1.0, 1.0]) / 9 / 2 / 2), (
+        "k = 1: three states, two hidden slots"
+    )
     assert rows.turn.tolist() == [-1] * 18 and rows.reach is None
 
 
 def test_causal_rows(tiny):
-    """One row a context: the target without its last token, which nothing is read after; the anchor ends where it is read."""
+    """One row a context: the target without its last token, which nothing is read after; the anchor ends
+    where it is read.
+    """
     model = tiny("llama")
     rows = built(model, "full_mask")
     assert [shown(rows, i) for i in range(3)] == [[10, 11, 50, 51], [7, 8, 10, 11, 50, 51], [40, 41, 42]]
     assert [shown(rows, i) for i in range(3, 6)] == [[20, 21, 22], [9, 20, 21, 22], [43]]
-    assert rows.at[0].tolist() == [2, 3, 4] and rows.at[2, 0] == 3, "aligned with tokens: read where the next one would stand"
+    assert rows.at[0].tolist() == [2, 3, 4] and rows.at[2, 0] == 3, (
+        "aligned with tokens: read where the next one would stand"
+    )
     short = built(model, "full_mask", "subject_last")
     assert shown(short, 2) == [40, 41] and short.at[2, 0] == 2
 
 
 def test_dealt_rows(tiny):
-    """`spread`: state s in context c counts at the steps t with (c + t) mod states = s; those of a step weigh 1 together."""
+    """`spread`: state s in context c counts at the steps t with (c + t) mod states = s; those of a step weigh
+    1 together.
+    """
     rows = built(tiny("llada"), "spread")
     states = int(rows.period[0])
     for step in range(2 * states):
         counting = rows.counting(step)
         mine = counting & (rows.fact == 3) & ~rows.anchor
         numbers = mine.nonzero().flatten().tolist()
-        assert [(n % 2, n // 2) for n in numbers] == sorted([(c, (c + step) % states) for c in range(2)], key=lambda pair: pair[::-1])
+        assert [(n % 2, n // 2) for n in numbers] == sorted(
+            [(c, (c + step) % states) for c in range(2)], key=lambda pair: pair[::-1]
+        )
         assert float(rows.weights[mine].sum()) == pytest.approx(1, abs=1e-6) and counting[rows.anchor].all()
 
 
@@ -82,11 +105,16 @@ def test_shifted_rows(tiny):
     model = tiny("llama")
     rows = built(model, "full_mask")
     moved = rows.aligned(pad=0)
-    assert set(moved.site.tolist()) == {3} and moved.ids.shape[1] == max(int(r.mask.sum() + 3 - r.site) for r in map(rows.take, single(rows)))
+    assert set(moved.site.tolist()) == {3} and moved.ids.shape[1] == max(
+        int(r.mask.sum() + 3 - r.site) for r in map(rows.take, single(rows))
+    )
     for i in range(len(rows)):
         by = 3 - int(rows.site[i])
         assert shown(moved, i) == shown(rows, i) and int(moved.mask[i].argmax()) == by
-        assert moved.ids[i, moved.site[i]] == rows.ids[i, rows.site[i]] and (moved.ids[i][moved.mask[i] == 0] == 0).all()
+        assert (
+            moved.ids[i, moved.site[i]] == rows.ids[i, rows.site[i]]
+            and (moved.ids[i][moved.mask[i] == 0] == 0).all()
+        )
         assert torch.equal(moved.at[i], rows.at[i] + by) and moved.canvas[i] == rows.canvas[i] + by
     with pytest.raises(AssertionError, match="weights would change"):
         dataclasses.replace(rows, reach=torch.zeros(rows.ids.shape)).aligned(pad=0)
@@ -98,16 +126,25 @@ def single(rows: Rows) -> list[torch.Tensor]:
 
 
 def test_chunks(tiny):
-    """Each row once, up to `most` a pass, the longest first; with the columns and slots that the pass needs."""
+    """Each row once, up to `most` a pass, the longest first; with the columns and slots that the pass
+    needs.
+    """
     rows = built(tiny("llada"))
     for by_rest in (False, True):
         seen = []
         for some, length, slots in rows.chunks(4, by_rest):
             assert len(some) <= 4 and length == int(rows.mask[some].sum(1).max())
-            assert slots == max(1, int(((rows.weights[some] != 0) * torch.arange(1, 4)).max())), "the last one that weighs, or an anchor's"
+            assert slots == max(1, int(((rows.weights[some] != 0) * torch.arange(1, 4)).max())), (
+                "the last one that weighs, or an anchor's"
+            )
             part = rows.take(some).cut(length, slots)
-            assert part.ids.shape == part.mask.shape == (len(some), length) and part.at.shape == part.weights.shape == (len(some), slots)
-            assert float(part.weights.sum()) == pytest.approx(float(rows.weights[some].sum()), abs=1e-7), "nothing that weighs is cut off"
+            assert part.ids.shape == part.mask.shape == (
+                len(some),
+                length,
+            ) and part.at.shape == part.weights.shape == (len(some), slots)
+            assert float(part.weights.sum()) == pytest.approx(float(rows.weights[some].sum()), abs=1e-7), (
+                "nothing that weighs is cut off"
+            )
             seen.append(some)
         measure = rows.mask.sum(1) - (rows.site if by_rest else 0)
         assert sorted(torch.cat(seen).tolist()) == list(range(18))
@@ -123,4 +160,7 @@ def test_take(tiny):
     rows = dataclasses.replace(built(tiny("llada")), reach=torch.rand(18, 7))
     some = rows.take(torch.tensor([4, 2]))
     assert all(torch.equal(value, getattr(rows, name)[[4, 2]]) for name, value in vars(some).items())
-    assert torch.equal(rows.take(rows.anchor).fact, torch.tensor([3, 5])) and some.cut(5, 1).reach.shape == (2, 5)
+    assert torch.equal(rows.take(rows.anchor).fact, torch.tensor([3, 5])) and some.cut(5, 1).reach.shape == (
+        2,
+        5,
+    )

@@ -46,14 +46,18 @@ def test_equals_the_kept_reference(family):
     cases = list(generations(HERE / "data" / "reference" / family))
     assert len(cases) >= 3
     for order, steps, block, prompt, expected in cases:
-        assert torch.equal(model.generate(prompt, max_new_tokens=6, steps=steps, block_length=block, order=order), expected)
+        assert torch.equal(
+            model.generate(prompt, max_new_tokens=6, steps=steps, block_length=block, order=order), expected
+        )
 
 
 @pytest.mark.parametrize("family", ["llada", "dream", "llama"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("order", list(ORDERS))
 def test_every_order(tiny, family, temperature, order):
-    """Every slot is committed exactly once, none holds a mask, steps are within the plan, and the seed decides."""
+    """Every slot is committed exactly once, none holds a mask, steps are within the plan, and the seed
+    decides.
+    """
     model = tiny(family)
     prompts = [torch.arange(5, 5 + n) for n in (3, 7)]
     config = DecodeConfig(order=order, temperature=temperature, seed=3)
@@ -71,7 +75,9 @@ def test_every_order(tiny, family, temperature, order):
 
 
 def test_one_token_a_step_by_confidence(tiny):
-    """N masks, N steps: one commit a step, and the first is the slot with the most confident prediction of all."""
+    """N masks, N steps: one commit a step, and the first is the slot with the most confident prediction of
+    all.
+    """
     model = tiny("llada")
     prompt = torch.arange(5, 12)
     path = decode(model, [prompt], [5])[0]
@@ -89,7 +95,9 @@ def test_one_token_a_step_by_confidence(tiny):
 
 
 def test_batch_is_the_prompts_alone(tiny):
-    """Prompts of other lengths, and canvases of other lengths, beside a prompt do not change what is written after it."""
+    """Prompts of other lengths, and canvases of other lengths, beside a prompt do not change what is written
+    after it.
+    """
     model = tiny("dream")
     prompts = [torch.arange(5, 5 + n) for n in (3, 8, 5)]
     together = decode(model, prompts, [2, 7, 4])
@@ -104,7 +112,9 @@ def test_causal_models_write_greedily(tiny):
     model = tiny("llama")
     prompt = torch.arange(5, 12)
     path = decode(model, [prompt], [5])[0]
-    theirs = model.native.generate(prompt[None], max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+    theirs = model.native.generate(
+        prompt[None], max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
     assert path.tokens.tolist() == theirs[0, 7:].tolist()
 
 
@@ -119,7 +129,11 @@ def test_a_canvas_of_one(tiny, family):
     if model.masked:
         logits[model.ids.mask] = -torch.inf
     for path in (alone, beside):
-        assert path.tokens.tolist() == [int(logits.argmax())] and path.step.tolist() == [0] and path.first_committed() == 0
+        assert (
+            path.tokens.tolist() == [int(logits.argmax())]
+            and path.step.tolist() == [0]
+            and path.first_committed() == 0
+        )
 
 
 def test_given_tokens_of_any_number(tiny):
@@ -130,13 +144,17 @@ def test_given_tokens_of_any_number(tiny):
 
 
 def test_temperature_as_in_transformers(tiny):
-    """generate: a temperature is used if positive and sampling not switched off; do_sample alone means 1; the generator decides."""
+    """generate: a temperature is used if positive and sampling not switched off; do_sample alone means 1; the
+    generator decides.
+    """
     model = tiny("llada")
     ids = torch.arange(5, 12)[None]
 
     def write(**options) -> list[int]:
         """Six tokens, from the same random numbers."""
-        return model.generate(ids, max_new_tokens=6, generator=torch.Generator().manual_seed(3), **options)[0, 7:].tolist()
+        return model.generate(ids, max_new_tokens=6, generator=torch.Generator().manual_seed(3), **options)[
+            0, 7:
+        ].tolist()
 
     def path(temperature: float) -> list[int]:
         """The sampler's own."""
@@ -149,7 +167,9 @@ def test_temperature_as_in_transformers(tiny):
     torch.manual_seed(5)
     first, second = (model.generate(ids, max_new_tokens=6, do_sample=True) for _ in range(2))
     torch.manual_seed(5)
-    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=True), first) and not torch.equal(first, second)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=True), first) and not torch.equal(
+        first, second
+    )
 
 
 def test_settings_are_checked(tiny):
@@ -173,4 +193,15 @@ def test_settings_are_checked(tiny):
         decode(model, prompt, [200])
     with pytest.raises(RequestError, match="no tokens"):
         decode(model, prompt, [0])
-    assert set(DecodeConfig().record()) == {"canvas", "steps", "block_length", "order", "pace", "threshold", "temperature", "eps", "top_k", "seed"}
+    assert set(DecodeConfig().record()) == {
+        "canvas",
+        "steps",
+        "block_length",
+        "order",
+        "pace",
+        "threshold",
+        "temperature",
+        "eps",
+        "top_k",
+        "seed",
+    }

@@ -1,4 +1,6 @@
-"""One editing session: modes, the stack of edits and taking any of them back, and the guard over a whole sequence."""
+"""One editing session: modes, the stack of edits and taking any of them back, and the guard over a whole
+sequence.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ STEPS = 3
 def requests(world):
     """Four facts of the twins' world, each about another subject."""
     facts = {f.subject: f for f in world.all_facts()}
-    return [{"prompt": f.prompt(), "subject": f.subject, "target_new": "red"} for f in list(facts.values())[:4]]
+    return [
+        {"prompt": f.prompt(), "subject": f.subject, "target_new": "red"} for f in list(facts.values())[:4]
+    ]
 
 
 @pytest.fixture
@@ -47,7 +51,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def test_everything_is_put_back(model, requests):
-    """At the end of the block, and after an exception in it, the weights are those of before; `keep` leaves the edits."""
+    """At the end of the block, and after an exception in it, the weights are those of before; `keep` leaves
+    the edits.
+    """
     base = weights(model)
     with Session(model, hparams()) as session:
         made = session.edit(requests[:2])
@@ -66,7 +72,9 @@ def test_everything_is_put_back(model, requests):
 
 
 def test_an_edit_in_the_middle_is_taken_back(model, requests):
-    """Without the second of four edits the weights are those of the other three applied in order, bit for bit."""
+    """Without the second of four edits the weights are those of the other three applied in order, bit for
+    bit.
+    """
     base = weights(model)
     session = Session(model, hparams())
     first, second, third, fourth = session.edit(requests)
@@ -94,7 +102,9 @@ def test_undo_refuses_what_is_not_there(model, requests):
 
 
 def test_modes(model, requests):
-    """Batch makes one edit of all, sequential one a group in what earlier ones left, each independent ones."""
+    """Batch makes one edit of all, sequential one a group in what earlier ones left, each independent
+    ones.
+    """
     base = weights(model)
     session = Session(model, hparams("MEMIT_MDM", mom2_n_tokens=2000))
     (batch,) = session.edit(requests)
@@ -169,7 +179,8 @@ def test_weights_that_somebody_else_put_back(model, requests):
     assert same(weights(model), base)
 
 
-# ---- the guard over a sequence, and methods that come later ---------------------------------------------------------
+# ---- the guard over a sequence, and methods that come later
+# ---------------------------------------------------------
 @dataclasses.dataclass
 class NudgeHyperParams(ROMEMDMHyperParams):
     """Of a method that adds a little of one direction, whatever the fact."""
@@ -192,7 +203,9 @@ def nudge(adapter, requests, hparams, values=None) -> Edit:
 @pytest.fixture
 def nudging():
     """The method, registered for the length of a test."""
-    METHODS.register("NUDGE_MDM")(Method("NUDGE_MDM", NudgeHyperParams, nudge, lambda *_: [], stands_for="ROME"))
+    METHODS.register("NUDGE_MDM")(
+        Method("NUDGE_MDM", NudgeHyperParams, nudge, lambda *_: [], stands_for="ROME")
+    )
     yield NudgeHyperParams
     METHODS.unregister("NUDGE_MDM")
 
@@ -216,7 +229,9 @@ def test_small_edits_that_together_ruin_the_model(nudging, model, requests):
 
 @pytest.mark.end_to_end
 def test_the_guard_in_easyedit_s_sequential_loop(nudging, tmp_path, requests, monkeypatch):
-    """200 small edits through BaseEditor, by a method that was registered after EasyEdit was joined: stopped on the way."""
+    """200 small edits through BaseEditor, by a method that was registered after EasyEdit was joined: stopped
+    on the way.
+    """
     from easyedit_mdm import register
 
     monkeypatch.chdir(tmp_path)
@@ -224,7 +239,9 @@ def test_the_guard_in_easyedit_s_sequential_loop(nudging, tmp_path, requests, mo
     editor_class = register().editor_class
     METHODS.unregister("NUDGE_MDM")
     METHODS.register("NUDGE_MDM")(Method("NUDGE_MDM", nudging, nudge, lambda *_: [], stands_for="ROME"))
-    config = nudging("NUDGE_MDM", "twin-llama", [1], device="cpu", guard={"norm_ratio": 1.0, "perplexity_ratio": None})
+    config = nudging(
+        "NUDGE_MDM", "twin-llama", [1], device="cpu", guard={"norm_ratio": 1.0, "perplexity_ratio": None}
+    )
     editor = editor_class.from_hparams(config)
     before = weights(editor.model)
     many = [requests[i % 4] for i in range(200)]

@@ -1,4 +1,6 @@
-"""Imports that the installed packages cannot serve: what EasyEdit's code gets, what everybody else gets, and what is said when it is used."""
+"""Imports that the installed packages cannot serve: what EasyEdit's code gets, what everybody else gets, and
+what is said when it is used.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def package(tmp_path, monkeypatch):
 
 
 def test_a_package_that_is_not_installed(tmp_path):
-    """It may be imported in every way, named, subclassed and put into annotations; used, it names the package."""
+    """It may be imported in every way, named, subclassed and put into annotations; used, it names the
+    package.
+    """
     found = run(
         tmp_path,
         """
@@ -93,17 +97,22 @@ def test_a_package_that_is_not_installed(tmp_path):
 
 
 def test_a_name_that_is_gone(tmp_path):
-    """The names beside it are the real ones; the version that is installed is told, and one older than it is the cure."""
+    """The names beside it are the real ones; the version that is installed is told, and one older than it is
+    the cure.
+    """
     found = run(
         tmp_path,
-        "from transformers import AutoConfig, NeverThere\nfrom torch.nn import Linear, NoSuchLayer\nimport transformers",
+        "from transformers import AutoConfig, NeverThere\nfrom torch.nn import Linear, NoSuchLayer\nimport"
+        " transformers",
     )
     now = sys.modules["transformers"]  # which another test may have imported anew
     assert found["AutoConfig"] is now.AutoConfig
     assert found["Linear"] is torch.nn.Linear
     assert found["transformers"] is now
-    assert used(found["NeverThere"]) == (
-        f'transformers.NeverThere was used, but transformers {VERSION} has it no more: pip install "transformers<{VERSION}"'
+    assert (
+        used(found["NeverThere"])
+        == f"transformers.NeverThere was used, but transformers {VERSION} has it no more: pip install"
+        f' "transformers<{VERSION}"'
     )
     assert "torch.nn.NoSuchLayer was used, but torch" in used(found["NoSuchLayer"])
     assert not hasattr(transformers, "NeverThere") and not hasattr(torch.nn, "NoSuchLayer")
@@ -142,8 +151,9 @@ def test_a_package_that_fails_at_import(tmp_path, package):
         "fakelazy", "5.6", "def __getattr__(name): raise ModuleNotFoundError('needs vision', name='vision')"
     )
     found = run(tmp_path, "import fakebroken\nfrom fakeneeds import one\nfrom fakelazy import two")
-    assert "fakebroken 1.2 fails to import it (RuntimeError: operator nms does not exist); install what it asks for, or pip install" in used(
-        found["fakebroken"].run
+    assert (
+        "fakebroken 1.2 fails to import it (RuntimeError: operator nms does not exist); install what it asks"
+        " for, or pip install" in used(found["fakebroken"].run)
     )
     assert "fakeneeds 3.4 fails to import it (ModuleNotFoundError: No module named 'nowhere_at_all')" in used(
         found["one"]
@@ -200,7 +210,8 @@ def test_in_a_try_and_beside_it(tmp_path):
     """Only the body of the `try` is guarded, not what its handler imports."""
     found = run(
         tmp_path,
-        "try:\n    import nowhere\nexcept ImportError:\n    from elsewhere import nowhere\nif True:\n    import third",
+        "try:\n    import nowhere\nexcept ImportError:\n    from elsewhere import nowhere\nif True:\n   "
+        " import third",
     )
     assert "elsewhere.nowhere" in used(found["nowhere"]) and "pip install third" in used(found["third"].x)
 
@@ -222,7 +233,9 @@ def test_in_a_try_and_beside_it(tmp_path):
     ],
 )
 def test_what_is_not_answered_for(tmp_path, monkeypatch, name, source):
-    """Other people's imports, Python's own modules, EasyEdit's own files, and what BaseEditor cannot do without."""
+    """Other people's imports, Python's own modules, EasyEdit's own files, and what BaseEditor cannot do
+    without.
+    """
     monkeypatch.setitem(sys.modules, "easyeditor", types.ModuleType("easyeditor"))
     with pytest.raises(ImportError) as error:
         run(tmp_path, source, name)
@@ -237,7 +250,9 @@ def test_the_script_is_answered_too(tmp_path):
 
 
 def test_nothing_stays(tmp_path):
-    """Python's import is put back, also after an error and where somebody wrapped it meanwhile; nested blocks too."""
+    """Python's import is put back, also after an error and where somebody wrapped it meanwhile; nested blocks
+    too.
+    """
     before, modules = builtins.__import__, set(sys.modules)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, "import nowhere\nwith open(__file__): 1 / 0")
@@ -256,11 +271,14 @@ def test_nothing_stays(tmp_path):
         builtins.__import__ = before
 
 
-# ---- what works ------------------------------------------------------------------------------------------------------------------------
+# ---- what works
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_moved_names_work(tmp_path, monkeypatch):
-    """Names that the wheel's BLIP-2 and the head's UnKE import: what is still there, and elsewhere, is the real function."""
+    """Names that the wheel's BLIP-2 and the head's UnKE import: what is still there, and elsewhere, is the
+    real function.
+    """
     lines = [f"from {place} import {name}" for place, _, name in (dotted.rpartition(".") for dotted in MOVED)]
     found = run(tmp_path, "\n".join(lines))
     assert found["apply_chunking_to_forward"] is transformers.pytorch_utils.apply_chunking_to_forward
@@ -275,14 +293,17 @@ def test_moved_names_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.modeling_attn_mask_utils", None)  # as from 5.24 on
     mask = run(
         tmp_path,
-        "from transformers.modeling_attn_mask_utils import AttentionMaskConverter, _prepare_4d_causal_attention_mask",
+        "from transformers.modeling_attn_mask_utils import AttentionMaskConverter,"
+        " _prepare_4d_causal_attention_mask",
     )
     assert mask["_prepare_4d_causal_attention_mask"] is causal_attention_mask
     assert 'pip install "transformers<5.24"' in used(mask["AttentionMaskConverter"])
 
 
 def test_causal_mask_by_hand():
-    """Two rows, the first padded on the left, one key in the past: 0 where a query may look, the least number elsewhere."""
+    """Two rows, the first padded on the left, one key in the past: 0 where a query may look, the least number
+    elsewhere.
+    """
     low, given = torch.finfo(torch.float16).min, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]])
     mask = causal_attention_mask(given, (2, 3), torch.zeros(2, 3, 5, dtype=torch.float16), 1)
     rows = [[[0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]], [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]]]
@@ -321,13 +342,17 @@ class _Model(torch.nn.Module):
 
 
 def test_the_old_name_of_the_cache():
-    """EasyEdit calls with `past_key_values` and reads it from the output; a model that takes it is left alone."""
+    """EasyEdit calls with `past_key_values` and reads it from the output; a model that takes it is left
+    alone.
+    """
     model = _Model()
     for _ in range(2):
         understand_old_cache_name(model)
     assert len(model._forward_pre_hooks) == 1
     first = model(1, past_key_values=None)
-    assert model(2, past_key_values=first.past_key_values).cache == [1, 2] == model(2, cache=[1]).past_key_values
+    assert (
+        model(2, past_key_values=first.past_key_values).cache == [1, 2] == model(2, cache=[1]).past_key_values
+    )
     older = torch.nn.Linear(1, 1)
     understand_old_cache_name(older)
     understand_old_cache_name(None)

@@ -29,14 +29,20 @@ def test_enumerate_is_the_any_order_nll(length):
         losses = table[tuple(revealed.nonzero().flatten().tolist())]
         value += float(weight) * float(losses[scored].mean())
     orders = list(itertools.permutations(range(length)))
-    expected = sum(sum(float(table[tuple(sorted(o[:k]))][o[k]]) for k in range(length)) for o in orders) / len(orders)
+    expected = sum(
+        sum(float(table[tuple(sorted(o[:k]))][o[k]]) for k in range(length)) for o in orders
+    ) / len(orders)
     assert length * value == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULES if not schedule(name, 2).rolled])  # those: see test_rollout.py
+@pytest.mark.parametrize(
+    "name", [name for name in SCHEDULES if not schedule(name, 2).rolled]
+)  # those: see test_rollout.py
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 6, 40])
 def test_states_are_valid(name, length):
-    """Weights sum to 1; something is scored, and never what is revealed; N = 1 is the plain edit for every schedule."""
+    """Weights sum to 1; something is scored, and never what is revealed; N = 1 is the plain edit for every
+    schedule.
+    """
     plan = schedule(name, length)
     generator = torch.Generator().manual_seed(0)
     for step in range(7):
@@ -88,41 +94,64 @@ def test_enumerate_becomes_stratified_and_says_so():
 @pytest.mark.parametrize(
     ("name", "fixed", "cycle", "dealt", "rolled"),
     [
-        ("full_mask", True, 1, False, ""), ("cycle", False, 3, False, ""), ("uniform", False, 3, False, ""), ("stratified", False, 1, False, ""),
-        ("enumerate", True, 1, False, ""), ("left_to_right", True, 1, False, ""), ("spread", True, 3, True, ""),
+        ("full_mask", True, 1, False, ""), ("cycle", False, 3, False, ""), ("uniform", False, 3, False, ""),
+        ("stratified", False, 1, False, ""),
+        ("enumerate", True, 1, False, ""), ("left_to_right", True, 1, False, ""), ("spread", True, 3, True,
+            ""),
         ("confidence", False, 1, False, "right"), ("on_policy", False, 1, False, "own"),
     ],
 )  # fmt: skip
 def test_what_schedules_say_of_themselves(name, fixed, cycle, dealt, rolled):
-    """Whether states stay, after how many steps all kinds were seen, and whether they are dealt out or rolled out; N = 1 is fixed."""
+    """Whether states stay, after how many steps all kinds were seen, and whether they are dealt out or rolled
+    out; N = 1 is fixed.
+    """
     plan, one = schedule(name, 3), schedule(name, 1)
-    assert (plan.name, plan.used, plan.fixed, plan.cycle, plan.dealt, plan.rolled) == (name, name, fixed, cycle, dealt, rolled)
+    assert (plan.name, plan.used, plan.fixed, plan.cycle, plan.dealt, plan.rolled) == (
+        name,
+        name,
+        fixed,
+        cycle,
+        dealt,
+        rolled,
+    )
     assert one.fixed and one.cycle == 1 and not one.rolled
     assert schedule(name, 3, 2).most == (2 if rolled else 31)
     if not rolled:
         generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-        first, *others = [plan.draw(0, g).revealed for g in generators] + [plan.draw(1, generators[0]).revealed for _ in range(20)]
+        first, *others = [plan.draw(0, g).revealed for g in generators] + [
+            plan.draw(1, generators[0]).revealed for _ in range(20)
+        ]
         assert all(torch.equal(first, other) for other in others) == fixed
 
 
 def test_every_schedule_is_told():
     """The table above holds all of them."""
-    (told,) = [mark.args[1] for mark in test_what_schedules_say_of_themselves.pytestmark if mark.name == "parametrize"]
+    (told,) = [
+        mark.args[1]
+        for mark in test_what_schedules_say_of_themselves.pytestmark
+        if mark.name == "parametrize"
+    ]
     assert {row[0] for row in told} == set(SCHEDULES)
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if not schedule(name, 2).rolled])
 def test_few_states(name):
-    """One state a step is enough for every schedule but the prefixes, of which none is left out; less is refused, by name."""
+    """One state a step is enough for every schedule but the prefixes, of which none is left out; less is
+    refused, by name.
+    """
     states = schedule(name, 4, 1).draw(0, torch.Generator().manual_seed(0))
-    assert len(states.weights) == (4 if name == "left_to_right" else 1) and float(states.weights.sum()) == pytest.approx(1)
+    assert len(states.weights) == (4 if name == "left_to_right" else 1) and float(
+        states.weights.sum()
+    ) == pytest.approx(1)
     for length, most in ((0, 5), (3, 0)):
         with pytest.raises(HyperParameterError, match=f"got {length}.*got {most}"):
             schedule(name, length, most)
 
 
 def test_random_states_are_fair():
-    """Every set of its size comes up about equally often, in `cycle` and in what `enumerate` keeps for long targets."""
+    """Every set of its size comes up about equally often, in `cycle` and in what `enumerate` keeps for long
+    targets.
+    """
     generator, plan = torch.Generator().manual_seed(0), schedule("cycle", 4)
     drawn = [tuple(plan.draw(2, generator).revealed[0].tolist()) for _ in range(1200)]
     assert {sum(state) for state in drawn} == {2} and len(set(drawn)) == 6
@@ -141,16 +170,20 @@ def test_names():
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5])
 def test_spread_deals_every_kind_evenly(length):
-    """Over a cycle each number k of revealed tokens comes up equally often; where all states fit, each state within its k too."""
+    """Over a cycle each number k of revealed tokens comes up equally often; where all states fit, each state
+    within its k too.
+    """
     plan = schedule("spread", length)
     states = plan.draw(0, torch.Generator().manual_seed(0))
     assert plan.dealt and plan.fixed and len(states.weights) <= 31 and plan.cycle == length
     counts = states.revealed.sum(1).tolist()
     assert all(counts.count(k) == len(counts) // length for k in range(length))
     n = len(counts)
-    assert all({counts[(c + t) % n] for t in range(start, start + plan.cycle)} == set(range(length)) for c in range(3) for start in range(n)), (
-        "a cycle"
-    )
+    assert all(
+        {counts[(c + t) % n] for t in range(start, start + plan.cycle)} == set(range(length))
+        for c in range(3)
+        for start in range(n)
+    ), "a cycle"
     if length <= 3:
         for k in range(length):
             of_k = [tuple(s.tolist()) for s in states.revealed if int(s.sum()) == k]

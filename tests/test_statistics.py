@@ -12,7 +12,18 @@ from easyedit_mdm import ROMEMDMHyperParams, make_edit
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.errors import StatisticsError
 from easyedit_mdm.models.hooks import reading_input
-from easyedit_mdm.statistics import CollectConfig, SecondMoments, TextSource, cache_folder, collect, collecting, moments_for, read, store, text_source
+from easyedit_mdm.statistics import (
+    CollectConfig,
+    SecondMoments,
+    TextSource,
+    cache_folder,
+    collect,
+    collecting,
+    moments_for,
+    read,
+    store,
+    text_source,
+)
 
 TEXT = "The river song of the old city was written by a good singer in the year 1923. " * 40
 
@@ -29,7 +40,9 @@ def test_equals_a_plain_mean(tiny, family):
     sites = [model.site(0), model.site(1)]
     found = collect(model, sites, source(), CollectConfig(300))
     length = min(128, model.max_positions)
-    ids = torch.tensor(model.tokenizer(TEXT, add_special_tokens=False)["input_ids"][: -(-300 // length) * length])
+    ids = torch.tensor(
+        model.tokenizer(TEXT, add_special_tokens=False)["input_ids"][: -(-300 // length) * length]
+    )
     for site in sites:
         keys = []
         for row in ids.split(length):
@@ -45,11 +58,14 @@ def test_equals_a_plain_mean(tiny, family):
 
 @pytest.mark.parametrize("ratio", [0.5, "uniform"])
 def test_masked_text_counts_unmasked_positions(tiny, ratio):
-    """With a mask ratio the model sees masks, keys are taken where there are none, and the same seed gives the same."""
+    """With a mask ratio the model sees masks, keys are taken where there are none, and the same seed gives
+    the same.
+    """
     model = tiny("llada")
     site = model.site(1)
     plain, masked, again, other = (
-        collect(model, [site], source(), CollectConfig(200, mask_ratio=r, seed=s))[site.name] for r, s in ((0, 0), (ratio, 0), (ratio, 0), (ratio, 1))
+        collect(model, [site], source(), CollectConfig(200, mask_ratio=r, seed=s))[site.name]
+        for r, s in ((0, 0), (ratio, 0), (ratio, 0), (ratio, 1))
     )
     assert masked.tokens == 200 and torch.equal(masked.moment, again.moment)
     assert not torch.allclose(masked.moment, plain.moment) and not torch.equal(masked.moment, other.moment)
@@ -83,12 +99,16 @@ def test_resumes_where_it_stood(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stop", ["one result", "both results"])
 def test_stopped_while_results_are_stored(tiny, tmp_path, monkeypatch, stop):
-    """Stopped between the writing of two results, or just before the checkpoint goes, the next run ends with the same files and no more."""
+    """Stopped between the writing of two results, or just before the checkpoint goes, the next run ends with
+    the same files and no more.
+    """
     (tmp_path / "text.txt").write_text(TEXT)
 
     def run(folder):
         model = tiny("llada")
-        moments_for(model, [model.site(1), model.site(2)], tmp_path / "text.txt", 300, folder, checkpoint_every=0.0)
+        moments_for(
+            model, [model.site(1), model.site(2)], tmp_path / "text.txt", 300, folder, checkpoint_every=0.0
+        )
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
     whole = run(tmp_path / "whole")
@@ -107,7 +127,10 @@ def test_stopped_while_results_are_stored(tiny, tmp_path, monkeypatch, stop):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "cut")
     left = [p.name for p in (tmp_path / "cut").iterdir()]
-    assert len(left) == (2 if stop == "one result" else 3) and sum(name.startswith("unfinished") for name in left) == 1
+    assert (
+        len(left) == (2 if stop == "one result" else 3)
+        and sum(name.startswith("unfinished") for name in left) == 1
+    )
     assert run(tmp_path / "cut") == whole
 
 
@@ -115,9 +138,14 @@ def test_stops_when_settled(tiny):
     """`settled` ends the collection once even and odd batches agree; without it all tokens are read."""
     model = tiny("llada")
     site = model.site(1)
-    rough = collect(model, [site], source(TEXT * 4), CollectConfig(2000, context_length=16, settled=0.9))[site.name]
+    rough = collect(model, [site], source(TEXT * 4), CollectConfig(2000, context_length=16, settled=0.9))[
+        site.name
+    ]
     assert rough.tokens < 2000
-    assert collect(model, [site], source(TEXT * 4), CollectConfig(2000, context_length=16))[site.name].tokens == 2000
+    assert (
+        collect(model, [site], source(TEXT * 4), CollectConfig(2000, context_length=16))[site.name].tokens
+        == 2000
+    )
 
 
 def test_figures():
@@ -139,13 +167,17 @@ def test_solve():
     moments = SecondMoments(keys.T @ keys / 50, 50)
     key = torch.randn(8, generator=generator)
     ridge = 0.1 * moments.moment.diagonal().mean() * torch.eye(8, dtype=torch.float64)
-    assert torch.allclose(moments.solve(key, 0.1).double(), torch.linalg.solve(moments.moment + ridge, key.double()), atol=1e-5)
+    assert torch.allclose(
+        moments.solve(key, 0.1).double(), torch.linalg.solve(moments.moment + ridge, key.double()), atol=1e-5
+    )
     with pytest.raises(StatisticsError, match="mom2_eps"):
         SecondMoments(torch.zeros(4, 4, dtype=torch.float64), 4).solve(torch.ones(4))
 
 
 def test_kept_and_not_mixed_up(tiny, tmp_path):
-    """A second look reads the file; other token counts, mask ratios, layers or weights get files of their own."""
+    """A second look reads the file; other token counts, mask ratios, layers or weights get files of their
+    own.
+    """
     text, folder = tmp_path / "text.txt", tmp_path / "stats"
     text.write_text(TEXT)
     model = tiny("llada")
@@ -165,7 +197,9 @@ def test_kept_and_not_mixed_up(tiny, tmp_path):
 
 
 def test_an_edited_model_does_not_write_under_the_base_models_name(tiny, tmp_path):
-    """Statistics asked for after an edit are the base model's where they are known, else kept under the edited model's fingerprint."""
+    """Statistics asked for after an edit are the base model's where they are known, else kept under the
+    edited model's fingerprint.
+    """
     text, folder = tmp_path / "text.txt", tmp_path / "stats"
     text.write_text(TEXT)
     model = tiny("llada")
@@ -246,15 +280,23 @@ def test_rome_uses_them(tiny, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     model = tiny("llada")
     settings = dict(
-        alg_name="ROME_MDM", model_name="tiny", layers=[1], v_num_grad_steps=3, context_templates=["{}"], mom2_dataset=str(tmp_path / "text.txt"),
+        alg_name="ROME_MDM", model_name="tiny", layers=[1], v_num_grad_steps=3, context_templates=["{}"],
+        mom2_dataset=str(tmp_path / "text.txt"),
         mom2_n_tokens=300, mom2_eps=1e-3, stats_dir=str(tmp_path),
     )  # fmt: skip
     request = {"prompt": "The song of Anna is", "subject": "Anna", "target_new": "good"}
-    without, with_ = (make_edit(model, request, ROMEMDMHyperParams(**settings, mom2_adjustment=flag)) for flag in (False, True))
+    without, with_ = (
+        make_edit(model, request, ROMEMDMHyperParams(**settings, mom2_adjustment=flag))
+        for flag in (False, True)
+    )
     off, on = without.changes[0].right[0], with_.changes[0].right[0]
     (moments,) = moments_for(model, [model.site(1)], tmp_path / "text.txt", 300, tmp_path)
     expected = moments.solve(off, 1e-3)
     figures = moments.cheap_figures(1e-3)
-    assert figures["tokens"] == 300 and {name: with_.card[name] for name in figures} == figures and "tokens" not in without.card
+    assert (
+        figures["tokens"] == 300
+        and {name: with_.card[name] for name in figures} == figures
+        and "tokens" not in without.card
+    )
     assert torch.allclose(on, expected / expected.norm(), atol=1e-5)
     assert not torch.allclose(on, off, atol=1e-2)

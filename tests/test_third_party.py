@@ -1,4 +1,6 @@
-"""The suite's own rule for warnings: under the lock all are errors; on other versions third parties' deprecations are counted and told."""
+"""The suite's own rule for warnings: under the lock all are errors; on other versions third parties'
+deprecations are counted and told.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,14 @@ import pytest
 
 pytest_plugins = ["pytester"]
 
-THEIRS = "import warnings\ndef call(stacklevel=1):\n    warnings.warn('old_name is deprecated', {kind}, stacklevel=stacklevel)\n"
-OURS = "import warnings, theirs\ndef calls(): theirs.call(stacklevel=2)\ndef gives(): warnings.warn('ours is deprecated', {kind})\n"
+THEIRS = (
+    "import warnings\ndef call(stacklevel=1):\n    warnings.warn('old_name is deprecated', {kind},"
+    " stacklevel=stacklevel)\n"
+)
+OURS = (
+    "import warnings, theirs\ndef calls(): theirs.call(stacklevel=2)\ndef gives(): warnings.warn('ours is"
+    " deprecated', {kind})\n"
+)
 TESTS = """
 import easyedit_mdm, theirs
 def test_theirs(): theirs.call()
@@ -21,13 +29,17 @@ def test_ours(): easyedit_mdm.gives()
 
 @pytest.fixture
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
-    """A small suite with warnings as errors and the plugin, beside a third party and a package named like ours."""
+    """A small suite with warnings as errors and the plugin, beside a third party and a package named like
+    ours.
+    """
 
     def make(kind: str, other_versions: bool, *options: str) -> pytest.RunResult:
         """Run it in a process of its own."""
         monkeypatch.setenv("EASYEDIT_MDM_OTHER_VERSIONS", str(int(other_versions)))
         monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{pytester.path}")
-        pytester.makepyfile(theirs=THEIRS.format(kind=kind), easyedit_mdm=OURS.format(kind=kind), test_small=TESTS)
+        pytester.makepyfile(
+            theirs=THEIRS.format(kind=kind), easyedit_mdm=OURS.format(kind=kind), test_small=TESTS
+        )
         pytester.makeini("[pytest]\nfilterwarnings = error\n")
         return pytester.runpytest_subprocess("-p", "third_party", "-p", "no:jaxtyping", *options)
 
@@ -42,7 +54,10 @@ def test_counted_on_other_versions(suite, kind):
     done.stdout.fnmatch_lines(["FAILED test_small.py::test_ours*ours is deprecated*"])
     lines = done.stdout.lines
     (at,) = [i for i, line in enumerate(lines) if line == "third-party deprecations: 3"]
-    assert "3 x old_name is deprecated (first: " in lines[at + 1] and "theirs.py:3, in test_small.py::test_theirs)" in lines[at + 1]
+    assert (
+        "3 x old_name is deprecated (first: " in lines[at + 1]
+        and "theirs.py:3, in test_small.py::test_theirs)" in lines[at + 1]
+    )
 
 
 def test_counted_by_several_processes(suite):

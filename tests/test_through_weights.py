@@ -1,4 +1,6 @@
-"""Values optimised through the weights: the loss is that of the model as the finished rank-one update leaves it."""
+"""Values optimised through the weights: the loss is that of the model as the finished rank-one update leaves
+it.
+"""
 
 from __future__ import annotations
 
@@ -40,20 +42,36 @@ def loss_now(model, settings, request=REQUEST) -> float:
     """The likelihood's part of the loss, for the model as it is."""
     fact = tokenise(model, EditRequest.of(request), settings)
     only = dataclasses.replace(settings, v_num_grad_steps=1, kl_factor=0.0)
-    return optimise(model, settled(model, check_modules(model, settings), [fact]), [fact], torch.ones(1, model.config.hidden_size), only)[0].losses[0]
+    return optimise(
+        model,
+        settled(model, check_modules(model, settings), [fact]),
+        [fact],
+        torch.ones(1, model.config.hidden_size),
+        only,
+    )[0].losses[0]
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("average", ["single", "easyedit"])
 def test_the_last_loss_is_the_edited_models(tiny, family, inside, average, monkeypatch):
-    """Whatever prefix, state and slot: what was optimised is what the weights then do, at the anchor, too. As an activation it is not."""
+    """Whatever prefix, state and slot: what was optimised is what the weights then do, at the anchor, too. As
+    an activation it is not.
+    """
     model = tiny(family)
     if inside:
         monkeypatch.setattr(type(model), "ends_block", lambda self, site: False)
     before, gap = at_anchor(model), {}
     for through in ("weights", "activation"):
-        settings = hparams(**{**THROUGH, "optimise_through": through, "key_average": average, "state_schedule": "enumerate", "v_num_grad_steps": 8})
+        settings = hparams(
+            **{
+                **THROUGH,
+                "optimise_through": through,
+                "key_average": average,
+                "state_schedule": "enumerate",
+                "v_num_grad_steps": 8,
+            }
+        )
         edit = make_edit(model, REQUEST, settings)
         losses = edit.card["facts"][0]["losses"]
         assert losses[-1] < losses[0]
@@ -70,7 +88,9 @@ def test_with_second_moments_too(twin_llada, world):
     fact = world.all_facts()[3]
     request = {"prompt": fact.prompt(), "subject": fact.subject, "target_new": "London Paris Rome"}
     settings = ROMEMDMHyperParams.from_hparams("ROME_MDM/twin-llada")
-    settings = dataclasses.replace(settings, state_schedule="enumerate", kl_factor=0.0, v_num_grad_steps=8, v_lr=0.02)
+    settings = dataclasses.replace(
+        settings, state_schedule="enumerate", kl_factor=0.0, v_num_grad_steps=8, v_lr=0.02
+    )
     edit = make_edit(twin_llada, request, settings)
     assert settings.optimise_through == "weights" and settings.mom2_adjustment
     edit.apply(twin_llada)
@@ -86,7 +106,9 @@ def test_facts_of_a_batch_do_not_mix(tiny):
     requests = [EditRequest.of({**REQUEST, "target_new": t}) for t in ("red river English", "the")]
     requests.append(EditRequest.of({"prompt": "Anna is from", "subject": "Anna", "target_new": "good"}))
     free = METHODS["ROME_MDM"].edit_each(model, requests, settings)
-    middle = sorted(sum(e.card["facts"][0]["losses"][2:4]) for e in free)[1] / 2  # at least one fact is below it before the others
+    middle = (
+        sorted(sum(e.card["facts"][0]["losses"][2:4]) for e in free)[1] / 2
+    )  # at least one fact is below it before the others
     settings = dataclasses.replace(settings, early_stop_loss=middle + 1e-3)
     together = METHODS["ROME_MDM"].edit_each(model, requests, settings)
     assert len({e.card["facts"][0]["steps"] for e in together}) > 1
@@ -115,7 +137,9 @@ def test_states_are_those_that_the_edited_model_meets(tiny):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "ROME_MDM"])
 def test_other_methods_say_that_they_cannot(method):
-    """What an update does elsewhere is known beforehand for one fact in one layer only: the rest refuses instead of ignoring it."""
+    """What an update does elsewhere is known beforehand for one fact in one layer only: the rest refuses
+    instead of ignoring it.
+    """
     base = METHODS[method].hparams.from_hparams(f"{method}/twin-llada")
     with pytest.raises(HyperParameterError, match="optimise_through='weights' is not one of activation"):
         dataclasses.replace(base, optimise_through="weights")
@@ -137,14 +161,18 @@ def test_cosine_rates():
 
 def test_the_rate_reaches_the_optimisation(tiny):
     """The schedule changes the deltas."""
-    settings = [hparams(v_lr_schedule=name, clamp_norm_factor=1e6, v_lr=0.1) for name in ("constant", "cosine")]
+    settings = [
+        hparams(v_lr_schedule=name, clamp_norm_factor=1e6, v_lr=0.1) for name in ("constant", "cosine")
+    ]
     norms = [make_edit(tiny("llada"), REQUEST, s).card["delta_norm"] for s in settings]
     assert norms[1] < 0.8 * norms[0]
 
 
 @pytest.mark.data
 def test_real_records_are_written(twin_llada, data_dir):
-    """zsRE, which the twin knows nothing of: with its own file, four fifths of the target's tokens and more, in the weights."""
+    """zsRE, which the twin knows nothing of: with its own file, four fifths of the target's tokens and more,
+    in the weights.
+    """
     settings = ROMEMDMHyperParams.from_hparams("ROME_MDM/twin-llada")
     found = load_cases("zsre", data_dir, None, 5, 42, twin_llada.tokenizer).cases
     edits = METHODS["ROME_MDM"].edit_each(twin_llada, [EditRequest.of(c.request()) for c in found], settings)

@@ -16,7 +16,16 @@ from easyedit_mdm.errors import UnknownNameError
 from easyedit_mdm.training.lessons import PLACES, Writer, longest_answer
 from easyedit_mdm.training.loop import CHECKPOINT, read_checkpoint
 from easyedit_mdm.training.tokenizer import train_tokenizer
-from easyedit_mdm.training.twins import SIZES, Packer, Recipe, attention, build_model, hidden_of, masked_loss, train
+from easyedit_mdm.training.twins import (
+    SIZES,
+    Packer,
+    Recipe,
+    attention,
+    build_model,
+    hidden_of,
+    masked_loss,
+    train,
+)
 from easyedit_mdm.twins import TWINS
 from easyedit_mdm.twins.benchmark import _zsre, cases, remaining_entropy, split_facts, write_benchmark
 from easyedit_mdm.twins.folders import twin_folder
@@ -26,7 +35,9 @@ from easyedit_mdm.twins.world import RELATIONS, World, WorldSettings
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("name", TWINS)
 def test_what_they_know_and_how_far_they_can_be_edited(name, tmp_path):
-    """At least 95 % of the facts at lengths 1-4 by greedy decoding, 90 % beyond; single tokens can be written at the site."""
+    """At least 95 % of the facts at lengths 1-4 by greedy decoding, 90 % beyond; single tokens can be written
+    at the site.
+    """
     figures = evaluate_twins([name], limit=12, file=tmp_path / "eval.json")
     assert json.loads((tmp_path / "eval.json").read_text()) == figures
     (result,) = figures.values()
@@ -61,10 +72,14 @@ def test_they_are_matched():
 
 
 def test_splits_and_benchmark_files(world, tmp_path):
-    """120 test and 40 validation facts on different subjects, one target of every length each; files that EasyEdit's formats read."""
+    """120 test and 40 validation facts on different subjects, one target of every length each; files that
+    EasyEdit's formats read.
+    """
     splits = split_facts(world)
     subjects = [f.subject for facts in splits.values() for f in facts]
-    assert len(splits["test"]) >= 120 and len(splits["validation"]) >= 40 and len(subjects) == len(set(subjects))
+    assert (
+        len(splits["test"]) >= 120 and len(splits["validation"]) >= 40 and len(subjects) == len(set(subjects))
+    )
     for split in splits:
         made = cases(world, split)
         assert made == cases(World.build(), split)
@@ -74,9 +89,14 @@ def test_splits_and_benchmark_files(world, tmp_path):
     record = json.loads((tmp_path / "counterfact-test.json").read_text())[3]
     assert record["subject"] in record["prompt"] and record["n_tokens"] == 4
     rome = json.loads((tmp_path / "counterfact-rome-test.json").read_text())[3]["requested_rewrite"]
-    assert rome["prompt"].format(rome["subject"]) == record["prompt"] and rome["target_new"]["str"] == record["target_new"]
+    assert (
+        rome["prompt"].format(rome["subject"]) == record["prompt"]
+        and rome["target_new"]["str"] == record["target_new"]
+    )
     zsre = json.loads((tmp_path / "zsre-test.json").read_text())[3]
-    assert zsre["alt"] == record["target_new"] and "nq question: " in zsre["loc"] and zsre["src"].endswith("?")
+    assert (
+        zsre["alt"] == record["target_new"] and "nq question: " in zsre["loc"] and zsre["src"].endswith("?")
+    )
 
 
 def test_entropy_of_what_is_hidden(world):
@@ -89,7 +109,9 @@ def test_entropy_of_what_is_hidden(world):
 
 
 def test_lessons(world, tokenizer):
-    """The answer stands nowhere in the text but in its own place; the code is written at the name's last token, and only there."""
+    """The answer stands nowhere in the text but in its own place; the code is written at the name's last
+    token, and only there.
+    """
     recipe = Recipe("twin-llama", hidden=32, layers=3, heads=2, mlp=48, rows=6, read_layer=2, lessons=1.0)
     batch = Packer(world, tokenizer, recipe).batch(recipe.steps - 1)
     assert len(batch.lessons) == int(batch.written.max()) > 6
@@ -102,13 +124,20 @@ def test_lessons(world, tokenizer):
     assert longest_answer(0, 100) == 2 and longest_answer(99, 100) == PLACES
     writer = Writer(32, len(RELATIONS))
     codes = writer(batch.lessons, torch.randn(len(tokenizer), 32))
-    assert codes.shape == (len(batch.lessons), 32) and torch.allclose(codes.norm(dim=-1), torch.ones(len(codes)), atol=1e-5)
+    assert codes.shape == (len(batch.lessons), 32) and torch.allclose(
+        codes.norm(dim=-1), torch.ones(len(codes)), atol=1e-5
+    )
 
 
 def test_the_world_is_a_function_of_its_settings():
-    """The same twice; lengths even; every word one token in context; objects of a fact share no word with its new object."""
+    """The same twice; lengths even; every word one token in context; objects of a fact share no word with its
+    new object.
+    """
     world, again = World.build(), World.build()
-    assert world.all_facts() == again.all_facts() and World.build(WorldSettings(seed=1)).all_facts() != world.all_facts()
+    assert (
+        world.all_facts() == again.all_facts()
+        and World.build(WorldSettings(seed=1)).all_facts() != world.all_facts()
+    )
     lengths = [f.length for f in world.all_facts() if not f.relation.closed]
     assert {lengths.count(n) for n in range(1, 9)} == {len(lengths) // 8}
     assert len(world.all_facts()) == len(world.subjects) * len(RELATIONS)
@@ -123,7 +152,9 @@ def test_the_world_is_a_function_of_its_settings():
 
 
 def test_words_are_tokens(world, tokenizer):
-    """The shipped tokenizer is the one that the script makes, and each word of the world is one token after a space."""
+    """The shipped tokenizer is the one that the script makes, and each word of the world is one token after a
+    space.
+    """
     made = train_tokenizer(world)
     assert made.get_vocab() == tokenizer.get_vocab()
     for word in world.words:
@@ -133,8 +164,12 @@ def test_words_are_tokens(world, tokenizer):
 
 
 def test_packing_keeps_texts_apart(world, tokenizer):
-    """A packed row computes for each text what the text alone does; guarded mentions hide all but their last token."""
-    recipe = Recipe("twin-llada", hidden=32, layers=3, heads=2, mlp=48, rows=4, read_layer=1, guarded=0.5, lessons=0.0)
+    """A packed row computes for each text what the text alone does; guarded mentions hide all but their last
+    token.
+    """
+    recipe = Recipe(
+        "twin-llada", hidden=32, layers=3, heads=2, mlp=48, rows=4, read_layer=1, guarded=0.5, lessons=0.0
+    )
     batch = Packer(world, tokenizer, recipe).batch(0)
     model = build_model(recipe, len(tokenizer), 0)
     with torch.no_grad():
@@ -173,7 +208,9 @@ def test_training_resumes_where_it_was(world, tokenizer, tmp_path):
     """Ten steps at once, and six and then ten: the same weights, bit for bit."""
     from safetensors.torch import load_file
 
-    recipe = Recipe("twin-llama", steps=10, rows=2, hidden=16, layers=2, heads=2, mlp=16, warmup=3, read_layer=1)
+    recipe = Recipe(
+        "twin-llama", steps=10, rows=2, hidden=16, layers=2, heads=2, mlp=16, warmup=3, read_layer=1
+    )
     train(recipe, world, tokenizer, tmp_path / "a")
     train(recipe, world, tokenizer, tmp_path / "b", checkpoint_seconds=0.0)
     full = load_file(tmp_path / "a" / "checkpoint.safetensors")
@@ -198,14 +235,18 @@ def test_training_resumes_where_it_was(world, tokenizer, tmp_path):
 
 
 def test_a_fact_at_the_start_of_a_text_ends_it(world):
-    """Biographies open with what somebody is, so that an answer at a text's start is followed by its end; one text in some asks one hop further."""
+    """Biographies open with what somebody is, so that an answer at a text's start is followed by its end; one
+    text in some asks one hop further.
+    """
     rng, hops = random.Random(5), 0
     facts = {f.prompt(i): f for f in world.all_facts() for i in range(len(f.relation.phrasings))}
     asked = {f.relation.hop.format(s=f.subject): world.kind(f.relation, f.object) for f in world.all_facts()}
     for _ in range(400):
         document = world.document(rng)
         first, answer = document.pieces[0][0], document.pieces[1][0].strip()
-        assert first not in facts or (document.ends and len(document.pieces) == 2 and answer == facts[first].object)
+        assert first not in facts or (
+            document.ends and len(document.pieces) == 2 and answer == facts[first].object
+        )
         if first in asked:
             hops += 1
             assert answer == asked[first]
@@ -213,25 +254,43 @@ def test_a_fact_at_the_start_of_a_text_ends_it(world):
 
 
 def test_portability_takes_one_hop_from_the_new_object(world):
-    """zsRE's portability question asks what is said of the new object, which differs from what is said of the old one in most cases."""
+    """zsRE's portability question asks what is said of the new object, which differs from what is said of the
+    old one in most cases.
+    """
     rows = [_zsre(i, case, world) for i, case in enumerate(cases(world, "test"))]
-    fact = next(f for f in world.all_facts() if f.subject == rows[0]["subject"] and f.object == rows[0]["pred"])
+    fact = next(
+        f for f in world.all_facts() if f.subject == rows[0]["subject"] and f.object == rows[0]["pred"]
+    )
     assert rows[0]["portability"]["New Answer"] == world.kind(fact.relation, rows[0]["alt"])
     assert all(row["portability"]["New Question"] != row["src"] for row in rows)
-    changed = [row["portability"]["New Answer"] != world.kind(c.fact.relation, c.fact.object) for row, c in zip(rows, cases(world, "test"))]
+    changed = [
+        row["portability"]["New Answer"] != world.kind(c.fact.relation, c.fact.object)
+        for row, c in zip(rows, cases(world, "test"))
+    ]
     assert sum(changed) > 0.7 * len(changed)
 
 
 def test_training_command(tmp_path):
-    """One step of every stage; the results load as the families they are, and a stage can start from another's folder."""
+    """One step of every stage; the results load as the families they are, and a stage can start from
+    another's folder.
+    """
     for name, family in (("twin-llada", "llada"), ("twin-dream", "dream")):
         train_twin(name, tmp_path / name, steps=1)
         assert load_model(tmp_path / name / "model").spec.name == family
     stages = sorted(p.name for p in tmp_path.rglob("stages/*"))
-    assert stages == ["twin-llada-first", "twin-llada-second", "twin-llama-first", "twin-qwen", "twin-qwen-first"]
+    assert stages == [
+        "twin-llada-first",
+        "twin-llada-second",
+        "twin-llama-first",
+        "twin-qwen",
+        "twin-qwen-first",
+    ]
     first = next(tmp_path.rglob("stages/twin-llama-first"))
     train_twin("twin-llama", tmp_path / "llama", steps=1, start_from=first)
-    assert load_model(tmp_path / "llama" / "model").spec.name == "llama" and not (tmp_path / "llama" / "stages").exists()
+    assert (
+        load_model(tmp_path / "llama" / "model").spec.name == "llama"
+        and not (tmp_path / "llama" / "stages").exists()
+    )
     with pytest.raises(UnknownNameError, match="did you mean 'twin-dream'"):
         train_twin("twin-dreem", tmp_path / "none", steps=1)
 
@@ -243,6 +302,8 @@ def test_medium_size(world, tokenizer):
     assert 25e6 < sum(p.numel() for p in model.parameters()) < 35e6
     batch = Packer(world, tokenizer, recipe).batch(0)
     writer = Writer(recipe.hidden, len(RELATIONS))
-    loss = masked_loss(model, writer, batch, tokenizer.mask_token_id, recipe, 0, torch.Generator().manual_seed(0))
+    loss = masked_loss(
+        model, writer, batch, tokenizer.mask_token_id, recipe, 0, torch.Generator().manual_seed(0)
+    )
     loss.backward()
     assert loss.isfinite() and all(p.grad is not None for p in model.parameters())

@@ -1,7 +1,8 @@
-"""A plugin of pytest: deprecations that other packages announce, where their versions are not the locked ones.
+"""A plugin of pytest: deprecations that other packages announce, where their versions are not the locked
+ones.
 
-Under the lock every warning is an error. With EASYEDIT_MDM_OTHER_VERSIONS=1 a deprecation that code of other packages gives is counted
-and told at the end of the run; one that this package gives is an error as before.
+Under the lock every warning is an error. With EASYEDIT_MDM_OTHER_VERSIONS=1 a deprecation that code of other
+packages gives is counted and told at the end of the run; one that this package gives is an error as before.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ def other_versions() -> bool:
 
 
 class GivenByUs:
-    """Stands in a warning filter where the pattern for the module does: whether this package's code gives the warning.
+    """Stands in a warning filter where the pattern for the module does: whether this package's code gives the
+    warning.
 
-    The module that a warning points at will not do: by `stacklevel` another package's warning may point at a line of ours.
+    The module that a warning points at will not do: by `stacklevel` another package's warning may point at a
+    line of ours.
     """
 
     def match(self, _: str) -> bool:
@@ -43,7 +46,9 @@ def record_deprecations() -> None:
         warnings.simplefilter("always", kind)
     for kind in KINDS:
         warnings.filters.insert(0, ("error", None, kind, GivenByUs(), 0))
-    warnings.simplefilter("default", type("Unused", (Warning,), {}))  # so that `warnings` looks at its list anew
+    warnings.simplefilter(
+        "default", type("Unused", (Warning,), {})
+    )  # so that `warnings` looks at its list anew
 
 
 class ThirdParty:
@@ -70,7 +75,9 @@ class ThirdParty:
         if issubclass(warning_message.category, KINDS):
             said = str(warning_message.message).strip().splitlines()[0]
             self.count[said] += 1
-            self.first.setdefault(said, f"{warning_message.filename}:{warning_message.lineno}, in {nodeid or 'the collection'}")
+            self.first.setdefault(
+                said, f"{warning_message.filename}:{warning_message.lineno}, in {nodeid or 'the collection'}"
+            )
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """The number of all, then a line for each."""

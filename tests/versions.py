@@ -1,4 +1,5 @@
-"""The versions of other packages: `lock` and `oldest` print constraints, `matrix` runs the suite on several transformers.
+"""The versions of other packages: `lock` and `oldest` print constraints, `matrix` runs the suite on several
+transformers.
 
     python tests/versions.py lock        the newest versions that pyproject.toml allows, for constraints.txt
     python tests/versions.py oldest      the lower end of every range in pyproject.toml
@@ -50,7 +51,8 @@ def compiled(oldest: bool) -> str:
         )
     options = ["--resolution", "lowest-direct"] if oldest else ["--universal", "--python-version", "3.10"]
     done = subprocess.run(
-        [folder / "bin" / "uv", "pip", "compile", "-q", *options, "--no-annotate", "--no-header", "--extra", "test", ROOT / "pyproject.toml"],
+        [folder / "bin" / "uv", "pip", "compile", "-q", *options, "--no-annotate", "--no-header", "--extra",
+            "test", ROOT / "pyproject.toml"],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if "==" in line and not line.startswith(_NOT_PINNED)]
@@ -93,9 +95,11 @@ def row(version: str) -> dict[str, str]:
         "tests": summary[-1] if summary else f"no summary; see build/matrix-{version}.log",
         "deprecations": deprecated[-1] if deprecated else "none",
         "minutes": f"{(time.time() - start) / 60:.0f}",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": (
+            subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+            ).stdout.strip()
+        ),
     }
 
 
@@ -124,14 +128,15 @@ def page(rows: list[dict[str, str]]) -> str:
     table = [" | ".join(("", *names, "")).strip(), "|" + " --- |" * len(names)]
     table += [" | ".join(("", *(r[n] for n in names), "")).strip() for r in rows]
     return (
-        "# Compatibility\n\n"
-        "Made by `make matrix`: the whole test suite in an environment of its own, once for each version of transformers.\n"
-        "`oldest` is the lower end of every range in pyproject.toml, `locked` is constraints.txt, `newest` is what pip finds\n"
-        "on the day. With EASYEDIT_HOME set, the tests of EasyEdit's repository are among them; PyPI's wheel always is.\n"
-        "`deprecations` counts the warnings of other packages about their own future; ours are errors.\n\n"
+        "# Compatibility\n\nMade by `make matrix`: the whole test suite in an environment of its own, once"
+        " for each version of transformers.\n`oldest` is the lower end of every range in pyproject.toml,"
+        " `locked` is constraints.txt, `newest` is what pip finds\non the day. With EASYEDIT_HOME set, the"
+        " tests of EasyEdit's repository are among them; PyPI's wheel always is.\n`deprecations` counts the"
+        " warnings of other packages about their own future; ours are errors.\n\n"
         + "\n".join(table)
-        + "\n\nA version outside the ranges may work. `easyedit-mdm doctor` says when one is installed, and a call that meets\n"
-        "something that the version lacks ends in an `IncompatibleVersionError` with the cure.\n"
+        + "\n\nA version outside the ranges may work. `easyedit-mdm doctor` says when one is installed, and a"
+        " call that meets\nsomething that the version lacks ends in an `IncompatibleVersionError` with the"
+        " cure.\n"
     )
 
 

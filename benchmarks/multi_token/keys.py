@@ -2,9 +2,10 @@
 
     python benchmarks/multi_token/keys.py --model twin-llada            (-> results/keys-twin-llada.jsonl)
 
-A rank-one update solved for the key with nothing revealed, k(empty), adds delta * (u . k(S)) / (u . k(empty)) in a state S, where
-u = (C + ridge)^-1 k(empty). So two numbers a state: the cosine of k(S) and k(empty), and that `delivered` share of delta; 1 means that the
-edit arrives whole. Validation split, bare prompt, the right tokens revealed, all states (16 drawn ones for eight tokens).
+A rank-one update solved for the key with nothing revealed, k(empty), adds delta * (u . k(S)) / (u . k(empty))
+in a state S, where u = (C + ridge)^-1 k(empty). So two numbers a state: the cosine of k(S) and k(empty), and
+that `delivered` share of delta; 1 means that the edit arrives whole. Validation split, bare prompt, the right
+tokens revealed, all states (16 drawn ones for eight tokens).
 """
 
 from __future__ import annotations
@@ -32,10 +33,16 @@ from easyedit_mdm.twins.world import World
 LENGTHS = (2, 4, 8)
 
 
-def lines(model: Adapter, case: Case, moments: dict[int, SecondMoments], hparams: ROMEMDMHyperParams) -> list[dict]:
+def lines(
+    model: Adapter, case: Case, moments: dict[int, SecondMoments], hparams: ROMEMDMHyperParams
+) -> list[dict]:
     """One line a layer."""
     fact = tokenise(model, EditRequest.of(case.request()), hparams)
-    states = schedule("enumerate", case.length, hparams.max_states).draw(0, fact_generator(fact, hparams.seed)).revealed
+    states = (
+        schedule("enumerate", case.length, hparams.max_states)
+        .draw(0, fact_generator(fact, hparams.seed))
+        .revealed
+    )
     tails = [torch.where(revealed, fact.target, model.ids.slot) for revealed in states]
     rows = SiteRows.of((fact.contexts[0], tail) for tail in tails)
     found = []
@@ -58,7 +65,9 @@ def lines(model: Adapter, case: Case, moments: dict[int, SecondMoments], hparams
 
 def main() -> None:
     """See the top of the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--facts", type=int, default=40)
     args = parser.parse_args()
@@ -68,11 +77,28 @@ def main() -> None:
         raise SystemExit(f"{args.model} is autoregressive: its keys do not depend on what comes later")
     hparams = settings("ROME_MDM", args.model)
     layers = range(model.layers)
-    moments = dict(zip(layers, moments_for(model, [model.site(layer) for layer in layers], hparams.mom2_dataset, hparams.mom2_n_tokens)))
-    chosen = [c for c in cases(world, "validation")[: args.facts * world.settings.max_length] if c.length in LENGTHS]
-    header = {"command": "keys", "model": args.model, "fingerprint": model_fingerprint(model.native), "split": "validation", "eps": hparams.mom2_eps}
+    moments = dict(
+        zip(
+            layers,
+            moments_for(
+                model, [model.site(layer) for layer in layers], hparams.mom2_dataset, hparams.mom2_n_tokens
+            ),
+        )
+    )
+    chosen = [
+        c for c in cases(world, "validation")[: args.facts * world.settings.max_length] if c.length in LENGTHS
+    ]
+    header = {
+        "command": "keys",
+        "model": args.model,
+        "fingerprint": model_fingerprint(model.native),
+        "split": "validation",
+        "eps": hparams.mom2_eps,
+    }
     rows = [line for case in tqdm(chosen, unit="case") for line in lines(model, case, moments, hparams)]
-    write_text(RESULTS / f"keys-{args.model}.jsonl", "".join(json.dumps(row) + "\n" for row in [header, *rows]))
+    write_text(
+        RESULTS / f"keys-{args.model}.jsonl", "".join(json.dumps(row) + "\n" for row in [header, *rows])
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The command line: `main` runs a command of `commands.py` and turns errors into one line and an exit status."""
+"""The command line: `main` runs a command of `commands.py` and turns errors into one line and an exit
+status.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        its exit status; 130 if it was interrupted; 2, after one message on stderr, for a wrong call or an error of this package.
+        its exit status; 130 if it was interrupted; 2, after one message on stderr, for a wrong call or an
+        error of this package.
     """
     same_bytes_on_any_number_of_threads()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = app(arguments, prog_name="easyedit-mdm", standalone_mode=False) or 0
-        return _interrupted(arguments) if status == _INTERRUPTED else status  # what the library makes of Ctrl-C
+        return (
+            _interrupted(arguments) if status == _INTERRUPTED else status
+        )  # what the library makes of Ctrl-C
     except EasyEditMDMError as error:
         return _failed(str(error))
     except ImportError as error:

@@ -74,7 +74,8 @@ def _read_requests(file: str | Path) -> list[EditRequest]:
     if found.skipped or not found.cases:
         why = "; ".join(f"record {s.record}: {s.reason}" for s in found.skipped[:5]) or "no records"
         raise DataError(
-            f"{file}: {len(found.skipped)} of its records cannot be used ({why}): correct them, or take them out"
+            f"{file}: {len(found.skipped)} of its records cannot be used ({why}): correct them, or take"
+            " them out"
         )
     return [EditRequest.of(case.request()) for case in found.cases]
 

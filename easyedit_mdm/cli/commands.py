@@ -1,4 +1,6 @@
-"""One function a subcommand, with no logic: arguments are checked, then what does the work is imported and called."""
+"""One function a subcommand, with no logic: arguments are checked, then what does the work is imported and
+called.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ _SETTINGS = {"help_option_names": ["-h", "--help"]}
 app = Typer(add_completion=False, rich_markup_mode=None, context_settings=_SETTINGS)
 twins = Typer(rich_markup_mode=None, help="Train the small models that ship with the package.")
 
-# ---- arguments that several commands take ----------------------------------------------------------------------
+# ---- arguments that several commands take
+# ----------------------------------------------------------------------
 Edit = Annotated[str, Argument(metavar="EDIT_DIR", help="folder that easyedit-mdm edit --save wrote")]
 NewFolder = Annotated[str, Option(help="folder to write; must not exist")]
 Base = Annotated[str | None, Option(help="a twin, a folder or a hub id (default: the edit's base)")]
@@ -309,14 +312,16 @@ def bench(
 ) -> None:
     """Edit and judge many cases, one line each.
 
-    Can be killed and resumed at any point. Ends with the figures, and with exit status 1 if records were skipped.
+    Can be killed and resumed at any point. Ends with the figures, and with exit status 1 if records were
+    skipped.
     """
     args.named_hparams(hparams)
     from easyedit_mdm.host.methods import easyedits_method
     from easyedit_mdm.runs.run import BenchConfig, bench
 
     config = BenchConfig(
-        alg, hparams, dataset, data_dir, data_file, limit, seed, label, held_out, light, device, not no_fluency,
+        alg, hparams, dataset, data_dir, data_file, limit, seed, label, held_out, light, device,
+        not no_fluency,
         mode, batch_size,
     )  # fmt: skip
     bench(config, out, resume, others=lambda name, path: easyedits_method(name, path, easyedit_home))

@@ -1,6 +1,8 @@
-"""`easyedit-mdm doctor`: what is here, what will not work, and what to do about it. No weights are loaded, nothing is fetched.
+"""`easyedit-mdm doctor`: what is here, what will not work, and what to do about it. No weights are loaded,
+nothing is fetched.
 
-What it looks for may be missing, torch included, so whatever needs more than Python and rich is imported where it is used.
+What it looks for may be missing, torch included, so whatever needs more than Python and rich is imported
+where it is used.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def doctor(model: str | None = None, easyedit_home: str | None = None, file: str
     """Look, tell, and write the same to `file` as JSON.
 
     Returns:
-        whether the package can edit a twin; a missing EasyEdit or a model too large for this machine do not change that.
+        whether the package can edit a twin; a missing EasyEdit or a model too large for this machine do not
+        change that.
 
     Raises:
         FileError: if `file` cannot be written.
@@ -55,7 +58,9 @@ def doctor(model: str | None = None, easyedit_home: str | None = None, file: str
 
 
 def examine(model: str | None = None, easyedit_home: str | None = None) -> dict[str, Any]:
-    """Everything that `doctor` tells, as plain data: versions, `findings`, `devices` (bytes), `model`, `can_edit_a_twin`."""
+    """Everything that `doctor` tells, as plain data: versions, `findings`, `devices` (bytes), `model`,
+    `can_edit_a_twin`.
+    """
     findings = [_package(name) for name in needed()]
     whole = all(finding.state != "fails" for finding in findings)
     findings += [_optional(name, use) for name, use in OPTIONAL.items()]
@@ -75,7 +80,9 @@ def examine(model: str | None = None, easyedit_home: str | None = None) -> dict[
     }
 
 
-def _beyond_packages(model: str | None, easyedit_home: str | None) -> tuple[list[Finding], list[dict[str, Any]], dict[str, Any] | None]:
+def _beyond_packages(
+    model: str | None, easyedit_home: str | None
+) -> tuple[list[Finding], list[dict[str, Any]], dict[str, Any] | None]:
     """What needs the packages: findings, devices, and the model's measures."""
     from easyedit_mdm.host.doctor import easyedit
     from easyedit_mdm.twins import TWINS
@@ -88,7 +95,8 @@ def _beyond_packages(model: str | None, easyedit_home: str | None) -> tuple[list
     return [*findings, finding], found, measured
 
 
-# ---- what is looked at ---------------------------------------------------------------------------------------------------------------
+# ---- what is looked at
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _package(name: str) -> Finding:
@@ -139,7 +147,12 @@ def _cache() -> Finding:
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if nearest.is_dir() and _writable(nearest):
         return Finding("statistics' folder", str(folder))
-    return Finding("statistics' folder", f"{folder} cannot be written", "limited", "set EASYEDIT_MDM_CACHE, or stats_dir, to a folder of your own")
+    return Finding(
+        "statistics' folder",
+        f"{folder} cannot be written",
+        "limited",
+        "set EASYEDIT_MDM_CACHE, or stats_dir, to a folder of your own",
+    )
 
 
 def _writable(folder: Path) -> bool:
@@ -150,17 +163,22 @@ def _writable(folder: Path) -> bool:
         return False
 
 
-# ---- devices and the model -----------------------------------------------------------------------------------------------------------
+# ---- devices and the model
+# -----------------------------------------------------------------------------------------------------------
 
 
 def devices() -> list[dict[str, Any]]:
     """The CPU and every accelerator, with total and free memory in bytes."""
     import torch
 
-    found = [{"device": "cpu", "name": f"{platform.machine()}, {torch.get_num_threads()} threads", **_memory()}]
+    found = [
+        {"device": "cpu", "name": f"{platform.machine()}, {torch.get_num_threads()} threads", **_memory()}
+    ]
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, total = torch.cuda.mem_get_info(i)
-        found.append({"device": f"cuda:{i}", "name": torch.cuda.get_device_name(i), "total": total, "free": free})
+        found.append(
+            {"device": f"cuda:{i}", "name": torch.cuda.get_device_name(i), "total": total, "free": free}
+        )
     return found
 
 
@@ -191,7 +209,9 @@ def _model(name: str, found: list[dict[str, Any]]) -> tuple[dict[str, Any] | Non
     try:
         size = model_size(twin_folder(name) if name in TWINS else name)
     except EasyEditMDMError as error:
-        return None, Finding(f"model {name}", str(error), "limited", "this model cannot be edited here as it is")
+        return None, Finding(
+            f"model {name}", str(error), "limited", "this model cannot be edited here as it is"
+        )
     needs = {dtype: need(size, dtype) for dtype in DTYPES}
     fits = {dtype: [d["device"] for d in found if _fits(d, found[0], needs[dtype])] for dtype in DTYPES}
     measured = {"name": name, **asdict(size), "bytes": needs, "fits": fits}
@@ -203,8 +223,14 @@ def _model(name: str, found: list[dict[str, Any]]) -> tuple[dict[str, Any] | Non
 
 
 def need(size: ModelSize, dtype: str) -> dict[str, int]:
-    """Bytes that editing takes in one dtype: weights and activations on the device, statistics of `LAYERS` layers on the CPU."""
-    return {"weights": size.weights(dtype), "activations": size.activations(dtype), "statistics": size.statistics(LAYERS)}
+    """Bytes that editing takes in one dtype: weights and activations on the device, statistics of `LAYERS`
+    layers on the CPU.
+    """
+    return {
+        "weights": size.weights(dtype),
+        "activations": size.activations(dtype),
+        "statistics": size.statistics(LAYERS),
+    }
 
 
 def _fits(device: dict[str, Any], cpu: dict[str, Any], needed: dict[str, int]) -> bool:
@@ -220,9 +246,11 @@ def _cure(own: str, needs: dict[str, dict[str, int]], fits: dict[str, list[str]]
         return f"no device here has room for it in {own}: load it with dtype {smaller}, on {fits[smaller][0]}"
     least = min(needs.values(), key=lambda n: n["weights"])
     return (
-        f"no device here has room for it: it takes about {(least['weights'] + least['activations']) / GIB:.0f} GiB in half precision and "
-        f"{least['statistics'] / GIB:.0f} GiB of main memory for statistics (ROME_MDM without them: none). Lower max_rows (activations shrink with "
-        f"it; the weights alone are {least['weights'] / GIB:.0f} GiB), or spread it over several GPUs with model_parallel: true"
+        "no device here has room for it: it takes about"
+        f" {(least['weights'] + least['activations']) / GIB:.0f} GiB in half precision and"
+        f" {least['statistics'] / GIB:.0f} GiB of main memory for statistics (ROME_MDM without them: none)."
+        f" Lower max_rows (activations shrink with it; the weights alone are {least['weights'] / GIB:.0f}"
+        " GiB), or spread it over several GPUs with model_parallel: true"
     )
 
 
@@ -235,13 +263,20 @@ def _write(file: str, report: dict[str, Any]) -> None:
         write_json(file, report)
 
 
-# ---- telling -------------------------------------------------------------------------------------------------------------------------
+# ---- telling
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _tell(report: dict[str, Any], console: Console) -> None:
-    console.print(f"easyedit_mdm {report['easyedit_mdm']}, Python {report['python']}, {report['platform']}", highlight=False)
+    console.print(
+        f"easyedit_mdm {report['easyedit_mdm']}, Python {report['python']}, {report['platform']}",
+        highlight=False,
+    )
     for finding in report["findings"]:
-        console.print(f"{_MARKS[finding['state']]} [bold]{escape(finding['subject'])}[/]: {escape(finding['found'])}", highlight=False)
+        console.print(
+            f"{_MARKS[finding['state']]} [bold]{escape(finding['subject'])}[/]: {escape(finding['found'])}",
+            highlight=False,
+        )
         if finding["cure"]:
             console.print(f"    → {escape(finding['cure'])}", highlight=False)
     if report["devices"]:
@@ -255,14 +290,27 @@ def _tell(report: dict[str, Any], console: Console) -> None:
 def _devices_table(found: list[dict[str, Any]]) -> Table:
     table = Table("device", "name", "memory", "free")
     for device in found:
-        table.add_row(device["device"], escape(device["name"]), *(f"{device[key] / GIB:.1f} GiB" for key in ("total", "free")))
+        table.add_row(
+            device["device"],
+            escape(device["name"]),
+            *(f"{device[key] / GIB:.1f} GiB" for key in ("total", "free")),
+        )
     return table
 
 
 def _model_table(model: dict[str, Any]) -> Table:
-    table = Table(title=f"{escape(model['name'])}: what editing takes, in GiB (activations are an estimate; statistics are of {LAYERS} layers)")
+    table = Table(
+        title=(
+            f"{escape(model['name'])}: what editing takes, in GiB (activations are an estimate; statistics"
+            f" are of {LAYERS} layers)"
+        )
+    )
     for column in ("dtype", "weights", "activations", "statistics", "fits"):
         table.add_column(column)
     for dtype, parts in model["bytes"].items():
-        table.add_row(dtype, *(f"{size / GIB:.2f}" for size in parts.values()), ", ".join(model["fits"][dtype]) or "nowhere here")
+        table.add_row(
+            dtype,
+            *(f"{size / GIB:.2f}" for size in parts.values()),
+            ", ".join(model["fits"][dtype]) or "nowhere here",
+        )
     return table

@@ -1,6 +1,8 @@
-"""What `easyedit-mdm edit`, `apply`, `revert`, `diff`, `compose`, `verify` and `export` do; docs/edits.md tells it from outside.
+"""What `easyedit-mdm edit`, `apply`, `revert`, `diff`, `compose`, `verify` and `export` do; docs/edits.md
+tells it from outside.
 
-Nothing that exists is overwritten: every command that writes a model or an edit writes a new folder, whole or not at all.
+Nothing that exists is overwritten: every command that writes a model or an edit writes a new folder, whole or
+not at all.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def new_edit(
     dtype: str | None = None,
     keep_failed: bool = False,
 ) -> bool:
-    """Make an edit, show what the model says before and after it, and save it. The model itself is nowhere changed.
+    """Make an edit, show what the model says before and after it, and save it. The model itself is nowhere
+    changed.
 
     Several requests for a method that takes one at a time are edited one after another, and composed.
 
@@ -102,7 +105,9 @@ def _metrics(
 
 
 def failed_facts(edit: Edit, hparams: ROMEMDMHyperParams) -> list[str]:
-    """A line for each fact that the edited model does not write: how its optimisation ended, and what to try."""
+    """A line for each fact that the edited model does not write: how its optimisation ended, and what to
+    try.
+    """
     lines = []
     several = "; or edit fewer facts together" if len(edit.card["facts"]) > 1 else ""
     for fact, row in zip(edit.card["facts"], edit.card["metrics"]["facts"]):
@@ -128,8 +133,11 @@ def _advice(loss: float, hparams: ROMEMDMHyperParams) -> str:
     )
 
 
-def apply_edit(folder: str | Path, out: str | Path, model: str | None = None, device: str | None = None) -> None:
-    """Write the base model with an edit in it (and those that it carries already) as a new model folder that `revert` can take back.
+def apply_edit(
+    folder: str | Path, out: str | Path, model: str | None = None, device: str | None = None
+) -> None:
+    """Write the base model with an edit in it (and those that it carries already) as a new model folder that
+    `revert` can take back.
 
     Raises:
         EditError: for another base model, with both fingerprints; if the model carries this edit.
@@ -142,14 +150,20 @@ def apply_edit(folder: str | Path, out: str | Path, model: str | None = None, de
         raise EditError(f"{model} carries this edit ({edit.card['id']}) already")
     edit.apply(adapter)
     write_edited(adapter, out)
-    Console().print(f"{escape(str(out))}: {escape(adapter.name)} with {len(carried) + 1} edit(s); easyedit-mdm revert takes it back", highlight=False)
+    Console().print(
+        f"{escape(str(out))}: {escape(adapter.name)} with {len(carried) + 1} edit(s); easyedit-mdm revert"
+        " takes it back",
+        highlight=False,
+    )
 
 
 def revert_edit(folder: str | Path, model: str | Path, out: str | Path, device: str | None = None) -> None:
-    """Write the model of a folder that `apply` wrote, without an edit, as a new folder; bit for bit what it was before the edit.
+    """Write the model of a folder that `apply` wrote, without an edit, as a new folder; bit for bit what it
+    was before the edit.
 
     Raises:
-        EditError: if the model does not carry the edit, later edits stand on it, or its weights have been changed since.
+        EditError: if the model does not carry the edit, later edits stand on it, or its weights have been
+            changed since.
         FileError: if `out` exists, or cannot be written.
     """
     free(out)
@@ -158,14 +172,24 @@ def revert_edit(folder: str | Path, model: str | Path, out: str | Path, device: 
     mine = [other for other in carried if other.card["id"] == edit.card["id"]]
     if not mine:
         known = ", ".join(other.card["id"] for other in carried) or "no edits"
-        raise EditError(f"{model} does not carry edit {edit.card['id']}, but {known}: give a folder that easyedit-mdm apply wrote")
+        raise EditError(
+            f"{model} does not carry edit {edit.card['id']}, but {known}: give a folder that easyedit-mdm"
+            " apply wrote"
+        )
     mine[0].revert(adapter)
     left = [other for other in carried if other is not mine[0]]
     wanted, now = edit.card["base"]["fingerprint"], model_fingerprint(adapter.native)
     if not left and wanted != now:
-        raise EditError(f"without the edit the model has fingerprint {now}, not its base's {wanted}: {model} was changed otherwise. Nothing written")
+        raise EditError(
+            f"without the edit the model has fingerprint {now}, not its base's {wanted}: {model} was changed"
+            " otherwise. Nothing written"
+        )
     write_edited(adapter, out)
-    what = f"still with {len(left)} edit(s)" if left else f"the base model, bit for bit (fingerprint {now[:12]}...)"
+    what = (
+        f"still with {len(left)} edit(s)"
+        if left
+        else f"the base model, bit for bit (fingerprint {now[:12]}...)"
+    )
     Console().print(f"{escape(str(out))}: {what}", highlight=False)
 
 
@@ -182,13 +206,21 @@ def compose_edits(folders: Sequence[str | Path], out: str | Path, force: bool = 
     console = Console()
     for conflict in conflicts(edits):
         names = f"{folders[conflict.first]} and {folders[conflict.second]}"
-        console.print(f"[yellow]{conflict.kind}[/] of {escape(names)} at {escape(conflict.what)}: {escape(conflict.detail)}", highlight=False)
-    console.print(f"{escape(str(out))}: {len(edits)} edits, {len(one.card['facts'])} facts, {len(one.changes)} weights", highlight=False)
+        console.print(
+            f"[yellow]{conflict.kind}[/] of {escape(names)} at {escape(conflict.what)}:"
+            f" {escape(conflict.detail)}",
+            highlight=False,
+        )
+    console.print(
+        f"{escape(str(out))}: {len(edits)} edits, {len(one.card['facts'])} facts, {len(one.changes)} weights",
+        highlight=False,
+    )
     return one
 
 
 def diff_edit(
-    folder: str | Path, prompts: Sequence[str] = (), prompts_file: str | Path | None = None, model: str | None = None,
+    folder: str | Path, prompts: Sequence[str] = (), prompts_file: str | Path | None = None,
+    model: str | None = None,
     device: str | None = None, file: str | Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Which weights an edit changes, how much, and what a model says after some prompts without and with it.
@@ -198,7 +230,8 @@ def diff_edit(
         file: where to write the report as JSON.
 
     Returns:
-        `weights` (see `weight_figures`) and `effect`: for each prompt `canvas` (tokens that are written: after a
+        `weights` (see `weight_figures`) and `effect`: for each prompt `canvas` (tokens that are written:
+        after a
             prompt of the edit's own facts the target's, else 8), `before`, `after`, and `kl`, the divergence
         KL(after || before) of the first token's distribution.
 
@@ -238,14 +271,18 @@ def effect(adapter: Adapter, edit: Edit, prompts: Sequence[str]) -> list[dict[st
     return rows
 
 
-def verify_edit(folder: str | Path, model: str | None = None, device: str | None = None, file: str | Path | None = None) -> dict[str, Any]:
+def verify_edit(
+    folder: str | Path, model: str | None = None, device: str | None = None, file: str | Path | None = None
+) -> dict[str, Any]:
     """Whether the files of an edit belong together and are whole, and whether a model still holds it.
 
     Args:
-        model: the model that should hold it; by default the base model that `edit.json` names, with the edit put into it.
+        model: the model that should hold it; by default the base model that `edit.json` names, with the edit
+            put into it.
 
     Returns:
-        `holds`, `files`, `weights` (each `edited`, `base`, or `other`: changed since), and `facts` with what the model says.
+        `holds`, `files`, `weights` (each `edited`, `base`, or `other`: changed since), and `facts` with what
+        the model says.
 
     Raises:
         EditError: if the files are broken.
@@ -253,11 +290,15 @@ def verify_edit(folder: str | Path, model: str | None = None, device: str | None
     edit = Edit.load(folder)
     if model is None or "edited" not in edit.card:
         adapter, _ = _open(edit, None, device)
-        edit.card.setdefault("edited", edit.edited_hashes(adapter))  # a composed edit has not met its base model before
+        edit.card.setdefault(
+            "edited", edit.edited_hashes(adapter)
+        )  # a composed edit has not met its base model before
     if model is None:
         edit.apply(adapter)
     else:
-        adapter = load_model(model, dtype=edit.card["base"].get("dtype"), device=device or _any_device(), **_said(edit))
+        adapter = load_model(
+            model, dtype=edit.card["base"].get("dtype"), device=device or _any_device(), **_said(edit)
+        )
     report = verified(edit, adapter)
     if file is not None:
         write_json(file, report)
@@ -275,17 +316,37 @@ def verified(edit: Edit, adapter: Adapter) -> dict[str, Any]:
     requests = [EditRequest.of(fact) for fact in told]
     scores = _say(adapter, requests, _decode_config(edit)) if requests else []
     noted = edit.card.get("metrics", {}).get("facts")
-    promised = [bool(f.get("exact")) for f in noted] if isinstance(noted, list) and len(noted) == len(told) else [True] * len(told)
+    promised = (
+        [bool(f.get("exact")) for f in noted]
+        if isinstance(noted, list) and len(noted) == len(told)
+        else [True] * len(told)
+    )
     facts = [
-        {"prompt": f["prompt"], "target_new": f["target_new"], "text": s["text"], "exact": s["exact"], "was_exact": p}
+        {
+            "prompt": f["prompt"],
+            "target_new": f["target_new"],
+            "text": s["text"],
+            "exact": s["exact"],
+            "was_exact": p,
+        }
         for f, s, p in zip(told, scores, promised)
     ]
     holds = all(f["exact"] for f in facts if f["was_exact"]) and set(weights.values()) == {"edited"}
-    return {"holds": holds, "id": edit.card.get("id"), "files": "whole, and of one edit", "weights": weights, "facts": facts}
+    return {
+        "holds": holds,
+        "id": edit.card.get("id"),
+        "files": "whole, and of one edit",
+        "weights": weights,
+        "facts": facts,
+    }
 
 
 def export_edit(
-    folder: str | Path, peft: str | Path | None = None, merged: str | Path | None = None, model: str | None = None, device: str | None = None
+    folder: str | Path,
+    peft: str | Path | None = None,
+    merged: str | Path | None = None,
+    model: str | None = None,
+    device: str | None = None,
 ) -> None:
     """Write an edit as a LoRA adapter for peft, or as a model folder in the hub's own format, or both.
 
@@ -302,22 +363,35 @@ def export_edit(
         if not any(other.card["id"] == edit.card["id"] for other in carried):
             edit.apply(adapter)
         write_model(adapter, source_of(adapter), merged)
-        Console().print(f"{escape(str(merged))}: {escape(adapter.name)} with the edit, in the hub's format", highlight=False)
+        Console().print(
+            f"{escape(str(merged))}: {escape(adapter.name)} with the edit, in the hub's format",
+            highlight=False,
+        )
     if peft is not None:
         edit.to_peft(peft)
-        Console().print(f"{escape(str(peft))}: a LoRA adapter for {escape(str(edit.card['base'].get('name')))}", highlight=False)
+        Console().print(
+            f"{escape(str(peft))}: a LoRA adapter for {escape(str(edit.card['base'].get('name')))}",
+            highlight=False,
+        )
 
 
-# ---- parts ---------------------------------------------------------------------------------------------------------------------------
+# ---- parts
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _hparams(file: str | Path, model: str | None, guard: GuardOptions) -> ROMEMDMHyperParams:
     hparams = load_hparams(file)
     text = {} if guard.text is None else {"text": guard.text}
-    return replace(hparams, model_name=model or hparams.model_name, guard={**(hparams.guard or {}), **text} if guard.on else None)
+    return replace(
+        hparams,
+        model_name=model or hparams.model_name,
+        guard={**(hparams.guard or {}), **text} if guard.on else None,
+    )
 
 
-def _make(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams, options: GuardOptions) -> Edit:
+def _make(
+    adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams, options: GuardOptions
+) -> Edit:
     """The edit of all requests, through the guard if it is on; the model is left as it was."""
     method, history = METHODS[hparams.alg_name], History()
     guard = CollapseGuard(adapter, GuardConfig.of(hparams.guard)) if hparams.guard is not None else None
@@ -338,14 +412,21 @@ def _make(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyp
         return made[0]
     one = compose(made, force=True)
     verdicts = [edit.card["guard"].get("verdict") for edit in made]
-    one.card["guard"] = {"on": guard is not None, "verdict": "kept by force" if "kept by force" in verdicts else verdicts[0]}
+    one.card["guard"] = {
+        "on": guard is not None,
+        "verdict": "kept by force" if "kept by force" in verdicts else verdicts[0],
+    }
     return one
 
 
 def _open(edit: Edit, model: str | None, device: str | None) -> tuple[Adapter, list[Edit]]:
-    """The model of an edit, in the dtype that the edit was made in, and the edits that its folder says it carries."""
+    """The model of an edit, in the dtype that the edit was made in, and the edits that its folder says it
+    carries.
+    """
     base = edit.card["base"]
-    adapter = load_model(model or str(base.get("name")), dtype=base.get("dtype"), device=device or _any_device(), **_said(edit))
+    adapter = load_model(
+        model or str(base.get("name")), dtype=base.get("dtype"), device=device or _any_device(), **_said(edit)
+    )
     return adapter, adopt_edits(adapter)
 
 
@@ -368,7 +449,10 @@ def _decode_config(edit: Edit) -> DecodeConfig:
     try:
         return DecodeConfig(**settings)
     except TypeError as error:
-        raise EditError(f"edit.json: hyperparameters.decode is {settings!r}, which are no decode settings ({error}); get the edit again") from error
+        raise EditError(
+            f"edit.json: hyperparameters.decode is {settings!r}, which are no decode settings ({error}); get"
+            " the edit again"
+        ) from error
 
 
 def _say(adapter: Adapter, requests: Sequence[EditRequest], config: DecodeConfig) -> list[Score]:
@@ -376,7 +460,10 @@ def _say(adapter: Adapter, requests: Sequence[EditRequest], config: DecodeConfig
 
 
 def _shares(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {"n": len(scores), **{key: sum(float(s[key]) for s in scores) / len(scores) for key in ("exact", "token_acc")}}
+    return {
+        "n": len(scores),
+        **{key: sum(float(s[key]) for s in scores) / len(scores) for key in ("exact", "token_acc")},
+    }
 
 
 def _pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
@@ -396,7 +483,9 @@ def _states(edit: Edit, adapter: Adapter) -> dict[str, str]:
 
 
 def _canvas(edit: Edit, prompt: str) -> DecodeConfig:
-    """How to write after a prompt: after one of the edit's own as when it was made, after others on a short canvas."""
+    """How to write after a prompt: after one of the edit's own as when it was made, after others on a short
+    canvas.
+    """
     own = next((f for f in edit.card.get("facts", []) if f.get("prompt") == prompt), None)
     if own is None or not isinstance(own.get("n_tokens"), int):
         return DecodeConfig(canvas=EFFECT_TOKENS)
@@ -414,7 +503,8 @@ def _first_tokens(
         ids, canvas = torch.tensor(encode(adapter, prompt.rstrip())), config.canvas or EFFECT_TOKENS
         if not len(ids) or len(ids) + canvas > adapter.max_positions:
             raise RequestError(
-                f"prompt {prompt!r} has {len(ids)} tokens: it needs at least one, and {canvas} places after it"
+                f"prompt {prompt!r} has {len(ids)} tokens: it needs at least one, and {canvas} places"
+                " after it"
             )
         path = decode(adapter, [ids], [canvas], config)[0]
         row = torch.cat([ids, torch.full((canvas,), adapter.ids.slot)])[None].to(adapter.device)
@@ -431,10 +521,13 @@ def _lines(file: str | Path | None) -> list[str]:
     try:
         return [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read ({error}): give a UTF-8 text file with a prompt a line") from error
+        raise DataError(
+            f"{file} cannot be read ({error}): give a UTF-8 text file with a prompt a line"
+        ) from error
 
 
-# ---- what is shown -------------------------------------------------------------------------------------------------------------------
+# ---- what is shown
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _tell_edit(edit: Edit, folder: Path | None, failures: Sequence[str]) -> None:
@@ -447,7 +540,9 @@ def _tell_edit(edit: Edit, folder: Path | None, failures: Sequence[str]) -> None
         table.add_row(*(escape(str(v)) for v in cells), "[green]✓" if row["exact"] else "[red]✗")
     console.print(table)
     figures = ", ".join(f"{k} {v:.3g}" for k, v in guard.get("figures", {}).items() if v is not None)
-    verdict = f"guard: {guard['verdict']}" if guard["on"] else f"guard: off ({guard.get('why', 'not asked for')})"
+    verdict = (
+        f"guard: {guard['verdict']}" if guard["on"] else f"guard: off ({guard.get('why', 'not asked for')})"
+    )
     console.print(escape(f"{verdict}{f'; {figures}' if figures else ''}"), highlight=False)
     for line in failures:
         console.print(escape(line), highlight=False, style="red")
@@ -465,7 +560,10 @@ def _place(weight: str) -> tuple[str, str]:
 
 
 def _tell_diff(report: dict[str, Any]) -> None:
-    console, table = Console(), Table(title=f"edit {report['id']}", box=SIMPLE_HEAD, pad_edge=False, padding=0)
+    console, table = (
+        Console(),
+        Table(title=f"edit {report['id']}", box=SIMPLE_HEAD, pad_edge=False, padding=0),
+    )
     for column in ("layer", "weight", "shape", "rank", "||dW||", "spectral", "/ ||W||"):
         table.add_column(column, justify="left" if column == "weight" else "right", overflow="fold")
     for row in report["weights"]:
@@ -490,6 +588,19 @@ def _tell_verified(report: dict[str, Any], model: str) -> None:
     for name, state in report["weights"].items():
         console.print(f"{name}: {state}", highlight=False)
     for fact in report["facts"]:
-        mark = "[green]✓[/]" if fact["exact"] else "[red]✗[/]" if fact["was_exact"] else "– (was not written when it was saved)"
-        console.print(f"{mark} {escape(fact['prompt'])} … {escape(fact['text'])} (wanted: {escape(fact['target_new'])})", highlight=False)
-    console.print(f"{escape(model)} {'holds the edit' if report['holds'] else '[bold red]does not hold the edit[/]'}", highlight=False)
+        mark = (
+            "[green]✓[/]"
+            if fact["exact"]
+            else "[red]✗[/]"
+            if fact["was_exact"]
+            else "– (was not written when it was saved)"
+        )
+        console.print(
+            f"{mark} {escape(fact['prompt'])} … {escape(fact['text'])} (wanted:"
+            f" {escape(fact['target_new'])})",
+            highlight=False,
+        )
+    console.print(
+        f"{escape(model)} {'holds the edit' if report['holds'] else '[bold red]does not hold the edit[/]'}",
+        highlight=False,
+    )

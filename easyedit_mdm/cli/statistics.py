@@ -1,4 +1,6 @@
-"""What `easyedit-mdm stats` does: collect second moments of several layers in one pass, and say how good they are."""
+"""What `easyedit-mdm stats` does: collect second moments of several layers in one pass, and say how good they
+are.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def collect_statistics(
         options: for `easyedit_mdm.load_model`.
 
     Returns:
-        `{"model", "dataset", "folder", "layers": {layer: {"tokens", "condition", "effective_rank", "dimensions"}}}`.
+        `{"model", "dataset", "folder", "layers": {layer: {"tokens", "condition", "effective_rank",
+        "dimensions"}}}`.
     """
     options["device"] = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     adapter = load_model(model, **options)
@@ -48,7 +51,10 @@ def collect_statistics(
         "mask_ratio": mask_ratio,
         "folder": str(cache_folder() if folder is None else folder),
         "eps": eps,
-        "layers": {str(site.layer): {**moments.figures(eps), "dimensions": key_width(adapter, site)} for site, moments in zip(sites, found)},
+        "layers": {
+            str(site.layer): {**moments.figures(eps), "dimensions": key_width(adapter, site)}
+            for site, moments in zip(sites, found)
+        },
     }
     if file is not None:
         write_json(file, report)
@@ -57,10 +63,17 @@ def collect_statistics(
 
 
 def _tell(report: dict[str, Any]) -> None:
-    table = Table(title=f"second moments of {report['model']} over {report['dataset']}, in {report['folder']}")
+    table = Table(
+        title=f"second moments of {report['model']} over {report['dataset']}, in {report['folder']}"
+    )
     for column in ("layer", "tokens", "dimensions", "effective rank", f"condition (eps {report['eps']:g})"):
         table.add_column(column, justify="right")
     for layer, figures in report["layers"].items():
-        values = (figures["tokens"], figures["dimensions"], f"{figures['effective_rank']:.1f}", f"{figures['condition']:.3g}")
+        values = (
+            figures["tokens"],
+            figures["dimensions"],
+            f"{figures['effective_rank']:.1f}",
+            f"{figures['condition']:.3g}",
+        )
         table.add_row(layer, *map(str, values))
     Console().print(table)

@@ -33,14 +33,19 @@ LONG_CANVAS = 16
 
 
 def train_twin(
-    name: str, out: str | Path, steps: int | None = None, start_from: str | Path | None = None, seed: int = 0, size: str = "small"
+    name: str,
+    out: str | Path,
+    steps: int | None = None,
+    start_from: str | Path | None = None,
+    seed: int = 0,
+    size: str = "small",
 ) -> dict[str, Any]:
     """Train a twin by its recipe, resuming where `out` holds a checkpoint, and export it to `out/model`.
 
     Args:
         steps: of this stage and all earlier ones, instead of the recipes'.
-        start_from: training folder of the stage before it (`RELATIVES` says which); without it all earlier stages are trained
-            as well, in `out/stages`.
+        start_from: training folder of the stage before it (`RELATIVES` says which); without it all earlier
+            stages are trained as well, in `out/stages`.
         size: `small` (2.6 million parameters) or `medium` (30 million, for a GPU).
 
     Returns:
@@ -50,11 +55,15 @@ def train_twin(
         UnknownNameError: for a name that has no recipe.
     """
     if name not in RECIPES:
-        raise UnknownNameError(f"no recipe is called {name!r}{did_you_mean(name, RECIPES)} Known: {', '.join(RECIPES)}")
+        raise UnknownNameError(
+            f"no recipe is called {name!r}{did_you_mean(name, RECIPES)} Known: {', '.join(RECIPES)}"
+        )
     if name in RELATIVES and start_from is None:
         start_from = Path(out) / "stages" / RELATIVES[name]
         train_twin(RELATIVES[name], start_from, steps, seed=seed, size=size)
-    recipe = replace(RECIPES[name], seed=seed, start_from=None if start_from is None else str(start_from), **SIZES[size])
+    recipe = replace(
+        RECIPES[name], seed=seed, start_from=None if start_from is None else str(start_from), **SIZES[size]
+    )
     if steps is not None:
         recipe = replace(recipe, steps=steps)
     world = World.build()
@@ -64,7 +73,9 @@ def train_twin(
 
 
 def write_data(folder: str | Path) -> None:
-    """Write the benchmark files of the twins' world, and print how predictable the objects' tokens are from each other."""
+    """Write the benchmark files of the twins' world, and print how predictable the objects' tokens are from
+    each other.
+    """
     world, console = World.build(), Console()
     for path in write_benchmark(folder, world):
         console.print(f"{path}: {len(json.loads(path.read_text()))} records")
@@ -73,18 +84,24 @@ def write_data(folder: str | Path) -> None:
         table.add_column(column, justify="right")
     for closed in (False, True):
         for length, bits in remaining_entropy(world, closed).items():
-            table.add_row("closed list" if closed else "compositional", str(length), *(f"{b:.1f}" for b in bits))
+            table.add_row(
+                "closed list" if closed else "compositional", str(length), *(f"{b:.1f}" for b in bits)
+            )
     console.print(table)
 
 
-def evaluate_twins(models: Sequence[str] | None = None, limit: int = 100, file: str | Path | None = None, seed: int = 0) -> dict[str, Any]:
+def evaluate_twins(
+    models: Sequence[str] | None = None, limit: int = 100, file: str | Path | None = None, seed: int = 0
+) -> dict[str, Any]:
     """How good the twins are, by length of the object (or target).
 
-    - `recall`: facts written exactly after a trained phrasing (masked: N masks, N steps, low_confidence; else greedy).
+    - `recall`: facts written exactly after a trained phrasing (masked: N masks, N steps, low_confidence; else
+      greedy).
     - `held_out`: the same after a phrasing that was held out of training.
     - `canvas16`: 16 masks (or greedy tokens), and nothing but the object before the end of the text.
-    - `editability`: validation facts, a target of that length, the value, optimised in the bare prompt, added as an activation at the
-      site of the model's own ROME_MDM file, kept within 4 times the MLP output's norm; no weight is changed. A sixth as many facts.
+    - `editability`: validation facts, a target of that length, the value, optimised in the bare prompt, added
+      as an activation at the site of the model's own ROME_MDM file, kept within 4 times the MLP output's
+      norm; no weight is changed. A sixth as many facts.
 
     Args:
         models: twins or folders; all twins by default.
@@ -108,7 +125,9 @@ def evaluate_twins(models: Sequence[str] | None = None, limit: int = 100, file: 
             figures["recall"][str(length)] = _mean([s["exact"] for s in told[: len(facts)]])
             figures["held_out"][str(length)] = _mean([s["exact"] for s in told[len(facts) :]])
             longer = _score(model, trained, facts, DecodeConfig(canvas=LONG_CANVAS))
-            figures["canvas16"][str(length)] = _mean([s["text_to_end"] == f.object for s, f in zip(longer, facts)])
+            figures["canvas16"][str(length)] = _mean(
+                [s["text_to_end"] == f.object for s, f in zip(longer, facts)]
+            )
         editable = _editable(model, str(name), world, max(1, limit // 6))
         figures["editability"] = {str(length): _mean(values) for length, values in editable.items()}
         result[str(name)] = figures
@@ -118,16 +137,22 @@ def evaluate_twins(models: Sequence[str] | None = None, limit: int = 100, file: 
     return result
 
 
-def _score(model: Adapter, prompts: Sequence[str], facts: Sequence[Fact], config: DecodeConfig = DecodeConfig()) -> list[Score]:
+def _score(
+    model: Adapter, prompts: Sequence[str], facts: Sequence[Fact], config: DecodeConfig = DecodeConfig()
+) -> list[Score]:
     return score_prompts(model, prompts, [f.object for f in facts], config)
 
 
 def _editable(model: Adapter, name: str, world: World, n: int) -> dict[int, list[bool]]:
     """By length, of `n` validation facts each; the values of all are optimised together."""
     twin = next((t for t in TWINS if t == name or t == model.name), None) or _twin_of(model)
-    hparams = replace(ROMEMDMHyperParams.from_hparams(f"ROME_MDM/{twin}"), clamp_norm_factor=4.0, context_templates=["{}"])
+    hparams = replace(
+        ROMEMDMHyperParams.from_hparams(f"ROME_MDM/{twin}"), clamp_norm_factor=4.0, context_templates=["{}"]
+    )
     chosen = cases(world, "validation")[: n * world.settings.max_length]
-    works = success_as_activation(model, optimise_at(model, [EditRequest.of(case.request()) for case in chosen], hparams))
+    works = success_as_activation(
+        model, optimise_at(model, [EditRequest.of(case.request()) for case in chosen], hparams)
+    )
     found: dict[int, list[bool]] = {}
     for case, value in zip(chosen, works):
         found.setdefault(case.length, []).append(value)
@@ -153,5 +178,7 @@ def _tell(result: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column in ("model", "what") else "right")
     for name, figures in result.items():
         for key, cells in figures.items():
-            table.add_row(name, key, str(cells[lengths[0]]["n"]), *[f"{cells[n]['value']:.3f}" for n in lengths])
+            table.add_row(
+                name, key, str(cells[lengths[0]]["n"]), *[f"{cells[n]['value']:.3f}" for n in lengths]
+            )
     Console().print(table)

@@ -1,7 +1,7 @@
 """Files that are written whole or not at all, and read without trusting what they hold.
 
-A file is written beside its place, brought to the disk, and moved there in one step: whoever looks, before or after a crash,
-sees the old file or the new one.
+A file is written beside its place, brought to the disk, and moved there in one step: whoever looks, before or
+after a crash, sees the old file or the new one.
 """
 
 from __future__ import annotations
@@ -26,16 +26,32 @@ _CURES = {
     errno.ENOSPC: "the disk is full: free some space, or write to another disk",
     errno.EDQUOT: "your quota on this disk is used up: free some space, or write to another disk",
     errno.EROFS: "the disk is mounted read-only: write elsewhere",
-    errno.EACCES: "this folder or file may not be written: check its owner and permissions, or write elsewhere",
-    errno.EPERM: "this folder or file may not be written: check its owner and permissions, or write elsewhere",
+    errno.EACCES: (
+        "this folder or file may not be written: check its owner and permissions, or write elsewhere"
+    ),
+    errno.EPERM: (
+        "this folder or file may not be written: check its owner and permissions, or write elsewhere"
+    ),
     errno.ENOENT: "a folder on the way does not exist: make it first",
     errno.ENOTDIR: "a file stands where a folder should be: give another place",
     errno.EISDIR: "a folder stands where the file should be: give another name",
     errno.EEXIST: "something stands there already: give another name, or remove it",
     errno.ENOTEMPTY: "something stands there already: give another name, or remove it",
 }
-# what the safetensors library may raise for a file that is not what it says; a panic of its Rust part is a BaseException
-_FOREIGN = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, MemoryError, RecursionError, OverflowError)
+# what the safetensors library may raise for a file that is not what it says; a panic of its Rust part is a
+# BaseException
+_FOREIGN = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    RecursionError,
+    OverflowError,
+)
 
 
 @contextmanager
@@ -52,7 +68,9 @@ def explained(path: Path, what: str = "written") -> Iterator[None]:
     except EasyEditMDMError:
         raise
     except OSError as error:
-        raise FileError(f"{path} cannot be {what}: {_CURES.get(error.errno or 0, error.strerror or str(error))}") from error
+        raise FileError(
+            f"{path} cannot be {what}: {_CURES.get(error.errno or 0, error.strerror or str(error))}"
+        ) from error
     except SafetensorError as error:
         number = next((n for n in _CURES if os.strerror(n) in str(error)), 0)
         raise FileError(f"{path} cannot be {what}: {_CURES.get(number, str(error))}") from error
@@ -60,10 +78,12 @@ def explained(path: Path, what: str = "written") -> Iterator[None]:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary file to write; it takes the place of `path` when the block ends, and is removed if the block fails.
+    """A temporary file to write; it takes the place of `path` when the block ends, and is removed if the
+    block fails.
 
     Raises:
-        FileError: if it cannot be written (disk full, read-only folder, ...). What stood at `path` is untouched then.
+        FileError: if it cannot be written (disk full, read-only folder, ...). What stood at `path` is
+            untouched then.
     """
     path = Path(path)
     part = _part(path)
@@ -125,7 +145,9 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
     write_text(path, json.dumps(_plain(value), indent=indent, default=str, allow_nan=False) + "\n")
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file, whole or not at all.
 
     Raises:
@@ -138,10 +160,14 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     for name, value in tensors.items():
         value = value.detach().cpu().contiguous()
         place = value.untyped_storage().data_ptr()
-        ready[name] = value.clone() if place in seen else value  # safetensors refuses memory that two tensors share
+        ready[name] = (
+            value.clone() if place in seen else value
+        )  # safetensors refuses memory that two tensors share
         seen.add(place)
     with replacing(path) as part:
-        beside = part.with_name(f"{part.name.removesuffix('.part')}-tensors.part")  # the library writes a file of its own first
+        beside = part.with_name(
+            f"{part.name.removesuffix('.part')}-tensors.part"
+        )  # the library writes a file of its own first
         beside.mkdir()
         try:
             save_file(ready, beside / "tensors", metadata=dict(metadata or {}) or None)
@@ -175,8 +201,13 @@ def read_json(path: str | Path, error: type[EasyEditMDMError], what: str) -> dic
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as problem:
-        raise error(f"{path} cannot be read ({problem.strerror or problem}): it should be {what}") from problem
-    except (ValueError, RecursionError) as problem:  # not UTF-8, not JSON, a number of thousands of digits, thousands of brackets
+        raise error(
+            f"{path} cannot be read ({problem.strerror or problem}): it should be {what}"
+        ) from problem
+    except (
+        ValueError,
+        RecursionError,
+    ) as problem:  # not UTF-8, not JSON, a number of thousands of digits, thousands of brackets
         raise error(f"{path} is not valid JSON ({problem}): it should be {what}; get it again") from problem
     if not isinstance(value, dict):
         raise error(f"{path} holds {type(value).__name__}, not an object: it should be {what}")
@@ -184,7 +215,9 @@ def read_json(path: str | Path, error: type[EasyEditMDMError], what: str) -> dic
 
 
 @contextmanager
-def opened_tensors(path: str | Path, error: type[EasyEditMDMError], what: str, cure: str = "remove it, or get it again") -> Iterator[Any]:
+def opened_tensors(
+    path: str | Path, error: type[EasyEditMDMError], what: str, cure: str = "remove it, or get it again"
+) -> Iterator[Any]:
     """safetensors' `safe_open`; whatever goes wrong with the file inside the block becomes one error.
 
     Raises:
@@ -205,7 +238,9 @@ def opened_tensors(path: str | Path, error: type[EasyEditMDMError], what: str, c
         raise error(f"{path} is not {what} (it breaks the safetensors library): {cure}") from problem
 
 
-def read_tensors(path: str | Path, error: type[EasyEditMDMError], what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(
+    path: str | Path, error: type[EasyEditMDMError], what: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, and its metadata.
 
     Raises:
@@ -216,7 +251,10 @@ def read_tensors(path: str | Path, error: type[EasyEditMDMError], what: str) -> 
         metadata = dict(stored.metadata() or {})
     for name, value in found.items():
         if value.is_floating_point() and not torch.isfinite(value.float()).all():
-            raise error(f"{path}: {name!r} holds NaN or infinity, so this is not {what} that can be used: get it again")
+            raise error(
+                f"{path}: {name!r} holds NaN or infinity, so this is not {what} that can be used: get it"
+                " again"
+            )
     return found, metadata
 
 

@@ -12,7 +12,8 @@ class Finding:
     Attributes:
         subject: what.
         found: what was found of it.
-        state: `ok`; `limited`, where something besides editing will not work; `fails`, where no twin can be edited.
+        state: `ok`; `limited`, where something besides editing will not work; `fails`, where no twin can be
+            edited.
         cure: what will not work, and what to do; empty for `ok`.
     """
 

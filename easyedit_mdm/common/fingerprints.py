@@ -25,8 +25,8 @@ def model_fingerprint(model: torch.nn.Module, instead: Mapping[str, torch.Tensor
     """One SHA-256 over all parameters' names and hashes.
 
     Args:
-        instead: tensors that are taken in place of the parameters of these names: the fingerprint of the model as it was
-            with them.
+        instead: tensors that are taken in place of the parameters of these names: the fingerprint of the
+            model as it was with them.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.named_parameters(), key=lambda pair: pair[0]):

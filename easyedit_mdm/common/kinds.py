@@ -18,15 +18,15 @@ _UNKNOWN, _MISSING = ("extra_forbidden", "invalid_key"), "missing"
 
 
 def checked(cls: type, values: Mapping[str, Any], what: str = "hyperparameter") -> dict[str, Any]:
-    """The values of some fields of a dataclass, of the kinds that it is annotated with; whole numbers in float
-    fields become floats, everything else is left as it is.
+    """The values of some fields of a dataclass, of the kinds that it is annotated with; whole numbers in
+    float fields become floats, everything else is left as it is.
 
     Args:
         what: what a value is called in messages.
 
     Raises:
-        HyperParameterError: for a key that is no field, with the nearest one; a field without a value; a value of
-            another kind.
+        HyperParameterError: for a key that is no field, with the nearest one; a field without a value; a
+            value of another kind.
     """
     try:
         model = _model(cls).model_validate(dict(values))

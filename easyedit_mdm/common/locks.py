@@ -16,7 +16,8 @@ from easyedit_mdm.errors import FileError
 def only_writer(path: str | Path) -> Iterator[None]:
     """Hold the lock of `path` for the length of the block.
 
-    The lock is the operating system's (flock) on a hidden file beside `path`: a process that is killed lets go of it.
+    The lock is the operating system's (flock) on a hidden file beside `path`: a process that is killed lets
+    go of it.
 
     Raises:
         FileError: if another process holds it, naming that process; or if no file can be written there.
@@ -33,7 +34,9 @@ def only_writer(path: str | Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
-            raise FileError(f"{path} is being written by {holder}: wait for it, or give another place") from None
+            raise FileError(
+                f"{path} is being written by {holder}: wait for it, or give another place"
+            ) from None
         os.truncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         try:

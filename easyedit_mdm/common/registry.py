@@ -40,7 +40,9 @@ class Registry(Generic[T]):
         def add(thing: T) -> T:
             """The decorator."""
             if self._things.setdefault(name, thing) is not thing:
-                raise NameTakenError(f"the {self.kind} {name!r} is registered already: choose another name, or unregister it")
+                raise NameTakenError(
+                    f"the {self.kind} {name!r} is registered already: choose another name, or unregister it"
+                )
             for watcher in self._watchers:
                 watcher(name, thing)
             return thing
@@ -66,7 +68,9 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         if name in self._things:
             return self._things[name]
-        raise UnknownNameError(f"unknown {self.kind} {name!r}{did_you_mean(name, self._things)} Known: {', '.join(self.names())}")
+        raise UnknownNameError(
+            f"unknown {self.kind} {name!r}{did_you_mean(name, self._things)} Known: {', '.join(self.names())}"
+        )
 
     def __contains__(self, name: object) -> bool:
         return name in self._things

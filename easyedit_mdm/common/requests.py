@@ -25,7 +25,8 @@ class EditRequest:
 
     @classmethod
     def of(cls, request: EditRequest | Mapping[str, Any]) -> EditRequest:
-        """From EasyEdit's request (`prompt`, `subject`, `target_new`); the prompt holds the subject, or `{}` in its place.
+        """From EasyEdit's request (`prompt`, `subject`, `target_new`); the prompt holds the subject, or `{}`
+        in its place.
 
         Raises:
             RequestError: if a part is missing or empty, or the subject is not in the prompt.
@@ -44,7 +45,8 @@ class EditRequest:
         if "{}" not in prompt:
             if subject not in prompt:
                 raise RequestError(
-                    f"subject {subject!r} is not in prompt {prompt!r}: the edit is made at the subject's token"
+                    f"subject {subject!r} is not in prompt {prompt!r}: the edit is made at the subject's"
+                    " token"
                 )
             prompt = prompt.replace(subject, "{}", 1)
         return cls(prompt, subject, values["target_new"])

@@ -11,8 +11,8 @@ from typing import Any
 class uninterrupted:
     """Ctrl-C (SIGINT) and SIGTERM that arrive inside the block are delivered right after it.
 
-    Meant for the milliseconds in which weights are copied. Outside the main thread nothing is done: signals never interrupt
-    another one.
+    Meant for the milliseconds in which weights are copied. Outside the main thread nothing is done: signals
+    never interrupt another one.
     """
 
     def __enter__(self) -> uninterrupted:
@@ -30,7 +30,9 @@ class uninterrupted:
                 raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._put_back()
         for number in self._arrived:
             signal.raise_signal(number)

@@ -1,4 +1,6 @@
-"""YAML files of settings: found by name, read without trusting them, and the line of each key. Needs no torch."""
+"""YAML files of settings: found by name, read without trusting them, and the line of each key. Needs no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from easyedit_mdm.errors import HyperParameterError
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with EasyEdit's numbers (`5e-1` is one), and without aliases, which make a few lines endless."""
+    """PyYAML's safe loader with EasyEdit's numbers (`5e-1` is one), and without aliases, which make a few
+    lines endless.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """As PyYAML's.
@@ -76,7 +80,8 @@ def read_yaml_file(path: str | Path) -> YamlFile:
     except (
         yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError, AttributeError, LookupError
     ) as error:  # fmt: skip
-        # PyYAML lets out what its constructors raise: a 13th month, thousands of digits, thousands of brackets
+        # PyYAML lets out what its constructors raise: a 13th month, thousands of digits, thousands of
+        # brackets
         said = " ".join(str(error).split())
         raise HyperParameterError(f"{path} is not readable YAML: {said}") from error
     if not isinstance(values, dict):

@@ -1,6 +1,8 @@
-"""Benchmark data in one form: a `BenchCase` is an edit and what to ask the model after it, whatever file it came from.
+"""Benchmark data in one form: a `BenchCase` is an edit and what to ask the model after it, whatever file it
+came from.
 
-No record is dropped in silence: one that cannot be used is listed as skipped, with the reason. Fields are read under EasyEdit's names.
+No record is dropped in silence: one that cannot be used is listed as skipped, with the reason. Fields are
+read under EasyEdit's names.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class BenchCase:
     """One edit, and the prompts that measure it.
 
     Attributes:
-        case_id: the file's own number where it has one, else the position in the file; `P19/3` (line 3) in KAMEL.
+        case_id: the file's own number where it has one, else the position in the file; `P19/3` (line 3) in
+            KAMEL.
         prompt: the prompt, with its subject filled in.
         ground_truth: what the prompt's answer was before; may be "".
         locality, portability: (prompt, answer) by section; an answer is "" where the file gives none.
@@ -55,7 +58,9 @@ class BenchCase:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A record that cannot be used (its case id; a relation's name where KAMEL's relation has no prompts), and why."""
+    """A record that cannot be used (its case id; a relation's name where KAMEL's relation has no prompts),
+    and why.
+    """
 
     record: int | str
     reason: str
@@ -63,7 +68,9 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What `load_cases` found: the cases, the records it skipped, and the SHA-256 of the files it read, by name."""
+    """What `load_cases` found: the cases, the records it skipped, and the SHA-256 of the files it read, by
+    name.
+    """
 
     cases: list[BenchCase]
     skipped: list[Skipped]
@@ -73,8 +80,16 @@ class Loaded:
 class Reader:
     """One call of `load_cases`: what was asked for, and what has been found so far."""
 
-    def __init__(self, dataset: str, data_dir: Path | None, data_file: Path | None, seed: int, tokenizer: Any):
-        self.dataset, self.data_dir, self.data_file, self.seed, self.tokenizer = dataset, data_dir, data_file, seed, tokenizer
+    def __init__(
+        self, dataset: str, data_dir: Path | None, data_file: Path | None, seed: int, tokenizer: Any
+    ):
+        self.dataset, self.data_dir, self.data_file, self.seed, self.tokenizer = (
+            dataset,
+            data_dir,
+            data_file,
+            seed,
+            tokenizer,
+        )
         self.found = Loaded([], [], {})
         self._seen: set[tuple[str, str]] = set()
 
@@ -85,20 +100,30 @@ class Reader:
             DataError: if one was.
         """
         if self.data_file is not None:
-            raise DataError(f"data set {self.dataset!r} is not read from one file, so {str(self.data_file)!r} cannot be used: {instead}")
+            raise DataError(
+                f"data set {self.dataset!r} is not read from one file, so {str(self.data_file)!r} cannot be"
+                f" used: {instead}"
+            )
 
     def folder(self, *wanted: str) -> Path:
-        """The folder that holds `wanted`: the one given, or the one above it if that is the data set's own (`zsre` for `zsre/...`).
+        """The folder that holds `wanted`: the one given, or the one above it if that is the data set's own
+        (`zsre` for `zsre/...`).
 
         Raises:
             DataError: if none was given, or it does not exist.
         """
         if self.data_dir is None:
-            raise DataError(f"data set {self.dataset!r} is read from a folder of benchmark data: pass data_dir")
+            raise DataError(
+                f"data set {self.dataset!r} is read from a folder of benchmark data: pass data_dir"
+            )
         if not self.data_dir.is_dir():
-            raise DataError(f"data_dir {str(self.data_dir)!r} is not a folder: pass the one that holds the benchmark data")
+            raise DataError(
+                f"data_dir {str(self.data_dir)!r} is not a folder: pass the one that holds the benchmark data"
+            )
         given = self.data_dir.absolute()
-        if given.name in {Path(name).parts[0] for name in wanted} and not any((given / name).exists() for name in wanted):
+        if given.name in {Path(name).parts[0] for name in wanted} and not any(
+            (given / name).exists() for name in wanted
+        ):
             self.data_dir = given.parent  # files are named alike either way
         return self.data_dir
 
@@ -114,7 +139,10 @@ class Reader:
         here = [folder / name for name in names if (folder / name).is_file()]
         if not here:
             wanted = " nor ".join(names)
-            raise DataError(f"data_dir {str(given)!r} has no {wanted}: pass the folder that has it, or the file itself as data_file")
+            raise DataError(
+                f"data_dir {str(given)!r} has no {wanted}: pass the folder that has it, or the file itself as"
+                " data_file"
+            )
         return here[0]
 
     def read(self, path: Path) -> str:
@@ -126,14 +154,23 @@ class Reader:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}): pass a data_dir or data_file with the files of {self.dataset!r}") from error
+            raise DataError(
+                f"{path} cannot be read ({error.strerror}): pass a data_dir or data_file with the files of"
+                f" {self.dataset!r}"
+            ) from error
         folder = self.data_dir
-        name = path.name if folder is None or not path.is_relative_to(folder) else path.relative_to(folder).as_posix()
+        name = (
+            path.name
+            if folder is None or not path.is_relative_to(folder)
+            else path.relative_to(folder).as_posix()
+        )
         self.found.files[name] = hashlib.sha256(data).hexdigest()
         try:
             return data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}, byte {error.start}: not UTF-8; get the file again, or save it as UTF-8") from error
+            raise DataError(
+                f"{path}, byte {error.start}: not UTF-8; get the file again, or save it as UTF-8"
+            ) from error
 
     def records(self, path: Path) -> list[Any]:
         """The records of a JSON list.
@@ -143,7 +180,10 @@ class Reader:
         """
         records = _parse(self.read(path), path)
         if not isinstance(records, list):
-            raise DataError(f"{path}, line 1: the file holds {type(records).__name__}, not a list of records; is it a file of {self.dataset!r}?")
+            raise DataError(
+                f"{path}, line 1: the file holds {type(records).__name__}, not a list of records; is it a"
+                f" file of {self.dataset!r}?"
+            )
         return records
 
     def lines(self, path: Path) -> list[Any]:
@@ -190,21 +230,29 @@ def load_cases(
 
     Args:
         dataset: a name in `DATASETS`.
-        data_dir: folder of the benchmark data, laid out as `zsre/...`, `counterfact/...`, or the data set's own folder in it; the twins' own
-            data needs none.
-        data_file: the file to read in place of the one of that name in `data_dir`; `requests` is read from nothing else.
+        data_dir: folder of the benchmark data, laid out as `zsre/...`, `counterfact/...`, or the data set's
+            own folder in it; the twins' own data needs none.
+        data_file: the file to read in place of the one of that name in `data_dir`; `requests` is read from
+            nothing else.
         limit: how many cases at most; the rest are left out at random, and the order stays.
         seed: for what `limit` leaves out, and for KAMEL's targets; nothing else is drawn.
         tokenizer: needed by KAMEL, whose targets have as many tokens as the objects they replace.
 
     Raises:
         UnknownNameError: for a data set that there is not.
-        DataError: for a folder or file that is missing or cannot be read, a limit below 1, or KAMEL without a tokenizer.
+        DataError: for a folder or file that is missing or cannot be read, a limit below 1, or KAMEL without a
+            tokenizer.
     """
     fill = DATASETS[dataset]
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}: give the number of cases, at least 1, or None for all")
-    reader = Reader(dataset, None if data_dir is None else Path(data_dir), None if data_file is None else Path(data_file), seed, tokenizer)
+    reader = Reader(
+        dataset,
+        None if data_dir is None else Path(data_dir),
+        None if data_file is None else Path(data_file),
+        seed,
+        tokenizer,
+    )
     fill(reader)
     found = reader.found
     if limit is None or limit >= len(found.cases):
@@ -225,7 +273,9 @@ def _parse(data: str, path: Path, line: int = 0) -> Any:
         where = f"{path}, line {line or error.lineno}, column {error.colno}"
         raise DataError(f"{where}: not JSON ({error.msg}); get the file again, or mend it there") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise DataError(f"{path}, line {line or 1} and on: JSON that cannot be read ({error}); get the file again") from error
+        raise DataError(
+            f"{path}, line {line or 1} and on: JSON that cannot be read ({error}); get the file again"
+        ) from error
 
 
 def _made(make: Callable[[int | str, dict[str, Any]], BenchCase], name: int | str, record: Any) -> BenchCase:
@@ -234,28 +284,51 @@ def _made(make: Callable[[int | str, dict[str, Any]], BenchCase], name: int | st
     return make(name, record)
 
 
-# ---- parts of records ----------------------------------------------------------------------------------------------------------------
+# ---- parts of records
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _case(
-    case_id: int | str, prompt: Any, subject: Any, target_new: Any, ground_truth: str, rephrase_prompts: tuple[str, ...], **more: Any
+    case_id: int | str,
+    prompt: Any,
+    subject: Any,
+    target_new: Any,
+    ground_truth: str,
+    rephrase_prompts: tuple[str, ...],
+    **more: Any,
 ) -> BenchCase:
     """The parts put together, once the edit itself has been checked.
 
     Raises:
         Unusable: if prompt, subject or target is missing or empty, or the subject is not in the prompt.
     """
-    prompt, subject, target_new = text(prompt, "prompt"), text(subject, "subject"), text(target_new, "target_new")
+    prompt, subject, target_new = (
+        text(prompt, "prompt"),
+        text(subject, "subject"),
+        text(target_new, "target_new"),
+    )
     if "{}" in subject or prompt.count("{}") > 1:
-        raise Unusable("'{}' marks the subject's place in the prompt, and is in the subject or more than once in the prompt")
+        raise Unusable(
+            "'{}' marks the subject's place in the prompt, and is in the subject or more than once in the"
+            " prompt"
+        )
     prompt = prompt.replace("{}", subject)
     if subject not in prompt:
         raise Unusable("the subject is not in the prompt")
-    return BenchCase(case_id, prompt, subject, target_new, ground_truth, rephrase_prompts, **{"locality": {}, "portability": {}, **more})
+    return BenchCase(
+        case_id,
+        prompt,
+        subject,
+        target_new,
+        ground_truth,
+        rephrase_prompts,
+        **{"locality": {}, "portability": {}, **more},
+    )
 
 
 def _answer(value: Any, field: str) -> str:
-    """A text, or the first that says something in a list of aliases (or of lists of aliases); "" if there is none.
+    """A text, or the first that says something in a list of aliases (or of lists of aliases); "" if there is
+    none.
 
     Raises:
         Unusable: for anything else.
@@ -264,7 +337,9 @@ def _answer(value: Any, field: str) -> str:
     aliases = [alias for item in items for alias in (item if isinstance(item, list) else [item])]
     wrong = [alias for alias in aliases if not isinstance(alias, str)]
     if wrong:
-        raise Unusable(f"{field} is missing" if value is None else f"{field} is not text but {type(wrong[0]).__name__}")
+        raise Unusable(
+            f"{field} is missing" if value is None else f"{field} is not text but {type(wrong[0]).__name__}"
+        )
     first = next((alias for alias in aliases if alias.strip()), None)
     return "" if first is None else text(first, field)
 
@@ -287,7 +362,11 @@ def _sections(value: Any, field: str) -> dict[str, Pairs]:
     if not isinstance(value, dict):
         raise Unusable(f"{field} is not an object but {type(value).__name__}")
     return {
-        text(name, field): tuple(pair for probe in (section if isinstance(section, list) else [section]) for pair in _pairs(probe, f"{field}.{name}"))
+        text(name, field): tuple(
+            pair
+            for probe in (section if isinstance(section, list) else [section])
+            for pair in _pairs(probe, f"{field}.{name}")
+        )
         for name, section in value.items()
     }
 
@@ -305,10 +384,14 @@ def _pairs(probe: Any, field: str) -> Pairs:
         return ((text(prompts, f"{field}.prompt"), _answer(answers, f"{field}.ground_truth")),)
     if not isinstance(answers, list) or len(answers) != len(prompts):
         raise Unusable(f"{field} has not as many answers as prompts")
-    return tuple((text(prompt, f"{field}.prompt"), _answer(answer, f"{field}.ground_truth")) for prompt, answer in zip(prompts, answers))
+    return tuple(
+        (text(prompt, f"{field}.prompt"), _answer(answer, f"{field}.ground_truth"))
+        for prompt, answer in zip(prompts, answers)
+    )
 
 
-# ---- data sets -----------------------------------------------------------------------------------------------------------------------
+# ---- data sets
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _zsre_case(case_id: int | str, record: dict[str, Any]) -> BenchCase:
@@ -316,60 +399,85 @@ def _zsre_case(case_id: int | str, record: dict[str, Any]) -> BenchCase:
     if hop is not None and not isinstance(hop, dict):
         raise Unusable(f"portability is not an object but {type(hop).__name__}")
     return _case(
-        case_id, record.get("src"), record.get("subject"), record.get("alt"), _answer(record.get("answers"), "answers"),
+        case_id, record.get("src"), record.get("subject"), record.get("alt"), _answer(record.get("answers"),
+            "answers"),
         (text(record.get("rephrase"), "rephrase"),),
-        locality={"neighborhood": ((text(record.get("loc"), "loc"), _answer(record.get("loc_ans"), "loc_ans")),)},
-        portability={"one_hop": ((text(hop.get("New Question"), "New Question"), _answer(hop.get("New Answer"), "New Answer")),)} if hop else {},
+        locality={"neighborhood": ((text(record.get("loc"), "loc"), _answer(record.get("loc_ans"),
+            "loc_ans")),)},
+        portability={"one_hop": ((text(hop.get("New Question"), "New Question"),
+            _answer(hop.get("New Answer"), "New Answer")),)} if hop else {},
     )  # fmt: skip
 
 
 def _counterfact_case(case_id: int | str, record: dict[str, Any]) -> BenchCase:
     if "requested_rewrite" in record:
         return _rome_case(case_id, record)
-    near = (text(record.get("locality_prompt"), "locality_prompt"), _answer(record.get("locality_ground_truth"), "locality_ground_truth"))
+    near = (
+        text(record.get("locality_prompt"), "locality_prompt"),
+        _answer(record.get("locality_ground_truth"), "locality_ground_truth"),
+    )
     return _case(
-        case_id, record.get("prompt"), record.get("subject"), record.get("target_new"), _answer(record.get("ground_truth"), "ground_truth"),
+        case_id, record.get("prompt"), record.get("subject"), record.get("target_new"),
+        _answer(record.get("ground_truth"), "ground_truth"),
         (text(record.get("rephrase_prompt"), "rephrase_prompt"),), locality={"neighborhood": (near,)},
     )  # fmt: skip
 
 
 def _rome_case(case_id: int | str, record: dict[str, Any]) -> BenchCase:
     rewrite = record["requested_rewrite"]
-    if not isinstance(rewrite, dict) or not all(isinstance(rewrite.get(key), dict) for key in ("target_new", "target_true")):
+    if not isinstance(rewrite, dict) or not all(
+        isinstance(rewrite.get(key), dict) for key in ("target_new", "target_true")
+    ):
         raise Unusable("requested_rewrite has no target_new and target_true with a str")
     true = text(rewrite["target_true"].get("str"), "target_true")
     near = _texts(record.get("neighborhood_prompts"), "neighborhood_prompts")
     return _case(
         case_id, rewrite.get("prompt"), rewrite.get("subject"), rewrite["target_new"].get("str"), true,
         _texts(record.get("paraphrase_prompts"), "paraphrase_prompts"),
-        locality={"neighborhood": tuple((prompt, true) for prompt in near)}, neighborhood=near, target_true=true,
+        locality={"neighborhood": tuple((prompt, true) for prompt in near)}, neighborhood=near,
+        target_true=true,
     )  # fmt: skip
 
 
 def _request_case(case_id: int | str, record: dict[str, Any]) -> BenchCase:
     return _case(
-        case_id, record.get("prompt"), record.get("subject"), record.get("target_new"), _answer(record.get("ground_truth", ""), "ground_truth"),
-        _texts(record.get("rephrase_prompt"), "rephrase_prompt"), locality=_sections(record.get("locality"), "locality"),
+        case_id, record.get("prompt"), record.get("subject"), record.get("target_new"),
+        _answer(record.get("ground_truth", ""), "ground_truth"),
+        _texts(record.get("rephrase_prompt"), "rephrase_prompt"), locality=_sections(record.get("locality"),
+            "locality"),
         portability=_sections(record.get("portability"), "portability"),
     )  # fmt: skip
 
 
-def _json_list(reader: Reader, make: Callable[[int | str, dict[str, Any]], BenchCase], names: tuple[str, ...]) -> None:
+def _json_list(
+    reader: Reader, make: Callable[[int | str, dict[str, Any]], BenchCase], names: tuple[str, ...]
+) -> None:
     reader.add_all(reader.records(reader.path(*names)), make)
 
 
-DATASETS.register("zsre")(partial(_json_list, make=_zsre_case, names=("zsre/zsre_mend_eval_portability_gpt4.json",)))
+DATASETS.register("zsre")(
+    partial(_json_list, make=_zsre_case, names=("zsre/zsre_mend_eval_portability_gpt4.json",))
+)
 DATASETS.register("counterfact")(
-    partial(_json_list, make=_counterfact_case, names=("counterfact/counterfact-edit.json", "counterfact/counterfact_rome_700.json"))
+    partial(
+        _json_list,
+        make=_counterfact_case,
+        names=("counterfact/counterfact-edit.json", "counterfact/counterfact_rome_700.json"),
+    )
 )
 DATASETS.register("knowedit")(partial(_json_list, make=_request_case, names=("knowedit/ZsRE-test-all.json",)))
-DATASETS.register("knowedit_counterfact")(partial(_json_list, make=_request_case, names=("knowedit/wiki_counterfact_test_cf.json",)))
+DATASETS.register("knowedit_counterfact")(
+    partial(_json_list, make=_request_case, names=("knowedit/wiki_counterfact_test_cf.json",))
+)
 
 
 @DATASETS.register("requests")
 def _requests(reader: Reader) -> None:
     if reader.data_file is None:
-        raise DataError("data set 'requests' is a file of your own: pass it as data_file, a JSON list of objects with prompt, subject and target_new")
+        raise DataError(
+            "data set 'requests' is a file of your own: pass it as data_file, a JSON list of objects with"
+            " prompt, subject and target_new"
+        )
     _json_list(reader, _request_case, ())
 
 
@@ -377,17 +485,31 @@ def _kamel(reader: Reader, split: str) -> None:
     """KAMEL, relation by relation; the prompts are this package's, so their hash is noted too."""
     reader.no_file("pass the folder that holds kamel/ as data_dir")
     if reader.tokenizer is None:
-        raise DataError(f"data set {reader.dataset!r} draws targets with as many tokens as the true objects: pass the model's tokenizer")
+        raise DataError(
+            f"data set {reader.dataset!r} draws targets with as many tokens as the true objects: pass the"
+            " model's tokenizer"
+        )
     folder, known = reader.folder("kamel") / "kamel", templates()
-    relations = sorted((path.name for path in folder.glob("P*") if path.name[1:].isdecimal()), key=lambda name: int(name[1:]))
+    relations = sorted(
+        (path.name for path in folder.glob("P*") if path.name[1:].isdecimal()), key=lambda name: int(name[1:])
+    )
     if not relations:
-        raise DataError(f"{folder} has no relations (folders such as P19): pass the folder that holds kamel/ as data_dir")
+        raise DataError(
+            f"{folder} has no relations (folders such as P19): pass the folder that holds kamel/ as data_dir"
+        )
     reader.read(TEMPLATES)
     for relation in relations:
         if relation not in known:
-            reader.found.skipped.append(Skipped(relation, "the relation has no prompts in kamel_templates.yaml"))
+            reader.found.skipped.append(
+                Skipped(relation, "the relation has no prompts in kamel_templates.yaml")
+            )
             continue
-        drawn = counterfacts(reader.lines(folder / relation / f"{split}.jsonl"), known[relation], reader.tokenizer, f"{reader.seed}/{relation}")
+        drawn = counterfacts(
+            reader.lines(folder / relation / f"{split}.jsonl"),
+            known[relation],
+            reader.tokenizer,
+            f"{reader.seed}/{relation}",
+        )
         for number, result in enumerate(drawn, 1):
             reader.add(f"{relation}/{number}", partial(_kamel_case, f"{relation}/{number}", result))
 
@@ -395,7 +517,9 @@ def _kamel(reader: Reader, split: str) -> None:
 def _kamel_case(case_id: str, result: Counterfact | Unusable) -> BenchCase:
     if isinstance(result, Unusable):
         raise result
-    return _case(case_id, result.prompt, result.subject, result.target_new, result.ground_truth, (result.paraphrase,))
+    return _case(
+        case_id, result.prompt, result.subject, result.target_new, result.ground_truth, (result.paraphrase,)
+    )
 
 
 DATASETS.register("kamel")(partial(_kamel, split="test"))
@@ -412,9 +536,11 @@ def _twins(reader: Reader, split: str) -> None:
 def _twin_case(case_id: int, case: Case, world: World) -> BenchCase:
     fact = case.fact
     return _case(
-        case_id, fact.prompt(), fact.subject, case.target, fact.object, (fact.paraphrase(0), fact.paraphrase(1)),
+        case_id, fact.prompt(), fact.subject, case.target, fact.object, (fact.paraphrase(0),
+            fact.paraphrase(1)),
         locality={"neighborhood": tuple((near.prompt(), near.object) for near in case.neighbours)},
-        same_subject=tuple((other.prompt(), other.object) for other in world.facts[fact.subject] if other is not fact),
+        same_subject=tuple((other.prompt(),
+            other.object) for other in world.facts[fact.subject] if other is not fact),
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """KAMEL's facts as edits: each fact gets another object of its relation, as many tokens long as its own.
 
-KAMEL (Kalo and Fichtel, 2022) gives facts of Wikidata whose objects have any number of tokens. It has no counterfactual targets
-and asks in questions; the targets are drawn here, and the cloze prompts and paraphrases are in `kamel_templates.yaml`.
+KAMEL (Kalo and Fichtel, 2022) gives facts of Wikidata whose objects have any number of tokens. It has no
+counterfactual targets and asks in questions; the targets are drawn here, and the cloze prompts and
+paraphrases are in `kamel_templates.yaml`.
 """
 
 from __future__ import annotations
@@ -57,21 +58,29 @@ def text(value: Any, field: str) -> str:
         Unusable: otherwise, naming the field.
     """
     if not isinstance(value, str):
-        raise Unusable(f"{field} is missing" if value is None else f"{field} is not text but {type(value).__name__}")
+        raise Unusable(
+            f"{field} is missing" if value is None else f"{field} is not text but {type(value).__name__}"
+        )
     if not value.strip():
         raise Unusable(f"{field} is empty")
-    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):  # half a surrogate pair: JSON can write it, no tokenizer reads it
+    if not value.isascii() and any(
+        "\ud800" <= c <= "\udfff" for c in value
+    ):  # half a surrogate pair: JSON can write it, no tokenizer reads it
         raise Unusable(f"{field} is not valid Unicode")
     return value
 
 
 def templates() -> dict[str, Template]:
     """The prompts by relation, such as `P19`."""
-    return {relation: Template(**prompts) for relation, prompts in yaml.safe_load(TEMPLATES.read_text(encoding="utf-8")).items()}
+    return {
+        relation: Template(**prompts)
+        for relation, prompts in yaml.safe_load(TEMPLATES.read_text(encoding="utf-8")).items()
+    }
 
 
 def fact(record: Any) -> Fact:
-    """A line of KAMEL's files, parsed: of `test.jsonl`, where an object has an id and other names, or of `train.jsonl`, where it is a text.
+    """A line of KAMEL's files, parsed: of `test.jsonl`, where an object has an id and other names, or of
+    `train.jsonl`, where it is a text.
 
     Raises:
         Unusable: if it has several answers, or lacks something.
@@ -89,25 +98,33 @@ def fact(record: Any) -> Fact:
     chosen, rdf, others = text(label.get("chosen"), "chosen"), label.get("rdf"), label.get("alternative")
     if not isinstance(others, list) or not all(isinstance(name, str) for name in others):
         raise Unusable("alternative is not a list of texts")
-    names = [chosen, *others] if rdf is None else [chosen, text(rdf, "rdf"), *others]  # numbers and years have no rdf
+    names = (
+        [chosen, *others] if rdf is None else [chosen, text(rdf, "rdf"), *others]
+    )  # numbers and years have no rdf
     return Fact(subject, chosen, frozenset(name.strip().casefold() for name in names))
 
 
 def _only(value: Any, field: str) -> Any:
     if not isinstance(value, list):
-        raise Unusable(f"{field} is missing" if value is None else f"{field} is not a list but {type(value).__name__}")
+        raise Unusable(
+            f"{field} is missing" if value is None else f"{field} is not a list but {type(value).__name__}"
+        )
     if len(value) != 1:
         raise Unusable("the fact has several answers" if value else f"{field} is empty")
     return value[0]
 
 
 def lengths(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> list[int]:
-    """Tokens of each answer as it stands after its prompt, counted as `easyedit_mdm.editing.request.target_ids` does."""
+    """Tokens of each answer as it stands after its prompt, counted as
+    `easyedit_mdm.editing.request.target_ids` does.
+    """
     if not prompts:
         return []
     stripped = list(dict.fromkeys(prompt.rstrip() for prompt in prompts))
     before = dict(zip(stripped, tokenizer(stripped)["input_ids"]))
-    both = tokenizer([f"{prompt.rstrip()} {answer.strip()}" for prompt, answer in zip(prompts, answers)])["input_ids"]
+    both = tokenizer([f"{prompt.rstrip()} {answer.strip()}" for prompt, answer in zip(prompts, answers)])[
+        "input_ids"
+    ]
     counted = []
     for prompt, ids, answer in zip(prompts, both, answers):
         prompt_ids = before[prompt.rstrip()]
@@ -118,7 +135,9 @@ def lengths(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> l
     return counted
 
 
-def counterfacts(records: Sequence[Any], template: Template, tokenizer: Any, seed: str) -> list[Counterfact | Unusable]:
+def counterfacts(
+    records: Sequence[Any], template: Template, tokenizer: Any, seed: str
+) -> list[Counterfact | Unusable]:
     """One result for every record of one relation: the edit, or why there is none.
 
     Args:
@@ -137,7 +156,13 @@ def counterfacts(records: Sequence[Any], template: Template, tokenizer: Any, see
     prompts = {number: template.cloze.replace("[S]", one.subject, 1) for number, one in facts.items()}
     for number, target in _targets(facts, prompts, tokenizer, seed).items():
         one = facts[number]
-        results[number] = Counterfact(one.subject, prompts[number], template.paraphrase.replace("[S]", one.subject, 1), one.object, target)
+        results[number] = Counterfact(
+            one.subject,
+            prompts[number],
+            template.paraphrase.replace("[S]", one.subject, 1),
+            one.object,
+            target,
+        )
     return results
 
 
@@ -152,11 +177,15 @@ def _targets(facts: dict[int, Fact], prompts: dict[int, str], tokenizer: Any, se
         tried = {number: others.pop() for number, others in waiting.items()}
         # the choices were measured after another subject's prompt: measured again after the fact's own
         measured = lengths(tokenizer, [prompts[number] for number in tried], list(tried.values()))
-        found |= {number: name for (number, name), length in zip(tried.items(), measured) if length == own[number]}
+        found |= {
+            number: name for (number, name), length in zip(tried.items(), measured) if length == own[number]
+        }
     return found
 
 
-def _choices(facts: dict[int, Fact], prompts: dict[int, str], own: dict[int, int], tokenizer: Any) -> dict[int, list[str]]:
+def _choices(
+    facts: dict[int, Fact], prompts: dict[int, str], own: dict[int, int], tokenizer: Any
+) -> dict[int, list[str]]:
     """For every fact the objects as long as its own that share no name with what is true of its subject."""
     names: dict[str, frozenset[str]] = defaultdict(frozenset)
     true: dict[str, frozenset[str]] = defaultdict(frozenset)  # two lines can be about one subject
@@ -167,4 +196,7 @@ def _choices(facts: dict[int, Fact], prompts: dict[int, str], own: dict[int, int
     by_length: dict[int, list[str]] = defaultdict(list)
     for name, length in zip(names, lengths(tokenizer, list(prompts.values())[:1] * len(names), list(names))):
         by_length[length].append(name)
-    return {n: [name for name in by_length[own[n]] if own[n] and not names[name] & true[one.subject]] for n, one in facts.items()}
+    return {
+        n: [name for name in by_length[own[n]] if own[n] and not names[name] & true[one.subject]]
+        for n, one in facts.items()
+    }

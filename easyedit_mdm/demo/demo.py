@@ -1,7 +1,8 @@
 """`easyedit-mdm demo`: everything that the package is for, on the smallest model, in under a minute.
 
-The facts are drawn from the twin's world by a seed, not picked by outcome. What is claimed is checked, and the exit status
-is 0 only if every claim holds; how the plain transfer fares on longer targets is shown, not claimed.
+The facts are drawn from the twin's world by a seed, not picked by outcome. What is claimed is checked, and
+the exit status is 0 only if every claim holds; how the plain transfer fares on longer targets is shown, not
+claimed.
 """
 
 from __future__ import annotations
@@ -53,12 +54,19 @@ def call(case: Case) -> dict[str, Any]:
         "target_new": [case.target],
         "subject": [case.fact.subject],
         "rephrase_prompts": [case.fact.paraphrase()],
-        "locality_inputs": {"neighborhood": {"prompt": [[n.prompt() for n in near]], "ground_truth": [[n.object for n in near]]}},
+        "locality_inputs": {
+            "neighborhood": {
+                "prompt": [[n.prompt() for n in near]],
+                "ground_truth": [[n.object for n in near]],
+            }
+        },
     }
 
 
 def draw_cases(seed: int = SEED) -> list[Case]:
-    """`FACTS_A_LENGTH` edits for each of `LENGTHS`, of different test facts of the twins' world, drawn by `seed`."""
+    """`FACTS_A_LENGTH` edits for each of `LENGTHS`, of different test facts of the twins' world, drawn by
+    `seed`.
+    """
     every = cases(World.build(), "test")
     of_length = {length: [c for c in every if c.length == length] for length in LENGTHS}
     facts = random.Random(seed).sample(range(len(of_length[LENGTHS[0]])), FACTS_A_LENGTH * len(LENGTHS))
@@ -81,7 +89,10 @@ def run_demo(out: str | Path, easyedit_home: str | None = None) -> bool:
         editor = joined.editor_class.from_hparams(aware)
     model: Adapter = editor.model
     before = parameter_hashes(model)
-    console.print(f"{MODEL}: {sum(p.numel() for p in model.parameters()):,} parameters; EasyEdit: {joined.host.form} at {joined.host.root.name}\n")
+    console.print(
+        f"{MODEL}: {sum(p.numel() for p in model.parameters()):,} parameters; EasyEdit: {joined.host.form} at"
+        f" {joined.host.root.name}\n"
+    )
     drawn = draw_cases()
     results = [_edit_both(editor, case, plain, aware, console) for case in drawn]
     shown = next(r for r in results if r["n_tokens"] == SHOWN_LENGTH)
@@ -107,9 +118,18 @@ def run_demo(out: str | Path, easyedit_home: str | None = None) -> bool:
     return all(claims.values())
 
 
-def _edit_both(editor: Any, case: Case, plain: ROMEMDMHyperParams, aware: ROMEMDMHyperParams, console: Console) -> dict[str, Any]:
-    """The same edit with both schedules, each through EasyEdit's editor, which restores the weights after it."""
-    row: dict[str, Any] = {"n_tokens": case.length, "prompt": case.fact.prompt(), "was": case.fact.object, "target": case.target}
+def _edit_both(
+    editor: Any, case: Case, plain: ROMEMDMHyperParams, aware: ROMEMDMHyperParams, console: Console
+) -> dict[str, Any]:
+    """The same edit with both schedules, each through EasyEdit's editor, which restores the weights after
+    it.
+    """
+    row: dict[str, Any] = {
+        "n_tokens": case.length,
+        "prompt": case.fact.prompt(),
+        "was": case.fact.object,
+        "target": case.target,
+    }
     for name, hparams in (("plain", plain), ("aware", aware)):
         editor.hparams = replace(hparams, model_name=editor.hparams.model_name)
         with _quietly(), console.status(f"{row['prompt']} … {case.target} ({name})"):
@@ -140,8 +160,13 @@ def _watch(model: Adapter, case: Case, hparams: ROMEMDMHyperParams) -> dict[str,
 
 def _frames(model: Adapter, case: Case) -> list[list[dict[str, Any]]]:
     prompt = case.fact.prompt()
-    path = decode(model, [torch.tensor(encode(model, prompt))], [len(target_ids(model, prompt, case.target))])[0]
-    return [[_cell(model, path, slot, step) for slot in range(len(path.tokens))] for step in range(-1, int(path.step.max()) + 1)]
+    path = decode(
+        model, [torch.tensor(encode(model, prompt))], [len(target_ids(model, prompt, case.target))]
+    )[0]
+    return [
+        [_cell(model, path, slot, step) for slot in range(len(path.tokens))]
+        for step in range(-1, int(path.step.max()) + 1)
+    ]
 
 
 def _cell(model: Adapter, path: Trajectory, slot: int, step: int) -> dict[str, Any]:
@@ -149,7 +174,11 @@ def _cell(model: Adapter, path: Trajectory, slot: int, step: int) -> dict[str, A
     if at > step:
         return {"text": MASK, "state": "masked", "confidence": None}
     text = model.tokenizer.decode([int(path.tokens[slot])]).strip()
-    return {"text": text, "state": "new" if at == step else "kept", "confidence": round(float(path.confidence[slot]), 3)}
+    return {
+        "text": text,
+        "state": "new" if at == step else "kept",
+        "confidence": round(float(path.confidence[slot]), 3),
+    }
 
 
 def _claims(results: list[dict], shown: dict, restored: bool) -> dict[str, bool]:
@@ -173,25 +202,52 @@ def _table_rows(results: list[dict]) -> list[dict[str, Any]]:
     for length in sorted({r["n_tokens"] for r in results}):
         row: dict[str, Any] = {"n_tokens": length, "n": _share(results, length, "plain", "rewrite")[1]}
         for name in ("plain", "aware"):
-            row[name] = {key: _share(results, length, name, key)[0] for key in ("rewrite", "paraphrase", "locality")}
+            row[name] = {
+                key: _share(results, length, name, key)[0] for key in ("rewrite", "paraphrase", "locality")
+            }
         rows.append(row)
     return rows
 
 
 def _tell(console: Console, report: dict, folder: Path) -> None:
     shown = report["shown"]
-    console.print(Text.assemble("Edit  ", (shown["prompt"], "bold"), " … ", (shown["was"], "dim"), "  →  ", (shown["target"], "bold green"), "\n"))
-    for name, title in (("before", "Denoising before the edit"), ("after", "Denoising after the edit (denoising-aware)")):
+    console.print(
+        Text.assemble(
+            "Edit  ",
+            (shown["prompt"], "bold"),
+            " … ",
+            (shown["was"], "dim"),
+            "  →  ",
+            (shown["target"], "bold green"),
+            "\n",
+        )
+    )
+    for name, title in (
+        ("before", "Denoising before the edit"),
+        ("after", "Denoising after the edit (denoising-aware)"),
+    ):
         console.print(f"[bold]{title}[/bold]")
         for step, frame in enumerate(shown["denoising"][name]):
-            console.print(Text.assemble(f"  step {step}  {shown['prompt']} ", *[_styled(cell) for cell in frame]))
+            console.print(
+                Text.assemble(f"  step {step}  {shown['prompt']} ", *[_styled(cell) for cell in frame])
+            )
         console.print()
-    table = Table(title=f"{len(report['cases'])} edits drawn by seed {report['seed']}: share of exact answers")
+    table = Table(
+        title=f"{len(report['cases'])} edits drawn by seed {report['seed']}: share of exact answers"
+    )
     measures = ("rewrite", "paraphr.", "locality")
-    for column in ("target\ntokens", "\nedits", *(f"{name}\n{measure}" for name in ("plain", "aware") for measure in measures)):
+    for column in (
+        "target\ntokens",
+        "\nedits",
+        *(f"{name}\n{measure}" for name in ("plain", "aware") for measure in measures),
+    ):
         table.add_column(column, justify="right")
     for row in _table_rows(report["cases"]):
-        figures = [f"{row[name][key]:.2f}" for name in ("plain", "aware") for key in ("rewrite", "paraphrase", "locality")]
+        figures = [
+            f"{row[name][key]:.2f}"
+            for name in ("plain", "aware")
+            for key in ("rewrite", "paraphrase", "locality")
+        ]
         table.add_row(str(row["n_tokens"]), str(row["n"]), *figures)
     console.print(table)
     for claim, holds in report["claims"].items():
@@ -200,19 +256,28 @@ def _tell(console: Console, report: dict, folder: Path) -> None:
 
 
 def _styled(cell: dict[str, Any]) -> tuple[str, str]:
-    return (cell["text"] + " ", {"masked": "dim", "new": "bold black on green", "kept": "green"}[cell["state"]])
+    return (
+        cell["text"] + " ",
+        {"masked": "dim", "new": "bold black on green", "kept": "green"}[cell["state"]],
+    )
 
 
 def _html(report: dict) -> str:
     import jinja2
 
     template = (Path(__file__).parent / "demo.html").read_text(encoding="utf-8")
-    return jinja2.Environment(autoescape=True).from_string(template).render(rows=_table_rows(report["cases"]), **report)
+    return (
+        jinja2.Environment(autoescape=True)
+        .from_string(template)
+        .render(rows=_table_rows(report["cases"]), **report)
+    )
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """EasyEdit prints, logs and writes ./logs: keep it all out of the way, and the working directory as it was."""
+    """EasyEdit prints, logs and writes ./logs: keep it all out of the way, and the working directory as it
+    was.
+    """
     here = os.getcwd()
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

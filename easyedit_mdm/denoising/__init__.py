@@ -4,4 +4,14 @@ from easyedit_mdm.denoising.likelihood import log_likelihood
 from easyedit_mdm.denoising.sampler import ORDERS, DecodeConfig, Trajectory, decode, generate
 from easyedit_mdm.denoising.states import SCHEDULES, States, schedule
 
-__all__ = ["ORDERS", "SCHEDULES", "DecodeConfig", "States", "Trajectory", "decode", "generate", "log_likelihood", "schedule"]
+__all__ = [
+    "ORDERS",
+    "SCHEDULES",
+    "DecodeConfig",
+    "States",
+    "Trajectory",
+    "decode",
+    "generate",
+    "log_likelihood",
+    "schedule",
+]

@@ -1,16 +1,18 @@
 """How likely a model holds a text after a prompt, for both paradigms.
 
-A causal model has one answer: sum_i log p(y_i | prompt, y_<i). A masked model has one for each order of revealing; the mean over a
-uniformly random order is the bound it was trained on at fixed length,
+A causal model has one answer: sum_i log p(y_i | prompt, y_<i). A masked model has one for each order of
+revealing; the mean over a uniformly random order is the bound it was trained on at fixed length,
 
     E_order[log p] = N sum_S w_S mean_{i not in S} log p(y_i | prompt, y_S),    w_S = 1 / (N C(N, |S|)),
 
-exactly computable while 2^N - 1 states are few (`exact`), and estimated by the published Monte Carlo estimators otherwise:
-LLaDA's (k ~ U{1..N} tokens masked, weight N / k; arXiv 2502.09992, algorithm 3) and Dream's (each token masked with
-probability t, weight 1 / t, t stratified over (eps, 1]). Chain rules go through one order only.
+exactly computable while 2^N - 1 states are few (`exact`), and estimated by the published Monte Carlo
+estimators otherwise: LLaDA's (k ~ U{1..N} tokens masked, weight N / k; arXiv 2502.09992, algorithm 3) and
+Dream's (each token masked with probability t, weight 1 / t, t stratified over (eps, 1]). Chain rules go
+through one order only.
 
-A block-causal model's orders finish one block before they begin the next: the likelihood is exact over blocks, any-order within
-each, and a sample of an estimator is of one block, drawn as often as it has slots. See `denoising.states`.
+A block-causal model's orders finish one block before they begin the next: the likelihood is exact over
+blocks, any-order within each, and a sample of an estimator is of one block, drawn as often as it has slots.
+See `denoising.states`.
 """
 
 from __future__ import annotations
@@ -45,20 +47,24 @@ def log_likelihood(
 
     Args:
         prompts, targets: token ids without padding.
-        method: one of `METHODS`; by default `causal` for causal models, and for masked ones `exact` up to 31 states (5 tokens of
-            one block) and `llada` beyond.
-        samples: of a Monte Carlo estimator, a pair. What is drawn for a pair depends on `seed` and on its place in
-            the list; of `llada`, two targets at the same place get the same draws, whatever their lengths.
+        method: one of `METHODS`; by default `causal` for causal models, and for masked ones `exact` up to 31
+            states (5 tokens of one block) and `llada` beyond.
+        samples: of a Monte Carlo estimator, a pair. What is drawn for a pair depends on `seed` and on its
+            place in the list; of `llada`, two targets at the same place get the same draws, whatever their
+            lengths.
         max_rows: rows of one forward pass.
 
     Raises:
-        HyperParameterError: for an unknown method, or one that the model or the target's length does not admit.
+        HyperParameterError: for an unknown method, or one that the model or the target's length does not
+            admit.
     """
     rows, right, weights, owner = [], [], [], []
     for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
         slots = Slots(adapter.attention.blocks(len(prompt), len(target)))
         how = method or default_method(adapter, slots)
-        revealed, share = _plan(adapter, slots, how, samples, torch.Generator().manual_seed(seed * 1_000_003 + number))
+        revealed, share = _plan(
+            adapter, slots, how, samples, torch.Generator().manual_seed(seed * 1_000_003 + number)
+        )
         for shown, weight in zip(revealed, share):
             tail = target if how == "causal" else torch.where(shown, target, adapter.ids.slot)
             rows.append((prompt, tail))
@@ -66,7 +72,11 @@ def log_likelihood(
             weights.append(weight)
             owner.append(number)
     each = _weighted(adapter, rows, right, weights, max_rows)
-    return torch.zeros(len(prompts), dtype=torch.float64).index_add_(0, torch.tensor(owner), each).tolist() if rows else []
+    return (
+        torch.zeros(len(prompts), dtype=torch.float64).index_add_(0, torch.tensor(owner), each).tolist()
+        if rows
+        else []
+    )
 
 
 def default_method(adapter: Adapter, slots: Slots) -> str:
@@ -84,14 +94,16 @@ def _plan(
     if method not in METHODS:
         raise HyperParameterError(f"unknown likelihood {method!r}: use one of {', '.join(METHODS)}")
     if (method == "causal") == adapter.masked:
-        raise HyperParameterError(f"likelihood {method!r} does not fit {adapter.name}, which is {adapter.spec.paradigm}")
+        raise HyperParameterError(
+            f"likelihood {method!r} does not fit {adapter.name}, which is {adapter.spec.paradigm}"
+        )
     if method == "causal":
         return torch.zeros(1, length, dtype=torch.bool), torch.ones(1, length)
     if method == "exact":
         if slots.states > MOST_STATES:
             raise HyperParameterError(
-                f"the exact likelihood of {length} tokens takes {slots.states} forwards; it is offered up to {MOST_STATES}: "
-                "use 'llada'"
+                f"the exact likelihood of {length} tokens takes {slots.states} forwards; it is offered up to"
+                f" {MOST_STATES}: use 'llada'"
             )
         states = schedule("enumerate", slots.blocks, MOST_STATES).draw(0, generator)
         scored = states.scored
@@ -107,7 +119,9 @@ def _numbers(slots: Slots) -> Int[Tensor, " slots"]:
 
 
 def _chain(slots: Slots, leftwards: bool) -> Bool[Tensor, "slots slots"]:
-    """What stands before each slot of a chain rule: the blocks before its own, and its block's slots on one side of it."""
+    """What stands before each slot of a chain rule: the blocks before its own, and its block's slots on one
+    side of it.
+    """
     number = _numbers(slots)
     earlier, own = number[None] < number[:, None], number[None] == number[:, None]
     beside = torch.ones(len(slots), len(slots)).tril(-1).bool()
@@ -138,7 +152,11 @@ def _monte_carlo(
 
 @torch.no_grad()
 def _weighted(
-    adapter: Adapter, rows: list[tuple[Tensor, Tensor]], right: list[Tensor], weights: list[Tensor], max_rows: int
+    adapter: Adapter,
+    rows: list[tuple[Tensor, Tensor]],
+    right: list[Tensor],
+    weights: list[Tensor],
+    max_rows: int,
 ) -> Float[Tensor, " rows"]:
     """Weighted sum of each row's log-probabilities; rows that weigh nothing are not run."""
     out = torch.zeros(len(rows), dtype=torch.float64)
@@ -147,9 +165,16 @@ def _weighted(
         part = todo[start : start + max_rows]
         ids, mask = right_padded([torch.cat(rows[i]) for i in part], adapter.ids.pad, adapter.device)
         most = max(len(right[i]) for i in part)
-        at = torch.stack([(len(rows[i][0]) + torch.arange(most)).clamp(max=len(rows[i][0]) + len(right[i]) - 1) for i in part]).to(ids.device)
+        at = torch.stack(
+            [
+                (len(rows[i][0]) + torch.arange(most)).clamp(max=len(rows[i][0]) + len(right[i]) - 1)
+                for i in part
+            ]
+        ).to(ids.device)
         tokens = torch.stack([torch.nn.functional.pad(right[i], (0, most - len(right[i]))) for i in part])
-        share = torch.stack([torch.nn.functional.pad(weights[i].double(), (0, most - len(weights[i]))) for i in part])
+        share = torch.stack(
+            [torch.nn.functional.pad(weights[i].double(), (0, most - len(weights[i]))) for i in part]
+        )
         canvas = torch.tensor([len(rows[i][0]) for i in part], device=ids.device)
         log_probs = adapter.token_logits(ids, mask, at=at, canvas=canvas).float().log_softmax(-1).cpu()
         found = log_probs.gather(-1, tokens[..., None])[..., 0].double()

@@ -1,11 +1,12 @@
 """Iterative denoising: how a masked diffusion model writes.
 
-A canvas of mask tokens stands after each prompt. At every step the model predicts all masked slots at once; an *order*
-says how sure it is of each, and the surest are committed and stay. LLaDA's decoding (arXiv 2502.09992, its generate.py)
-reveals a fixed number of slots a step, block by block; Dream's (arXiv 2508.15487) reveals the fraction 1 - s/t of what is
-masked, with t running linearly from 1 to eps. A block-causal model writes block by block: SDAR (arXiv 2510.06303) reveals a
-fixed number of slots a step, or beside them all that are surer than a threshold. dLLM's samplers round a linear schedule.
-All are reproduced token for token at temperature 0.
+A canvas of mask tokens stands after each prompt. At every step the model predicts all masked slots at once;
+an *order* says how sure it is of each, and the surest are committed and stay. LLaDA's decoding (arXiv
+2502.09992, its generate.py) reveals a fixed number of slots a step, block by block; Dream's (arXiv
+2508.15487) reveals the fraction 1 - s/t of what is masked, with t running linearly from 1 to eps. A
+block-causal model writes block by block: SDAR (arXiv 2510.06303) reveals a fixed number of slots a step, or
+beside them all that are surer than a threshold. dLLM's samplers round a linear schedule. All are reproduced
+token for token at temperature 0.
 """
 
 from __future__ import annotations
@@ -35,19 +36,23 @@ class DecodeConfig:
 
     Attributes:
         canvas: masks after the prompt; None means as many as the answer has tokens.
-        steps: denoising steps, shared out evenly over the blocks; None means one a mask. A block that the prompt's tail or the
-            canvas's end cuts short takes as many slots a step as a whole one, and so fewer steps.
-        block_length: blocks that are written one after the other. None: the model's own, which for full attention is one
-            block; the blocks of a block-causal model may be divided further.
+        steps: denoising steps, shared out evenly over the blocks; None means one a mask. A block that the
+            prompt's tail or the canvas's end cuts short takes as many slots a step as a whole one, and so
+            fewer steps.
+        block_length: blocks that are written one after the other. None: the model's own, which for full
+            attention is one block; the blocks of a block-causal model may be divided further.
         order: which slots are committed first (a name in `ORDERS`).
-        pace: how many a step. `even`: equally many, the remainder first (LLaDA, SDAR). `linear`: a linear schedule, rounded
-            (dLLM). `floor`: after step s of n, floor(slots (n - s) / n) are still masked (RND1). `fraction`: 1 - s/t of what is
-            masked, with t falling from 1 to eps (Dream); it knows no blocks. None: the order's own, even or Dream's.
+        pace: how many a step. `even`: equally many, the remainder first (LLaDA, SDAR). `linear`: a linear
+            schedule, rounded (dLLM). `floor`: after step s of n, floor(slots (n - s) / n) are still masked
+                (RND1). `fraction`: 1 - s/t of what is
+            masked, with t falling from 1 to eps (Dream); it knows no blocks. None: the order's own, even or
+            Dream's.
         threshold: slots whose token is likelier than this are committed as well, however many; None for none.
         temperature: 0 for greedy.
         eps: where Dream's time ends; only its orders read it.
-        top_k: only the k likeliest tokens of a slot count, 0 for all. None means the order's own: all for LLaDA's, 50 for
-            Dream's, whose `diffusion_generate` inherits that from transformers' GenerationConfig; `entropy` depends on it.
+        top_k: only the k likeliest tokens of a slot count, 0 for all. None means the order's own: all for
+            LLaDA's, 50 for Dream's, whose `diffusion_generate` inherits that from transformers'
+            GenerationConfig; `entropy` depends on it.
         seed: of the generator that temperature and random orders draw from.
     """
 
@@ -67,19 +72,27 @@ class DecodeConfig:
         for name in ("canvas", "steps", "block_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise HyperParameterError(f"decode setting {name}={value!r} must be a whole number, at least 1 (or None)")
+                raise HyperParameterError(
+                    f"decode setting {name}={value!r} must be a whole number, at least 1 (or None)"
+                )
         if self.pace is None:
             object.__setattr__(self, "pace", "even" if ORDERS[self.order].blocks else "fraction")
         if self.pace not in PACES:
             raise HyperParameterError(f"decode setting pace={self.pace!r} is not one of {', '.join(PACES)}")
         if ORDERS[self.order].bernoulli and self.pace != "fraction":
-            raise HyperParameterError(f"order {self.order!r} has a pace of its own: leave pace out (got {self.pace!r})")
+            raise HyperParameterError(
+                f"order {self.order!r} has a pace of its own: leave pace out (got {self.pace!r})"
+            )
         if self.pace == "fraction" and self.threshold is not None:
-            raise HyperParameterError(f"pace 'fraction', order {self.order!r}'s own, takes no threshold: give another pace")
+            raise HyperParameterError(
+                f"pace 'fraction', order {self.order!r}'s own, takes no threshold: give another pace"
+            )
         for name in ("temperature", "top_k", "eps", "threshold"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, float)) or value < 0):
-                raise HyperParameterError(f"decode setting {name}={value!r} must be a number and not negative")
+                raise HyperParameterError(
+                    f"decode setting {name}={value!r} must be a number and not negative"
+                )
         if self.top_k is None:
             object.__setattr__(self, "top_k", ORDERS[self.order].top_k)
 
@@ -93,7 +106,8 @@ class DecodeConfig:
         """Steps and blocks for a canvas of `length` slots after a prompt of `prompt` tokens.
 
         Args:
-            given: which slots show a token from the start; `linear` and `floor` count what is masked, `even` what there is.
+            given: which slots show a token from the start; `linear` and `floor` count what is masked, `even`
+                what there is.
 
         Raises:
             HyperParameterError: if blocks or steps do not divide as LLaDA's decoding needs.
@@ -118,16 +132,20 @@ class DecodeConfig:
         block, whole = self.block_length or attention.block or length, attention.block
         if whole is None:
             if self.pace == "even" and length % block:
-                raise HyperParameterError(f"block_length {block} does not divide the canvas of {length} masks")
+                raise HyperParameterError(
+                    f"block_length {block} does not divide the canvas of {length} masks"
+                )
             sizes = Attention(block, edges="canvas").blocks(0, length)
         else:
             if whole % block:
-                raise HyperParameterError(f"block_length {block} does not divide the model's blocks of {whole} tokens")
+                raise HyperParameterError(
+                    f"block_length {block} does not divide the model's blocks of {whole} tokens"
+                )
             sizes = attention.blocks(prompt, length, within=block)
         if self.pace == "fraction" and len(sizes) > 1:
             raise HyperParameterError(
-                f"order {self.order!r} knows no blocks: leave block_length out (got {block} for a canvas of {length}); "
-                "a block-causal model needs an order that knows them, or another pace"
+                f"order {self.order!r} knows no blocks: leave block_length out (got {block} for a canvas of"
+                f" {length}); a block-causal model needs an order that knows them, or another pace"
             )
         return sizes
 
@@ -151,7 +169,9 @@ class DecodeConfig:
 
 
 def _linear(size: int, steps: int) -> list[int]:
-    """dLLM's counts: what is still masked times 1 - s/t, rounded half to even, with t falling from 1 to 0; none where it is 0."""
+    """dLLM's counts: what is still masked times 1 - s/t, rounded half to even, with t falling from 1 to 0;
+    none where it is 0.
+    """
     times = torch.tensor([i / steps for i in range(steps, -1, -1)])
     masked = 1 - (1 - times)  # the share that is masked at each time, in float32 as theirs
     left, counts = size, []
@@ -193,7 +213,8 @@ class Order:
 
     Attributes:
         score: (probabilities, chosen tokens' probabilities, generator) -> one number a slot, larger first.
-        blocks: its own pace is LLaDA's, a fixed number a step, in blocks; otherwise Dream's fraction of what is masked.
+        blocks: its own pace is LLaDA's, a fixed number a step, in blocks; otherwise Dream's fraction of what
+            is masked.
         bernoulli: each masked slot is revealed with probability 1 - s/t on its own (Dream's `origin`).
     """
 
@@ -222,11 +243,18 @@ def _margin(probs: Tensor) -> Tensor:
 ORDERS.register("low_confidence")(Order(lambda probs, chosen, g: chosen, blocks=True))
 ORDERS.register("random")(Order(lambda probs, chosen, g: _noise(chosen, g), blocks=True))
 ORDERS.register("left_to_right")(
-    Order(lambda probs, chosen, g: -torch.arange(chosen.shape[-1], device=chosen.device, dtype=chosen.dtype).expand_as(chosen), blocks=True)
+    Order(
+        lambda probs, chosen, g: (
+            -torch.arange(chosen.shape[-1], device=chosen.device, dtype=chosen.dtype).expand_as(chosen)
+        ),
+        blocks=True,
+    )
 )
 ORDERS.register("maskgit_plus")(Order(lambda probs, chosen, g: chosen, blocks=False))
 ORDERS.register("topk_margin")(Order(lambda probs, chosen, g: _margin(probs), blocks=False))
-ORDERS.register("entropy")(Order(lambda probs, chosen, g: (probs * (probs + 1e-10).log()).sum(-1), blocks=False))
+ORDERS.register("entropy")(
+    Order(lambda probs, chosen, g: (probs * (probs + 1e-10).log()).sum(-1), blocks=False)
+)
 ORDERS.register("origin")(Order(lambda probs, chosen, g: _noise(chosen, g), blocks=False, bernoulli=True))
 
 
@@ -236,7 +264,8 @@ class Trajectory:
 
     Attributes:
         tokens: the tokens at the end, slot by slot.
-        step: the step at which each slot was committed, from 0; -1 for tokens that were given. Slots never change afterwards: this is the history.
+        step: the step at which each slot was committed, from 0; -1 for tokens that were given. Slots never
+            change afterwards: this is the history.
         confidence: the probability each token had when it was committed.
         one_step: what each slot would have been if all had been committed at the first step.
     """
@@ -291,26 +320,36 @@ def decode(
 ) -> list[Trajectory]:
     """Denoise a canvas after each prompt; prompts and canvases of one batch may differ in length.
 
-    A causal model writes its canvas from left to right, one token a step, whatever the order; `one_step` then means nothing
-    beyond the first slot.
+    A causal model writes its canvas from left to right, one token a step, whatever the order; `one_step` then
+    means nothing beyond the first slot.
 
     Args:
         prompts: token ids, one row a prompt, without padding.
         lengths: masks after each prompt (`config.canvas` overrides them all).
         generator: for temperature and random orders; one seeded with `config.seed` by default.
-        given: for masked models, tokens that stand in the canvas from the start, one row a prompt, -1 where it is masked. Their
-            step is -1.
+        given: for masked models, tokens that stand in the canvas from the start, one row a prompt, -1 where
+            it is masked. Their step is -1.
 
     Raises:
         RequestError: if a prompt and its canvas are longer than the model's positions, or a canvas is empty.
     """
     if not adapter.masked:
-        config = DecodeConfig(config.canvas, temperature=config.temperature, order="left_to_right", top_k=config.top_k, seed=config.seed)
+        config = DecodeConfig(
+            config.canvas,
+            temperature=config.temperature,
+            order="left_to_right",
+            top_k=config.top_k,
+            seed=config.seed,
+        )
     generator = generator or torch.Generator().manual_seed(config.seed)
     lengths = [config.canvas or n for n in lengths]
     _check(adapter, prompts, lengths)
-    sight = adapter.attention if adapter.masked else FULL  # an autoregressive model's canvas is one block, written leftmost first
-    shown = [None] * len(prompts) if given is None else [[token >= 0 for token in row.tolist()] for row in given]
+    sight = (
+        adapter.attention if adapter.masked else FULL
+    )  # an autoregressive model's canvas is one block, written leftmost first
+    shown = (
+        [None] * len(prompts) if given is None else [[token >= 0 for token in row.tolist()] for row in given]
+    )
     plans = [config.plan(n, sight, len(p), known) for p, n, known in zip(prompts, lengths, shown)]
     state = _lay_out(adapter, prompts, plans)
     if given is not None:
@@ -322,7 +361,12 @@ def decode(
         for r in going:
             place[r] = _next(state, r, place[r], config)
         step += 1
-    return [Trajectory(*(getattr(state, name)[r, :n].cpu() for name in ("tokens", "step", "confidence", "one_step"))) for r, n in enumerate(lengths)]
+    return [
+        Trajectory(
+            *(getattr(state, name)[r, :n].cpu() for name in ("tokens", "step", "confidence", "one_step"))
+        )
+        for r, n in enumerate(lengths)
+    ]
 
 
 def _next(state: _Canvas, row: int, place: int, config: DecodeConfig) -> int:
@@ -342,12 +386,15 @@ def _check(adapter: Adapter, prompts: Sequence[Tensor], lengths: Sequence[int]) 
             raise RequestError("a canvas needs at least one mask: the answer has no tokens")
         if len(prompt) + length > adapter.max_positions:
             raise RequestError(
-                f"a prompt of {len(prompt)} tokens and a canvas of {length} exceed the {adapter.max_positions} positions of {adapter.name}"
+                f"a prompt of {len(prompt)} tokens and a canvas of {length} exceed the"
+                f" {adapter.max_positions} positions of {adapter.name}"
             )
 
 
 def _lay_out(adapter: Adapter, prompts: Sequence[Tensor], plans: list[Plan]) -> _Canvas:
-    rows = [torch.cat([p.cpu(), torch.full((plan.length,), adapter.ids.slot)]) for p, plan in zip(prompts, plans)]
+    rows = [
+        torch.cat([p.cpu(), torch.full((plan.length,), adapter.ids.slot)]) for p, plan in zip(prompts, plans)
+    ]
     ids, mask = right_padded(rows, adapter.ids.pad, adapter.device)
     starts = torch.tensor([len(p) for p in prompts], device=ids.device)
     at = starts[:, None] + torch.arange(max(p.length for p in plans), device=ids.device)
@@ -357,7 +404,9 @@ def _lay_out(adapter: Adapter, prompts: Sequence[Tensor], plans: list[Plan]) -> 
 def _reveal(adapter: Adapter, state: _Canvas, given: Sequence[Tensor]) -> None:
     """Put the tokens that are given into the canvas."""
     if not adapter.masked:
-        raise RequestError(f"{adapter.name} is autoregressive: tokens behind the one it writes next cannot be given")
+        raise RequestError(
+            f"{adapter.name} is autoregressive: tokens behind the one it writes next cannot be given"
+        )
     for row, tokens in enumerate(given):
         shown = tokens.to(state.ids.device)
         known = shown >= 0
@@ -379,7 +428,9 @@ def _denoise(
 ) -> None:
     """One step for the rows that are not done."""
     order = ORDERS[config.order]
-    logits = adapter.token_logits(state.ids[rows], state.mask[rows], at=state.at[rows], canvas=state.starts[rows]).float()
+    logits = adapter.token_logits(
+        state.ids[rows], state.mask[rows], at=state.at[rows], canvas=state.starts[rows]
+    ).float()
     probs, tokens, chosen = _choose(adapter, logits, config, order, generator)
     if step == 0:
         state.one_step[rows] = tokens
@@ -392,7 +443,9 @@ def _denoise(
     ids.scatter_(1, at, torch.where(commit, tokens, ids.gather(1, at)))
     state.ids[rows] = ids
     for name, value in (("tokens", tokens), ("step", torch.full_like(tokens, step)), ("confidence", chosen)):
-        getattr(state, name)[rows] = torch.where(commit, value.to(getattr(state, name).dtype), getattr(state, name)[rows])
+        getattr(state, name)[rows] = torch.where(
+            commit, value.to(getattr(state, name).dtype), getattr(state, name)[rows]
+        )
     state.masked[rows] = state.masked[rows] & ~commit
 
 
@@ -406,7 +459,11 @@ def writable(adapter: Adapter, logits: Float[Tensor, "*rows vocab"]) -> Float[Te
 
 
 def _choose(
-    adapter: Adapter, logits: Float[Tensor, "rows slots vocab"], config: DecodeConfig, order: Order, generator: torch.Generator
+    adapter: Adapter,
+    logits: Float[Tensor, "rows slots vocab"],
+    config: DecodeConfig,
+    order: Order,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities, a token for each slot, and that token's probability.
 
@@ -414,11 +471,19 @@ def _choose(
     """
     temperature, top_k = config.temperature, config.top_k or 0
     if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], torch.finfo(logits.dtype).min)
+        logits = logits.masked_fill(
+            logits < logits.topk(top_k).values[..., -1:], torch.finfo(logits.dtype).min
+        )
     probs = (logits if temperature == 0 or order.blocks else logits / temperature).softmax(-1)
     pickable = writable(adapter, logits)
-    if temperature > 0:  # Gumbel's trick samples softmax(logits / temperature); float64, as LLaDA's authors found needed
-        noise = torch.rand(pickable.shape, generator=generator, dtype=torch.float64, device=generator.device).to(pickable.device).clamp(min=1e-300)
+    if (
+        temperature > 0
+    ):  # Gumbel's trick samples softmax(logits / temperature); float64, as LLaDA's authors found needed
+        noise = (
+            torch.rand(pickable.shape, generator=generator, dtype=torch.float64, device=generator.device)
+            .to(pickable.device)
+            .clamp(min=1e-300)
+        )
         pickable = pickable.double() / temperature - (-noise.log()).log()
     tokens = pickable.argmax(-1)
     return probs, tokens, probs.gather(-1, tokens[..., None])[..., 0]
@@ -482,8 +547,9 @@ def generate(
 
     Args:
         max_length: prompt columns plus new tokens, where `max_new_tokens` is not given.
-        steps, block_length, order, pace, threshold, top_k: see `DecodeConfig`. A model with blocks counted from the row's start
-            writes its last block to the end, and what goes beyond `max_new_tokens` is cut off.
+        steps, block_length, order, pace, threshold, top_k: see `DecodeConfig`. A model with blocks counted
+            from the row's start writes its last block to the end, and what goes beyond `max_new_tokens` is
+            cut off.
         temperature: used if positive and sampling is not switched off; `do_sample=True` alone means 1.0.
         eos_token_id: if given, what follows the first such token becomes `pad_token_id`.
         use_cache: masked models have no exact cache; either value gives the same tokens.
@@ -493,12 +559,17 @@ def generate(
     """
     if max_new_tokens is None:
         if max_length is None:
-            raise HyperParameterError("generate needs max_new_tokens (or max_length): a masked model writes a canvas of fixed length")
+            raise HyperParameterError(
+                "generate needs max_new_tokens (or max_length): a masked model writes a canvas of fixed"
+                " length"
+            )
         max_new_tokens = max_length - input_ids.shape[1]
     if max_new_tokens < 1:
         raise HyperParameterError(f"max_new_tokens={max_new_tokens} must be at least 1")
     heat = (1.0 if temperature is None else temperature) if do_sample else (temperature or 0.0)
-    if generator is None and heat > 0:  # as elsewhere in torch: torch.manual_seed decides, and the next call draws anew
+    if (
+        generator is None and heat > 0
+    ):  # as elsewhere in torch: torch.manual_seed decides, and the next call draws anew
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, (1,))))
     config = DecodeConfig(None, steps, block_length, order, pace, threshold, heat, top_k=top_k)
     shown = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -514,7 +585,9 @@ def generate(
 
 
 def _whole(attention: Attention, prompt: int, slots: int) -> int:
-    """As many slots as it takes for the last block to be whole, where blocks are counted from the row's start."""
+    """As many slots as it takes for the last block to be whole, where blocks are counted from the row's
+    start.
+    """
     if attention.block is None or attention.edges != "start":
         return slots
     return slots + -(prompt + slots) % attention.block

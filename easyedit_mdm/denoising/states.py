@@ -1,15 +1,17 @@
 """Which partially revealed states of a target an edit is optimised over.
 
-A target of N tokens has 2^N - 1 states worth predicting in: the sets S of slots that already show their token, short of
-all of them. The loss of a state is the mean, over the slots outside S, of -log p(y_i | prompt, y_S). Over a uniformly
-random order of revealing, the expected negative log-likelihood of the whole target is N times the mean over states with
-weight 1 / (N C(N, |S|)): what `enumerate` computes exactly, and the others estimate.
+A target of N tokens has 2^N - 1 states worth predicting in: the sets S of slots that already show their
+token, short of all of them. The loss of a state is the mean, over the slots outside S, of -log p(y_i |
+prompt, y_S). Over a uniformly random order of revealing, the expected negative log-likelihood of the whole
+target is N times the mean over states with weight 1 / (N C(N, |S|)): what `enumerate` computes exactly, and
+the others estimate.
 
-A block-causal model reveals block by block. The block in which the next token is due is *open*: the blocks before it show
-their tokens, the slots after it are hidden, and the loss is read in the open block alone. A target whose slots fall into
-blocks of n_1, n_2, ... has sum_b (2^n_b - 1) such states; with k tokens revealed, m of them in the open block of n slots,
-each weighs 1 / (N C(n, m)), and the same identity holds for the orders that finish a block before the next. One block of N
-is the masked model above, blocks of one are teacher forcing.
+A block-causal model reveals block by block. The block in which the next token is due is *open*: the blocks
+before it show their tokens, the slots after it are hidden, and the loss is read in the open block alone. A
+target whose slots fall into blocks of n_1, n_2, ... has sum_b (2^n_b - 1) such states; with k tokens
+revealed, m of them in the open block of n slots, each weighs 1 / (N C(n, m)), and the same identity holds for
+the orders that finish a block before the next. One block of N is the masked model above, blocks of one are
+teacher forcing.
 """
 
 from __future__ import annotations
@@ -52,14 +54,19 @@ class Schedule:
 
     Attributes:
         name: what was asked for.
-        used: what is done; differs from `name` where `enumerate` has too many states and becomes `stratified`.
-        fixed: the states are the same at every step, so that what lies below the edited layer can be computed once.
-        cycle: number of steps after which every kind of state has been seen; early stopping looks at their mean.
+        used: what is done; differs from `name` where `enumerate` has too many states and becomes
+            `stratified`.
+        fixed: the states are the same at every step, so that what lies below the edited layer can be computed
+            once.
+        cycle: number of steps after which every kind of state has been seen; early stopping looks at their
+            mean.
         draw: (step, generator) -> states.
-        dealt: a step does not see all states in every context prefix: prefix c has, at step t, only state number
-            (c + t) mod (number of states).
-        rolled: the states of a step are those that the model itself, as edited so far, comes through while it decodes, most
-            confident slot first: with the `right` tokens revealed, or with its `own`, right or wrong. `draw` has none then.
+        dealt: a step does not see all states in every context prefix: prefix c has, at step t, only state
+            number (c + t) mod (number of states).
+        rolled: the states of a step are those that the model itself, as edited so far, comes through while it
+            decodes, most
+            confident slot first: with the `right` tokens revealed, or with its `own`, right or wrong. `draw`
+                has none then.
         most: the most states a step.
     """
 
@@ -87,7 +94,9 @@ class Slots:
         return sum(self.blocks)
 
     def opened(self, k: int) -> tuple[int, int, int]:
-        """The open block once k tokens are revealed: its first slot, its size, and how many of it are revealed."""
+        """The open block once k tokens are revealed: its first slot, its size, and how many of it are
+        revealed.
+        """
         start = 0
         for size in self.blocks:
             if k < start + size:
@@ -111,7 +120,9 @@ class Slots:
         return sum(2**size - 1 for size in self.blocks)
 
     def at(self, k: int, slots: Sequence[int]) -> tuple[list[bool], list[bool]]:
-        """The state with these slots of the open block revealed, counted from its first: what shows, and what is read."""
+        """The state with these slots of the open block revealed, counted from its first: what shows, and what
+        is read.
+        """
         start, _, _ = self.opened(k)
         shown = [i < start or i - start in slots for i in range(len(self))]
         return shown, [inside and not s for inside, s in zip(self.inside(k), shown)]
@@ -125,7 +136,8 @@ def schedule(name: str, length: int | Sequence[int], max_states: int = MAX_STATE
     """The schedule called `name` for targets of `length` tokens.
 
     Args:
-        length: the number of tokens, all in one block; or the sizes of the blocks they fall into (`Attention.blocks`).
+        length: the number of tokens, all in one block; or the sizes of the blocks they fall into
+            (`Attention.blocks`).
         max_states: the most states that one step may hold; `enumerate` becomes `stratified` beyond it.
 
     Raises:
@@ -136,7 +148,8 @@ def schedule(name: str, length: int | Sequence[int], max_states: int = MAX_STATE
     slots = Slots((length,) if isinstance(length, int) else tuple(length))
     if min(slots.blocks, default=0) < 1 or max_states < 1:
         raise HyperParameterError(
-            f"a schedule needs a target of at least one token (got {length}) and max_states >= 1 (got {max_states})"
+            f"a schedule needs a target of at least one token (got {length}) and max_states >= 1 (got"
+            f" {max_states})"
         )
     return make(slots, max_states)
 
@@ -158,7 +171,8 @@ def random_state(slots: Slots, k: int, generator: torch.Generator) -> tuple[list
 def full_mask(slots: Slots, max_states: int = MAX_STATES) -> Schedule:
     """Nothing revealed: the plain transfer of ROME and MEMIT to a masked model.
 
-    In blocks: each block with nothing of it revealed, as heavy as it has slots, so that every slot weighs the same.
+    In blocks: each block with nothing of it revealed, as heavy as it has slots, so that every slot weighs the
+    same.
     """
     starts = itertools.accumulate(slots.blocks[:-1], initial=0)
     states = _states([slots.at(k, ()) for k in starts], [size / len(slots) for size in slots.blocks])
@@ -212,7 +226,8 @@ def stratified(slots: Slots, max_states: int = MAX_STATES) -> Schedule:
 
 @SCHEDULES.register("enumerate")
 def enumerate_all(slots: Slots, max_states: int = MAX_STATES) -> Schedule:
-    """All states, weight 1 / (N C(n, m)) with m of the open block's n slots revealed: the exact any-order objective.
+    """All states, weight 1 / (N C(n, m)) with m of the open block's n slots revealed: the exact any-order
+    objective.
 
     Beyond `max_states` it becomes `stratified` with one draw of states that is kept for all steps.
     """
@@ -233,7 +248,9 @@ def _subsets(slots: Slots, k: int) -> Iterator[tuple[int, ...]]:
 
 @SCHEDULES.register("left_to_right")
 def left_to_right(slots: Slots, max_states: int = MAX_STATES) -> Schedule:
-    """The N prefixes, each scored on the next slot only: what an autoregressive model's teacher forcing covers."""
+    """The N prefixes, each scored on the next slot only: what an autoregressive model's teacher forcing
+    covers.
+    """
     length = len(slots)
     revealed = torch.ones(length, length).tril(-1).bool()
     states = States(revealed, torch.eye(length).bool(), torch.full((length,), 1 / length))
@@ -244,9 +261,10 @@ def left_to_right(slots: Slots, max_states: int = MAX_STATES) -> Schedule:
 def spread(slots: Slots, max_states: int = MAX_STATES) -> Schedule:
     """A fixed set of states dealt out over the context prefixes and steps: no more forwards than `full_mask`.
 
-    The set holds rounds of N states, one for each number k = 0..N-1 of revealed tokens, so that over a cycle every k weighs the
-    same in every prefix, after N steps already; in round r stands the r-th of the states with k revealed, in random order. As
-    many rounds as make all states equally frequent within their k, at most max_states / N (at least one).
+    The set holds rounds of N states, one for each number k = 0..N-1 of revealed tokens, so that over a cycle
+    every k weighs the same in every prefix, after N steps already; in round r stands the r-th of the states
+    with k revealed, in random order. As many rounds as make all states equally frequent within their k, at
+    most max_states / N (at least one).
     """
     counts = _spaced(len(slots), max_states)
     rounds = max(1, min(max_states // len(counts), math.lcm(*(slots.ways(k) for k in counts))))
@@ -264,13 +282,17 @@ def spread(slots: Slots, max_states: int = MAX_STATES) -> Schedule:
 
 @SCHEDULES.register("confidence")
 def confidence(slots: Slots, max_states: int = MAX_STATES) -> Schedule:
-    """The N states met when the right tokens are revealed in the edited model's own order, most confident slot first."""
+    """The N states met when the right tokens are revealed in the edited model's own order, most confident
+    slot first.
+    """
     return _rolled("confidence", slots, max_states, "right")
 
 
 @SCHEDULES.register("on_policy")
 def on_policy(slots: Slots, max_states: int = MAX_STATES) -> Schedule:
-    """The N states met when the edited model decodes by itself: its own tokens are shown, and may be wrong."""
+    """The N states met when the edited model decodes by itself: its own tokens are shown, and may be
+    wrong.
+    """
     return _rolled("on_policy", slots, max_states, "own")
 
 
@@ -284,7 +306,9 @@ def _rolled(name: str, slots: Slots, max_states: int, tokens: str) -> Schedule:
         Raises:
             HyperParameterError: always.
         """
-        raise HyperParameterError(f"the states of {name!r} are those a model decodes through: they cannot be drawn without one")
+        raise HyperParameterError(
+            f"the states of {name!r} are those a model decodes through: they cannot be drawn without one"
+        )
 
     return Schedule(name, name, False, 1, draw, rolled=tokens, most=max_states)
 

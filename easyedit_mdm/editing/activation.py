@@ -1,6 +1,7 @@
 """Edits as activations: the optimised value added at the site while the model decodes, no weight changed.
 
-What this reaches is the ceiling of every method that writes at the site: where it fails, no closed form can help.
+What this reaches is the ceiling of every method that writes at the site: where it fails, no closed form can
+help.
 """
 
 from __future__ import annotations
@@ -39,8 +40,12 @@ class Activations:
     ratio: Float[Tensor, " facts"]
 
 
-def optimise_at(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams) -> Activations:
-    """Optimise a value for each request, all together, at the layer and with the settings of the hyperparameters, as an activation in any case."""
+def optimise_at(
+    adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams
+) -> Activations:
+    """Optimise a value for each request, all together, at the layer and with the settings of the
+    hyperparameters, as an activation in any case.
+    """
     facts = [tokenise(adapter, request, hparams) for request in requests]
     site = settled(adapter, check_modules(adapter, hparams), facts)
     initial = torch.stack([read_keys(adapter, site, fact, hparams).initial for fact in facts])
@@ -48,14 +53,22 @@ def optimise_at(adapter: Adapter, requests: Sequence[EditRequest], hparams: ROME
     return Activations(site, facts, deltas, deltas.norm(dim=1) / initial.norm(dim=1))
 
 
-def success_as_activation(adapter: Adapter, values: Activations, config: DecodeConfig = DecodeConfig()) -> list[bool]:
-    """Exact match of each fact's target over N masks (or N greedy tokens) after the bare prompt, with its value added."""
+def success_as_activation(
+    adapter: Adapter, values: Activations, config: DecodeConfig = DecodeConfig()
+) -> list[bool]:
+    """Exact match of each fact's target over N masks (or N greedy tokens) after the bare prompt, with its
+    value added.
+    """
     done = [False] * len(values.facts)
-    for length in sorted({len(f.target) for f in values.facts}):  # rows of one length take the same steps, in the same order
+    for length in sorted(
+        {len(f.target) for f in values.facts}
+    ):  # rows of one length take the same steps, in the same order
         which = [i for i, f in enumerate(values.facts) if len(f.target) == length]
         at = torch.tensor([values.facts[i].contexts[0].site for i in which])
         with adding_at(adapter.module(values.site.name), at, values.deltas[which]):
-            paths = decode(adapter, [values.facts[i].contexts[0].ids for i in which], [length] * len(which), config)
+            paths = decode(
+                adapter, [values.facts[i].contexts[0].ids for i in which], [length] * len(which), config
+            )
         for i, path in zip(which, paths):
             done[i] = bool(torch.equal(path.tokens[:length], values.facts[i].target))
     return done

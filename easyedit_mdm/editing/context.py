@@ -1,6 +1,8 @@
-"""Context prefixes: random text before the prompt, so that an edit does not hang on the prompt standing first.
+"""Context prefixes: random text before the prompt, so that an edit does not hang on the prompt standing
+first.
 
-ROME lets the model write them (Meng et al., section 3.1 of arXiv 2202.05262). Kept per model and setting, never shared.
+ROME lets the model write them (Meng et al., section 3.1 of arXiv 2202.05262). Kept per model and setting,
+never shared.
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ STARTS = ("The", "Therefore", "Because", "I", "You")
 _WRITTEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple, tuple[str, ...]]] = weakref.WeakKeyDictionary()
 
 
-def context_templates(adapter: Adapter, length_params: Sequence[Sequence[int]], seed: int = 0) -> tuple[str, ...]:
-    """The bare template `{}` and, for each (length, n) pair, n prefixes of about `length` tokens, each ending in ". {}".
+def context_templates(
+    adapter: Adapter, length_params: Sequence[Sequence[int]], seed: int = 0
+) -> tuple[str, ...]:
+    """The bare template `{}` and, for each (length, n) pair, n prefixes of about `length` tokens, each ending
+    in ". {}".
 
-    Sampled at temperature 1 from the model itself with a generator of its own: the same model and seed give the same
-    prefixes, and a second model never sees the first one's.
+    Sampled at temperature 1 from the model itself with a generator of its own: the same model and seed give
+    the same prefixes, and a second model never sees the first one's.
     """
     key = (tuple(map(tuple, length_params)), seed)
     written = _WRITTEN.setdefault(adapter.native, {})
@@ -40,4 +45,6 @@ def _write(adapter: Adapter, length: int, n: int, generator: torch.Generator) ->
     prompts = [torch.tensor(encode(adapter, start)) for start in starts]
     room = [max(1, length - len(p)) for p in prompts]
     done = decode(adapter, prompts, room, DecodeConfig(order="left_to_right", temperature=1.0), generator)
-    return [start + adapter.tokenizer.decode(t.tokens, skip_special_tokens=True) for start, t in zip(starts, done)]
+    return [
+        start + adapter.tokenizer.decode(t.tokens, skip_special_tokens=True) for start, t in zip(starts, done)
+    ]

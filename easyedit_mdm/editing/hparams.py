@@ -1,7 +1,7 @@
 """Hyperparameters: EasyEdit's fields under EasyEdit's names, and what denoising adds to them.
 
-The fields stand in groups, a class each: `MainHyperParams` has those that a user sets, the others can be left alone.
-A YAML file holds all of them side by side.
+The fields stand in groups, a class each: `MainHyperParams` has those that a user sets, the others can be left
+alone. A YAML file holds all of them side by side.
 """
 
 from __future__ import annotations
@@ -34,15 +34,17 @@ class MainHyperParams:
         alg_name: the method.
         model_name: a twin, a folder, or a hub id.
         layers: layers that are edited, in ascending order; the rank-one methods take one.
-        state_schedule: states the value is optimised over (`easyedit_mdm.denoising.SCHEDULES`); `full_mask` is plain ROME.
+        state_schedule: states the value is optimised over (`easyedit_mdm.denoising.SCHEDULES`); `full_mask`
+            is plain ROME.
         v_num_grad_steps: Adam's steps, one more than are made, as in EasyEdit (25 makes 24).
         v_lr: Adam's learning rate.
         clamp_norm_factor: ||delta|| is kept within this times ||v_0||.
         v_weight_decay: weight of ||delta|| / ||v_0||^2 in the loss.
         kl_factor: weight of the KL anchor "{subject} is a".
-        early_stop_loss: the optimisation ends when the total loss, averaged over a cycle of states, falls below this.
-        mom2_dataset: the text of the second moments: a file, JSON lines, `datasets:NAME:CONFIG:SPLIT`, or `twins`
-            (`easyedit_mdm.statistics.text_source`).
+        early_stop_loss: the optimisation ends when the total loss, averaged over a cycle of states, falls
+            below this.
+        mom2_dataset: the text of the second moments: a file, JSON lines, `datasets:NAME:CONFIG:SPLIT`, or
+            `twins` (`easyedit_mdm.statistics.text_source`).
         guard: thresholds of the collapse guard (`easyedit_mdm.editing.guard.GuardConfig`), or {} for its own;
             None: no edit is refused.
         seed: of every random draw of an edit.
@@ -72,7 +74,8 @@ class LoadingHyperParams:
         fp16: EasyEdit's field: true is the same as `dtype: float16`.
         device: cpu, cuda, cuda:1, or EasyEdit's number of a GPU; None: CUDA where there is one.
         mask_id: the mask token, where the checkpoint does not say.
-        block: tokens a block of a block-causal model, where the checkpoint does not say (dLLM's `bd3lm` releases).
+        block: tokens a block of a block-causal model, where the checkpoint does not say (dLLM's `bd3lm`
+            releases).
         model_parallel, max_length: read by EasyEdit's editor and its own metrics only.
     """
 
@@ -92,8 +95,10 @@ class StatisticsHyperParams:
     Attributes:
         mom2_adjustment: whether they are used; without them C is the identity.
         mom2_n_tokens: tokens of the text that are used; None means 10 times the key's dimension.
-        mom2_mask_ratio: 0: plain text; a number or `uniform`: masked text, keys at unmasked positions (masked models).
-        mom2_settled: collect no further once even and odd batches differ by less than this, relatively; None: all.
+        mom2_mask_ratio: 0: plain text; a number or `uniform`: masked text, keys at unmasked positions (masked
+            models).
+        mom2_settled: collect no further once even and odd batches differ by less than this, relatively; None:
+            all.
         mom2_eps: ridge, as a fraction of the mean eigenvalue, added to the second moments.
         stats_dir: where they are kept; None means the user's cache folder.
     """
@@ -114,7 +119,8 @@ class CostHyperParams:
         max_states: the most states a step may hold.
         max_rows: rows of one forward pass; more are split, with the same result.
         facts_per_batch: facts whose values are optimised together; halved where memory runs out.
-        context_template_length_params: [tokens, prefixes] of each kind of context prefix, which the model writes.
+        context_template_length_params: [tokens, prefixes] of each kind of context prefix, which the model
+            writes.
         context_templates: context prefixes to use instead, each with one `{}`.
         decode: settings of the multi-step metric (`easyedit_mdm.denoising.DecodeConfig`).
     """
@@ -129,21 +135,24 @@ class CostHyperParams:
 
 @dataclass
 class ComparisonHyperParams:
-    """Switches for comparisons with EasyEdit and for ablations; docs/methods.md tells what they were tried for.
+    """Switches for comparisons with EasyEdit and for ablations; docs/methods.md tells what they were tried
+    for.
 
     Attributes:
         fact_token: where the fact is read and written.
-        key_average: `single`: one k*, the mean over context prefixes, in u and in the denominator alike; `easyedit`: the
-            mean in u and the bare prompt's key in the denominator, as EasyEdit's ROME has it (the r-ROME bug,
-            arXiv 2403.07175).
-        key_states: states of the target under which k* is read in a masked model: `full_mask`, or `average` over all.
-        kl_position: where the KL anchor "{subject} is a" is read: `slot`, the token after it, or `subject_last`, the
-            token after the subject, as EasyEdit's ROME has it.
+        key_average: `single`: one k*, the mean over context prefixes, in u and in the denominator alike;
+            `easyedit`: the mean in u and the bare prompt's key in the denominator, as EasyEdit's ROME has it
+            (the r-ROME bug, arXiv 2403.07175).
+        key_states: states of the target under which k* is read in a masked model: `full_mask`, or `average`
+            over all.
+        kl_position: where the KL anchor "{subject} is a" is read: `slot`, the token after it, or
+            `subject_last`, the token after the subject, as EasyEdit's ROME has it.
         early_stop_on: `cycle`, or `drawn`: the loss of the states of one step alone, which may be easy ones.
-        optimise_through: `activation`: delta is put in at the subject's token alone while it is optimised, as ROME
-            does; `weights`: as the finished rank-one update will put it in, at every token (ROME_MDM only;
-            `easyedit_mdm.editing.solve.rank_one`).
-        v_lr_schedule: `constant`, or `cosine`: v_lr falls to 0 over v_num_grad_steps, which calms long optimisations.
+        optimise_through: `activation`: delta is put in at the subject's token alone while it is optimised, as
+            ROME does; `weights`: as the finished rank-one update will put it in, at every token (ROME_MDM
+            only; `easyedit_mdm.editing.solve.rank_one`).
+        v_lr_schedule: `constant`, or `cosine`: v_lr falls to 0 over v_num_grad_steps, which calms long
+            optimisations.
     """
 
     fact_token: str = "subject_last"
@@ -157,7 +166,9 @@ class ComparisonHyperParams:
 
 @dataclass
 class ModuleHyperParams:
-    """EasyEdit's module templates; optional: the adapter knows its own, and what a file says is checked against it."""
+    """EasyEdit's module templates; optional: the adapter knows its own, and what a file says is checked
+    against it.
+    """
 
     v_loss_layer: int | None = None
     rewrite_module_tmp: str | None = None
@@ -178,7 +189,8 @@ class ROMEMDMHyperParams(
     LoadingHyperParams,
     MainHyperParams,
 ):
-    """ROME_MDM's hyperparameters, and what the other methods' have in common; a YAML file holds them by these names.
+    """ROME_MDM's hyperparameters, and what the other methods' have in common; a YAML file holds them by these
+    names.
 
     Fields that EasyEdit's `ROMEHyperParams` has as well mean the same. `MainHyperParams` has the ones to set.
     """
@@ -190,7 +202,9 @@ class ROMEMDMHyperParams(
     ONE_LAYER: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A method with another update than ROME's must say itself that values can be optimised through it."""
+        """A method with another update than ROME's must say itself that values can be optimised through
+        it.
+        """
         super().__init_subclass__(**kwargs)
         if "THROUGH" not in vars(cls):
             cls.THROUGH = ("activation",)
@@ -259,7 +273,8 @@ class ROMEMDMHyperParams(
             raise UnknownNameError(f"state_schedule={self.state_schedule!r} is not one of {known}")
         choices = {
             "fact_token": FACT_TOKENS, "kl_position": KL_POSITIONS, "key_average": self.KEY_AVERAGES,
-            "key_states": self.KEY_STATES, "early_stop_on": ("cycle", "drawn"), "optimise_through": self.THROUGH,
+            "key_states": self.KEY_STATES, "early_stop_on": ("cycle", "drawn"),
+            "optimise_through": self.THROUGH,
             "v_lr_schedule": ("constant", "cosine"),
         }  # fmt: skip
         for name, allowed in choices.items():
@@ -301,7 +316,8 @@ class ROMEMDMHyperParams(
         """Read a YAML file; `.yaml` may be left out, and one that ships may be named `ROME_MDM/twin-llada`.
 
         Raises:
-            HyperParameterError, UnknownNameError: if the file is missing, not a mapping, another method's, or a field
+            HyperParameterError, UnknownNameError: if the file is missing, not a mapping, another method's, or
+                a field
                 is unknown, missing or wrong: with file and line.
         """
         return cls.from_dict(read_yaml_file(find_hparams(path)))
@@ -336,8 +352,8 @@ def whose(alg_name: object) -> str:
         return f"alg_name is {alg_name!r}: use {ours[str(alg_name)]}, or load_hparams, which takes any file"
     if f"{alg_name}_MDM" in ours:
         return (
-            f"alg_name is {alg_name!r}, EasyEdit's own method: `easyedit-mdm bench --alg {alg_name}` and EasyEdit's "
-            f"BaseEditor take its files; ours is {alg_name}_MDM"
+            f"alg_name is {alg_name!r}, EasyEdit's own method: `easyedit-mdm bench --alg {alg_name}` and"
+            f" EasyEdit's BaseEditor take its files; ours is {alg_name}_MDM"
         )
     return f"alg_name is {alg_name!r}{did_you_mean(str(alg_name), ours)} Known: {', '.join(ours)}"
 

@@ -14,7 +14,9 @@ from easyedit_mdm.models.prompts import Prompt, encode, span, target_ids
 __all__ = ["EditRequest", "Prompt", "anchor", "check_requests", "encode", "locate", "target_ids"]
 
 
-def locate(adapter: Adapter, request: EditRequest, context: str = "{}", fact_token: str = "subject_last") -> Prompt:
+def locate(
+    adapter: Adapter, request: EditRequest, context: str = "{}", fact_token: str = "subject_last"
+) -> Prompt:
     """Tokenise the prompt within a context prefix and find the token of the subject that `fact_token` names.
 
     Args:
@@ -27,7 +29,12 @@ def locate(adapter: Adapter, request: EditRequest, context: str = "{}", fact_tok
     text = context.replace("{}", request.prompt.rstrip(), 1)
     start = context.index("{}") + request.template.index("{}")
     ids, first, last = span(adapter, text, start, start + len(request.subject))
-    site = {"subject_last": last, "subject_first": first, "subject_first_after_last": last + 1, "last": len(ids) - 1}[fact_token]
+    site = {
+        "subject_last": last,
+        "subject_first": first,
+        "subject_first_after_last": last + 1,
+        "last": len(ids) - 1,
+    }[fact_token]
     if site >= len(ids):
         raise RequestError(f"fact_token {fact_token!r} lies behind the end of {text!r}")
     return Prompt(torch.tensor(ids), site)
@@ -52,5 +59,8 @@ def check_requests(requests: Sequence[EditRequest]) -> None:
         target = request.target_new.strip()
         if key in seen:
             what = "twice" if seen[key] == target else f"with two targets, {seen[key]!r} and {target!r},"
-            raise RequestError(f"{request.prompt!r} stands {what} in one batch: keep one of them, or edit them one after another")
+            raise RequestError(
+                f"{request.prompt!r} stands {what} in one batch: keep one of them, or edit them one after"
+                " another"
+            )
         seen[key] = target

@@ -19,8 +19,9 @@ class CollapseGuard:
     """Applies edits to one model and watches what they do to it.
 
     Args:
-        adapter: the model, as it is before the first edit. The perplexity and the weights that later edits are held against
-            are those of then, so that a sequence of edits cannot ruin the model in small steps.
+        adapter: the model, as it is before the first edit. The perplexity and the weights that later edits
+            are held against are those of then, so that a sequence of edits cannot ruin the model in small
+            steps.
         config: the thresholds.
     """
 
@@ -37,11 +38,12 @@ class CollapseGuard:
             force: keep it whatever the figures say.
 
         Returns:
-            `on`, `figures`, `thresholds`, `reasons` (past which thresholds), `verdict` (`passed`, or `kept by force`); also in the edit's
-            card, as `guard`.
+            `on`, `figures`, `thresholds`, `reasons` (past which thresholds), `verdict` (`passed`, or `kept by
+            force`); also in the edit's card, as `guard`.
 
         Raises:
-            CollapseError: if a figure lies past its threshold, with all figures; the weights are those of before.
+            CollapseError: if a figure lies past its threshold, with all figures; the weights are those of
+                before.
             EditError: if the edit does not fit.
         """
         figures: dict[str, float | None] = update_figures(edit, self.adapter)
@@ -55,7 +57,11 @@ class CollapseGuard:
         kept = False
         try:
             after = self._perplexity(edit)
-            figures |= {"perplexity_before": before, "perplexity_after": after, "perplexity_ratio": after / before}
+            figures |= {
+                "perplexity_before": before,
+                "perplexity_after": after,
+                "perplexity_ratio": after / before,
+            }
             record = self._judge(edit, figures, force, "rolled back; the weights are those of before")
             kept = True
             return record
@@ -66,18 +72,28 @@ class CollapseGuard:
     def _judge(self, edit: Edit, figures: dict[str, float | None], force: bool, done: str) -> dict[str, Any]:
         found = reasons(figures, self.config)
         verdict = "passed" if not found else "kept by force" if force else done.split(";")[0]
-        record = {"on": True, "verdict": verdict, "reasons": found, "figures": dict(figures), "thresholds": asdict(self.config)}
+        record = {
+            "on": True,
+            "verdict": verdict,
+            "reasons": found,
+            "figures": dict(figures),
+            "thresholds": asdict(self.config),
+        }
         edit.card["guard"] = record
         if found and not force:
-            shown = ", ".join(f"{k} {'not known' if v is None else format(v, '.3g')}" for k, v in figures.items())
+            shown = ", ".join(
+                f"{k} {'not known' if v is None else format(v, '.3g')}" for k, v in figures.items()
+            )
             raise CollapseError(
-                f"the edit would damage the model: {'; '.join(found)} ({shown}). It was {done}. Weaken it (clamp_norm_factor, mom2_eps), set the "
-                "threshold (guard), or keep it with force (--force)"
+                f"the edit would damage the model: {'; '.join(found)} ({shown}). It was {done}. Weaken it"
+                " (clamp_norm_factor, mom2_eps), set the threshold (guard), or keep it with force (--force)"
             )
         return record
 
     def _norm_ratio_of_all(self, edit: Edit) -> float:
-        """||W_after - W_first|| / ||W_first||, the worst over the edit's weights: what all edits of the sequence come to."""
+        """||W_after - W_first|| / ||W_first||, the worst over the edit's weights: what all edits of the
+        sequence come to.
+        """
         weights = dict(self.adapter.native.named_parameters(remove_duplicate=False))
         worst = 0.0
         for change in edit.changes:
@@ -94,7 +110,10 @@ class CollapseGuard:
 
     def _perplexity(self, edit: Edit) -> float:
         if self._texts is None:
-            self._texts = held_out(self.config.text or edit.card.get("hyperparameters", {}).get("mom2_dataset"), asked=self.config.text is not None)
+            self._texts = held_out(
+                self.config.text or edit.card.get("hyperparameters", {}).get("mom2_dataset"),
+                asked=self.config.text is not None,
+            )
         try:
             value = float(perplexity(self.adapter, self._texts, max_tokens=32)["value"])
         except OverflowError:

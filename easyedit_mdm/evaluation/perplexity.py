@@ -1,7 +1,8 @@
 """Perplexity of held-out text, before and after editing: what an edit does to everything else.
 
-For a masked model the pseudo-perplexity of Salazar et al. (arXiv 1910.14659): exp of the mean over tokens of -log p(token | all others),
-each token masked in turn. For a causal model exp of the mean next-token loss. The two are not comparable with each other.
+For a masked model the pseudo-perplexity of Salazar et al. (arXiv 1910.14659): exp of the mean over tokens of
+-log p(token | all others), each token masked in turn. For a causal model exp of the mean next-token loss. The
+two are not comparable with each other.
 """
 
 from __future__ import annotations
@@ -19,16 +20,24 @@ from easyedit_mdm.models.prompts import encode
 
 
 @torch.no_grad()
-def perplexity(adapter: Adapter, texts: Sequence[str], max_tokens: int = 64, max_rows: int = 128) -> dict[str, float | int]:
+def perplexity(
+    adapter: Adapter, texts: Sequence[str], max_tokens: int = 64, max_rows: int = 128
+) -> dict[str, float | int]:
     """Perplexity of some texts, each cut to `max_tokens` tokens.
 
     Returns:
-        `value`, and `n`, the number of tokens that were predicted (a causal model does not predict a text's first).
+        `value`, and `n`, the number of tokens that were predicted (a causal model does not predict a text's
+        first).
 
     Raises:
         RequestError: if there is nothing to predict.
     """
-    rows = list(_rows(adapter, [torch.tensor(encode(adapter, text)[: min(max_tokens, adapter.max_positions)]) for text in texts]))
+    rows = list(
+        _rows(
+            adapter,
+            [torch.tensor(encode(adapter, text)[: min(max_tokens, adapter.max_positions)]) for text in texts],
+        )
+    )
     if not rows:
         raise RequestError("no text with a token to predict")
     total, count = 0.0, 0
@@ -36,8 +45,12 @@ def perplexity(adapter: Adapter, texts: Sequence[str], max_tokens: int = 64, max
         part = rows[start : start + max_rows]
         ids, mask = right_padded([row for row, _, _ in part], adapter.ids.pad, adapter.device)
         most = max(len(at) for _, at, _ in part)
-        at = torch.stack([torch.nn.functional.pad(at, (0, most - len(at))) for _, at, _ in part]).to(ids.device)
-        right = torch.stack([torch.nn.functional.pad(right, (0, most - len(right)), value=-1) for _, _, right in part]).to(ids.device)
+        at = torch.stack([torch.nn.functional.pad(at, (0, most - len(at))) for _, at, _ in part]).to(
+            ids.device
+        )
+        right = torch.stack(
+            [torch.nn.functional.pad(right, (0, most - len(right)), value=-1) for _, _, right in part]
+        ).to(ids.device)
         log_probs = adapter.token_logits(ids, mask, at=at).float().log_softmax(-1)
         found = log_probs.gather(-1, right.clamp(min=0).to(log_probs.device)[..., None])[..., 0]
         counted = (right >= 0).to(found.device)
@@ -47,7 +60,9 @@ def perplexity(adapter: Adapter, texts: Sequence[str], max_tokens: int = 64, max
 
 
 def _rows(adapter: Adapter, texts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(row, positions that are read, right tokens there): a row for each token of a masked model's text, one a text for a causal one."""
+    """(row, positions that are read, right tokens there): a row for each token of a masked model's text, one
+    a text for a causal one.
+    """
     for ids in texts:
         if not adapter.masked:
             if len(ids) > 1:

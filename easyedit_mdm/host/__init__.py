@@ -1,4 +1,6 @@
-"""The only door to EasyEdit: finding it, importing it, joining it. Nothing else in the package imports `easyeditor`."""
+"""The only door to EasyEdit: finding it, importing it, joining it. Nothing else in the package imports
+`easyeditor`.
+"""
 
 from __future__ import annotations
 

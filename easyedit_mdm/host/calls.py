@@ -1,4 +1,6 @@
-"""What EasyEdit calls by an old name when it runs a model: the cache, `past_key_values` until transformers 5.23."""
+"""What EasyEdit calls by an old name when it runs a model: the cache, `past_key_values` until transformers
+5.23.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ _DONE = "_easyedit_mdm_cache"
 
 
 def understand_old_cache_name(model: Any) -> None:
-    """Let a model that knows its cache by the new name alone be called with the old one; its outputs keep both.
+    """Let a model that knows its cache by the new name alone be called with the old one; its outputs keep
+    both.
 
     Other models, and what is no torch module, are left as they are.
     """

@@ -14,15 +14,17 @@ WHEEL = "easyeditor==0.0.1.dev0"
 
 
 def wheel_folder() -> Path:
-    """A place of its own for PyPI's wheel: beside other packages, whose versions it forbids, pip complains of it at every install."""
+    """A place of its own for PyPI's wheel: beside other packages, whose versions it forbids, pip complains of
+    it at every install.
+    """
     return Path(sys.prefix) / "share" / "easyedit_mdm"
 
 
 def how_to_get() -> str:
     """The two ways to get EasyEdit."""
     return (
-        "Two ways to get it: clone github.com/zjunlp/EasyEdit and set EASYEDIT_HOME (or --easyedit-home) to the clone; "
-        f"or `pip install --no-deps --target {wheel_folder()} {WHEEL}`."
+        "Two ways to get it: clone github.com/zjunlp/EasyEdit and set EASYEDIT_HOME (or --easyedit-home) to"
+        f" the clone; or `pip install --no-deps --target {wheel_folder()} {WHEEL}`."
     )
 
 
@@ -32,7 +34,8 @@ class Host:
 
     Attributes:
         root: the folder that holds the package `easyeditor`.
-        form: `head` (the repository: evaluation records carry `metric_meta`) or `wheel` (PyPI's of October 2023).
+        form: `head` (the repository: evaluation records carry `metric_meta`) or `wheel` (PyPI's of October
+            2023).
         source: how it was found: `imported`, `home`, `installed` or `own folder` (`wheel_folder`).
     """
 
@@ -42,10 +45,12 @@ class Host:
 
 
 def find_easyedit(home: str | Path | None = None) -> Host:
-    """Find EasyEdit: already imported, then `home` or the environment's EASYEDIT_HOME, then installed, then in `wheel_folder`.
+    """Find EasyEdit: already imported, then `home` or the environment's EASYEDIT_HOME, then installed, then
+    in `wheel_folder`.
 
     Raises:
-        HostNotFoundError: if it is nowhere, or the folder given does not hold it; the message says how to get it.
+        HostNotFoundError: if it is nowhere, or the folder given does not hold it; the message says how to get
+            it.
     """
     loaded = sys.modules.get("easyeditor")
     if loaded is not None and getattr(loaded, "__path__", None):
@@ -55,7 +60,8 @@ def find_easyedit(home: str | Path | None = None) -> Host:
         root = Path(home).expanduser().resolve()
         if not _holds_easyedit(root):
             raise HostNotFoundError(
-                f"{root} (EASYEDIT_HOME or --easyedit-home) holds no easyeditor/editors/editor.py. {how_to_get()}"
+                f"{root} (EASYEDIT_HOME or --easyedit-home) holds no easyeditor/editors/editor.py."
+                f" {how_to_get()}"
             )
         return _host(root, "home")
     spec = importlib.util.find_spec("easyeditor")

@@ -18,7 +18,8 @@ from easyedit_mdm.errors import HostImportError
 from easyedit_mdm.host.finding import Host, find_easyedit
 from easyedit_mdm.host.standins import older, pip_name, standins, version_of
 
-# BaseEditor and what joining it needs; attributes of the package itself are shadowed by names of its submodules
+# BaseEditor and what joining it needs; attributes of the package itself are shadowed by names of its
+# submodules
 _WANTED = (
     "easyeditor",
     "easyeditor.editors.editor",
@@ -28,7 +29,8 @@ _WANTED = (
 
 
 def import_easyedit(home: str | Path | None = None) -> Host:
-    """Import EasyEdit, wherever it is found; seeds, environment, logging and warnings are as before afterwards.
+    """Import EasyEdit, wherever it is found; seeds, environment, logging and warnings are as before
+    afterwards.
 
     Raises:
         HostNotFoundError: if it is not there.
@@ -69,8 +71,8 @@ def _host_import_error(host: Host, error: Exception) -> HostImportError:
     packages = _involved(error)
     versions = ", ".join(f"{package} {version_of(package) or 'is not installed'}" for package in packages)
     return HostImportError(
-        f"EasyEdit at {host.root} ({form}) was found and cannot be imported: {_place(host, error)}: {type(error).__name__}: {said}. "
-        f"{versions}. {_cure(host, error, packages)}"
+        f"EasyEdit at {host.root} ({form}) was found and cannot be imported: {_place(host, error)}:"
+        f" {type(error).__name__}: {said}. {versions}. {_cure(host, error, packages)}"
     )
 
 
@@ -93,7 +95,9 @@ def _involved(error: Exception) -> list[str]:
 
 
 def _cure(host: Host, error: Exception, packages: list[str]) -> str:
-    """What to do: install what is missing, an older version of what has changed, or EasyEdit again where its own files fail."""
+    """What to do: install what is missing, an older version of what has changed, or EasyEdit again where its
+    own files fail.
+    """
     if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "easyeditor":
         again = (
             f"git -C {host.root} status shows what is missing; clone it again"
@@ -114,7 +118,9 @@ def _cure(host: Host, error: Exception, packages: list[str]) -> str:
 
 @contextmanager
 def _as_before() -> Iterator[None]:
-    """Put back what EasyEdit's import changes: it seeds with 42, sets environment variables, adds log handlers."""
+    """Put back what EasyEdit's import changes: it seeds with 42, sets environment variables, adds log
+    handlers.
+    """
     import numpy
     import torch
 
@@ -143,5 +149,7 @@ def _as_before() -> Iterator[None]:
 
 
 def host_module(name: str) -> types.ModuleType:
-    """A module of EasyEdit by its full name (the package's attributes are shadowed, so it must be imported by name)."""
+    """A module of EasyEdit by its full name (the package's attributes are shadowed, so it must be imported by
+    name).
+    """
     return importlib.import_module(f"easyeditor.{name}")

@@ -1,4 +1,6 @@
-"""Joining EasyEdit: our methods in its table, our loading and our evaluation where they are needed, the rest untouched."""
+"""Joining EasyEdit: our methods in its table, our loading and our evaluation where they are needed, the rest
+untouched.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,15 @@ from easyedit_mdm.models.adapter import is_known
 from easyedit_mdm.session import Session
 
 _OUR_WORDS = "_easyedit_mdm_words"
-_EDITOR_CALLS = ("__init__", "edit", "batch_edit", "edit_dataset", "edit_requests", "normal_edit", "generate_edit")
+_EDITOR_CALLS = (
+    "__init__",
+    "edit",
+    "batch_edit",
+    "edit_dataset",
+    "edit_requests",
+    "normal_edit",
+    "generate_edit",
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,9 @@ def register(home: str | Path | None = None) -> Joined:
 
 
 def _join_method(table: dict[str, Any], form: str, name: str, method: Method) -> None:
-    """A method in EasyEdit's table, its hyperparameters wherever a runner reads those of the method that it stands for."""
+    """A method in EasyEdit's table, its hyperparameters wherever a runner reads those of the method that it
+    stands for.
+    """
     table[name] = _apply_function(name, form)
     _join_hparams(method.stands_for)
 
@@ -87,7 +99,8 @@ def _apply_function(name: str, form: str) -> Callable[..., tuple[Any, dict[str, 
     ) -> tuple[Any, dict[str, torch.Tensor]]:
         """EasyEdit's calling convention: edits the model, returns it with the original weights.
 
-        The head always wants the weights back; the wheel's `keep_original_weight=False` means that the edit stays and nothing is returned.
+        The head always wants the weights back; the wheel's `keep_original_weight=False` means that the edit
+        stays and nothing is returned.
         """
         if copy:
             model = _deepcopy(model)
@@ -95,7 +108,10 @@ def _apply_function(name: str, form: str) -> Callable[..., tuple[Any, dict[str, 
         listed = [dict(r) for r in ([requests] if isinstance(requests, Mapping) else requests)]
         originals: dict[str, torch.Tensor] = {}
         for edit in _session(adapter, hparams).edit(listed):
-            originals = {**edit.originals(adapter), **originals}  # of several edits of a weight, the first one's
+            originals = {
+                **edit.originals(adapter),
+                **originals,
+            }  # of several edits of a weight, the first one's
         wanted = return_orig_weights and (form == "head" or keep_original_weight)
         return model, originals if wanted else {}
 
@@ -107,7 +123,9 @@ _deepcopy = copy.deepcopy
 
 
 def _session(adapter: Adapter, hparams: Any) -> Session:
-    """The editor's own session, which lasts as long as the editor; a new one where the model is not its editor's."""
+    """The editor's own session, which lasts as long as the editor; a new one where the model is not its
+    editor's.
+    """
     name = hparams.model_name
     if not isinstance(name, LoadedName) or identity(name.model) is not identity(adapter):
         return Session(adapter, hparams)
@@ -138,7 +156,9 @@ def _join_editor(editor: Any, host: Host) -> None:
 
 
 def _wheel_device(device: Any) -> Any:
-    """What the wheel, which writes f"cuda:{device}" without asking, needs for a device as the head takes it."""
+    """What the wheel, which writes f"cuda:{device}" without asking, needs for a device as the head takes
+    it.
+    """
     if device is None:
         return 0
     return str(device).removeprefix("cuda:") if str(device) != "cuda" else 0
@@ -150,7 +170,11 @@ def _on_the_right_device(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The editor's own method."""
-        given = args[0] if args and hasattr(args[0], "alg_name") else kwargs.get("hparams", getattr(self, "hparams", None))
+        given = (
+            args[0]
+            if args and hasattr(args[0], "alg_name")
+            else kwargs.get("hparams", getattr(self, "hparams", None))
+        )
         if torch.cuda.is_available() and str(getattr(given, "device", None)) != "cpu":
             return function(self, *args, **kwargs)
         with CudaMeansCpu():
@@ -163,17 +187,31 @@ def _join_evaluation(editor: Any) -> None:
     theirs = editor.compute_edit_quality
 
     @functools.wraps(theirs)
-    def compute_edit_quality(model: Any, model_name: Any, hparams: Any, tok: Any, record: Any, device: Any, *args: Any, **kwargs: Any) -> dict:
+    def compute_edit_quality(
+        model: Any,
+        model_name: Any,
+        hparams: Any,
+        tok: Any,
+        record: Any,
+        device: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict:
         config = hparams.decode_config() if hasattr(hparams, "decode_config") else DecodeConfig()
         if isinstance(model, Adapter) and model.masked:
             options = dict(zip(("eval_metric", "test_generation"), args)) | kwargs
-            if options.get("eval_metric") == "exact match":  # the editor's default, which its own metrics read as token accuracy
+            if (
+                options.get("eval_metric") == "exact match"
+            ):  # the editor's default, which its own metrics read as token accuracy
                 options["eval_metric"] = "token_em"
             return edit_quality(model, record, config, **options)
         result = theirs(model, model_name, hparams, tok, record, device, *args, **kwargs)
-        # a model that an EasyEdit method has wrapped (LoRA, WISE, ...) has no adapter: its record stays EasyEdit's own
+        # a model that an EasyEdit method has wrapped (LoRA, WISE, ...) has no adapter: its record stays
+        # EasyEdit's own
         if "fluency" in result and hasattr(host_module("evaluate.evaluate_utils").compute_freq, _OUR_WORDS):
-            result["fluency"]["words"] = "easyedit_mdm"  # not nltk's, so that the figures are not compared with EasyEdit's
+            result["fluency"]["words"] = (
+                "easyedit_mdm"  # not nltk's, so that the figures are not compared with EasyEdit's
+            )
         if (isinstance(model_name, LoadedName) or hparams.alg_name in METHODS) and is_known(model):
             result["multi_step"] = public(multi_step(wrap_model(model, tok), record, config))
         return result
@@ -183,7 +221,9 @@ def _join_evaluation(editor: Any) -> None:
         their_meta = editor.build_locality_metric_meta
 
         @functools.wraps(their_meta)
-        def build_locality_metric_meta(key: str, hparams: Any, model_name: Any, *args: Any, **kwargs: Any) -> dict:
+        def build_locality_metric_meta(
+            key: str, hparams: Any, model_name: Any, *args: Any, **kwargs: Any
+        ) -> dict:
             if isinstance(model_name, LoadedName) and isinstance(model_name.model, Adapter):
                 return meta(f"locality.{key}_acc", LOCALITY_GROUP)
             return their_meta(key, hparams, model_name, *args, **kwargs)
@@ -192,7 +232,9 @@ def _join_evaluation(editor: Any) -> None:
 
 
 def _join_fluency() -> None:
-    """Where nltk, or its data for splitting texts into words, is missing: words are split as `evaluation.fluency` does."""
+    """Where nltk, or its data for splitting texts into words, is missing: words are split as
+    `evaluation.fluency` does.
+    """
     module = host_module("evaluate.evaluate_utils")
     try:
         module.nltk.word_tokenize("a word")

@@ -27,8 +27,8 @@ def easyedits_method(
     """One of EasyEdit's methods on the model that its own hyperparameter file names.
 
     Returns:
-        the model; the hyperparameters; a function that edits the model for some requests together (`prompt`, `subject`,
-        `target_new`, `case_id`, `ground_truth`) and returns one that takes the edit back.
+        the model; the hyperparameters; a function that edits the model for some requests together (`prompt`,
+        `subject`, `target_new`, `case_id`, `ground_truth`) and returns one that takes the edit back.
 
     Raises:
         HyperParameterError: if EasyEdit does not know the method.
@@ -38,7 +38,10 @@ def easyedits_method(
     table = host_module("util.alg_dict").ALG_DICT
     cls = getattr(host_module("models"), f"{alg_name.replace('-', '_')}HyperParams", None)
     if alg_name not in table or cls is None:
-        raise HyperParameterError(f"method {alg_name!r} is known neither here ({', '.join(METHODS)}) nor to EasyEdit at {joined.host.root.name}")
+        raise HyperParameterError(
+            f"method {alg_name!r} is known neither here ({', '.join(METHODS)}) nor to EasyEdit at"
+            f" {joined.host.root.name}"
+        )
     hparams = cls.from_hparams(str(find_hparams(hparams_file)))
     with contextlib.redirect_stdout(io.StringIO()):
         editor = joined.editor_class.from_hparams(hparams)
@@ -48,11 +51,19 @@ def easyedits_method(
         """EasyEdit's function, as its editor calls it."""
         with contextlib.redirect_stdout(io.StringIO()):
             _, originals = table[alg_name](
-                editor.model, editor.tok, [dict(r) for r in requests], editor.hparams, copy=False, return_orig_weights=True, keep_original_weight=True
+                editor.model,
+                editor.tok,
+                [dict(r) for r in requests],
+                editor.hparams,
+                copy=False,
+                return_orig_weights=True,
+                keep_original_weight=True,
             )
         return lambda: _put_back(editor.model, originals)
 
-    settings = {k: v for k, v in vars(hparams).items() if isinstance(v, (str, int, float, bool, list, type(None)))}
+    settings = {
+        k: v for k, v in vars(hparams).items() if isinstance(v, (str, int, float, bool, list, type(None)))
+    }
     return adapter, {**settings, "model_name": str(hparams.model_name)}, edit
 
 

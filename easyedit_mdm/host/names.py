@@ -20,7 +20,8 @@ _RIGHT_PADDED = {"ROME", "MEMIT", "EMMET", "EAMET", "R-ROME", "AlphaEdit", "CORE
 
 
 class LoadedName(str):
-    """A model name that unpacks into (model, tokenizer): `BaseEditor` does that with whatever is not exactly a `str`.
+    """A model name that unpacks into (model, tokenizer): `BaseEditor` does that with whatever is not exactly
+    a `str`.
 
     It stays a string in every other respect: `.lower()`, `.split("/")` and JSON see the name.
     """
@@ -43,7 +44,9 @@ class LoadedName(str):
 
 
 def is_ours_to_load(name: object, alg_name: str) -> bool:
-    """Whether the host loads this model: always for our methods, and models by name and local folders of a known family for all."""
+    """Whether the host loads this model: always for our methods, and models by name and local folders of a
+    known family for all.
+    """
     if not isinstance(name, str) or isinstance(name, LoadedName):
         return False
     if alg_name in METHODS or name in (*TWINS, *SMOLLM2):
@@ -76,10 +79,11 @@ def load_named(hparams: Any) -> LoadedName:
     adapter = load_model(hparams.model_name, dtype=dtype, **said, **options)
     if adapter.masked and alg_name not in METHODS:
         raise ModelError(
-            f"{hparams.model_name} is a masked diffusion model, and EasyEdit's {alg_name} optimises a next-token loss that means nothing "
-            f"for it. Use one of {', '.join(METHODS)}."
+            f"{hparams.model_name} is a masked diffusion model, and EasyEdit's {alg_name} optimises a"
+            f" next-token loss that means nothing for it. Use one of {', '.join(METHODS)}."
         )
-    # EasyEdit keeps covariances and prefixes under this name, which is empty for a model built from a config: two would mix
+    # EasyEdit keeps covariances and prefixes under this name, which is empty for a model built from a config:
+    # two would mix
     adapter.native.config._name_or_path = str(hparams.model_name)
     tokenizer = adapter.tokenizer
     if tokenizer is None:

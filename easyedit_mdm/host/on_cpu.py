@@ -1,4 +1,6 @@
-"""EasyEdit's wheel writes `cuda:{device}` everywhere; on a machine without CUDA its calls run inside this mode."""
+"""EasyEdit's wheel writes `cuda:{device}` everywhere; on a machine without CUDA its calls run inside this
+mode.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from torch.overrides import TorchFunctionMode
 class CudaMeansCpu(TorchFunctionMode):
     """Inside, every CUDA device named in `device=`, `.to(...)`, `.cuda()` or a constructor is the CPU."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = {k: _cpu(v) for k, v in (kwargs or {}).items()}
         if getattr(func, "__name__", "") == "cuda":
             return args[0]

@@ -1,10 +1,10 @@
 """Running EasyEdit's scripts, untouched, with our methods.
 
-Scripts choose a hyperparameter class by comparing `--editing_method` with names they know. The value they get from argparse
-here is a string that compares and hashes like the method it stands for ("ROME") and prints as its own name ("ROME_MDM"), so
-the right branch is taken and results files carry the right name. It also equals "MEMIT" and "ROME", which every runner has a
-branch for: a runner that knows no EMMET takes one of those, and which one does not matter, since every `from_hparams` reads the
-method from the file.
+Scripts choose a hyperparameter class by comparing `--editing_method` with names they know. The value they get
+from argparse here is a string that compares and hashes like the method it stands for ("ROME") and prints as
+its own name ("ROME_MDM"), so the right branch is taken and results files carry the right name. It also equals
+"MEMIT" and "ROME", which every runner has a branch for: a runner that knows no EMMET takes one of those, and
+which one does not matter, since every `from_hparams` reads the method from the file.
 """
 
 from __future__ import annotations
@@ -56,11 +56,14 @@ class MethodName(str):
         return hash(self.stands_for)
 
 
-def run_script(script: str | Path, arguments: Sequence[str], home: str | Path | None = None, seed: int = EASYEDIT_SEED) -> None:
+def run_script(
+    script: str | Path, arguments: Sequence[str], home: str | Path | None = None, seed: int = EASYEDIT_SEED
+) -> None:
     """Run an EasyEdit script as `__main__`, with `--alg` understood beside its own flag.
 
-    The random generators stand, right before the script's first line, as EasyEdit's import leaves them (seeded with 42) or
-    as `seed` says, whatever was imported before; so a runner samples the same records for every method.
+    The random generators stand, right before the script's first line, as EasyEdit's import leaves them
+    (seeded with 42) or as `seed` says, whatever was imported before; so a runner samples the same records for
+    every method.
 
     Raises:
         DataError: if the script does not exist.
@@ -76,7 +79,11 @@ def run_script(script: str | Path, arguments: Sequence[str], home: str | Path | 
     sys.argv = [str(path), *_shipped(arguments)]
     sys.path.insert(0, str(path.parent))
     try:
-        with standins(path), understanding_our_methods(), numbers_alone_in_locality(path, joined.editor_class):
+        with (
+            standins(path),
+            understanding_our_methods(),
+            numbers_alone_in_locality(path, joined.editor_class),
+        ):
             seed_everything(seed)
             runpy.run_path(str(path), run_name="__main__")
     finally:
@@ -106,11 +113,15 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def understanding_our_methods() -> Iterator[None]:
-    """Inside, argparse accepts our methods wherever a script asks for an editing method, and `--alg` for it."""
+    """Inside, argparse accepts our methods wherever a script asks for an editing method, and `--alg` for
+    it.
+    """
     original = argparse.ArgumentParser.parse_known_args
 
     @functools.wraps(original)
-    def parse_known_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    def parse_known_args(
+        self: argparse.ArgumentParser, args: Any = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         flag = next((a for a in self._actions if set(a.option_strings) & set(_METHOD_FLAGS)), None)
         if flag is not None:
             _add_alias(self, flag)
@@ -126,7 +137,8 @@ def understanding_our_methods() -> Iterator[None]:
                 Path(folder).mkdir(parents=True, exist_ok=True)
         return found, rest
 
-    argparse.ArgumentParser.parse_known_args = parse_known_args  # type: ignore[method-assign]  # put back below
+    # put back below
+    argparse.ArgumentParser.parse_known_args = parse_known_args  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -135,10 +147,12 @@ def understanding_our_methods() -> Iterator[None]:
 
 @contextmanager
 def numbers_alone_in_locality(script: Path, editor_class: Any) -> Iterator[None]:
-    """For EasyEdit's KnowEdit runner, which averages all that a record has under `locality` once its results are written.
+    """For EasyEdit's KnowEdit runner, which averages all that a record has under `locality` once its results
+    are written.
 
-    The head keeps each prompt's tokens there too (`*_output`), and the runner ends in a TypeError. Inside, `edit` returns them under
-    `locality_output`, beside `locality`. Other scripts get EasyEdit's records as they are.
+    The head keeps each prompt's tokens there too (`*_output`), and the runner ends in a TypeError. Inside,
+    `edit` returns them under `locality_output`, beside `locality`. Other scripts get EasyEdit's records as
+    they are.
     """
     if script.name != "run_knowedit_llama2.py":
         yield
@@ -151,7 +165,9 @@ def numbers_alone_in_locality(script: Path, editor_class: Any) -> Iterator[None]
         for record in metrics:
             locality = record["post"]["locality"]
             outputs = [key for key in locality if key.endswith("_output")]
-            record["post"]["locality_output"] = {key.removesuffix("_output"): locality.pop(key) for key in outputs}
+            record["post"]["locality_output"] = {
+                key.removesuffix("_output"): locality.pop(key) for key in outputs
+            }
         return metrics, model, weights
 
     editor_class.edit = edit
@@ -177,7 +193,9 @@ def _check_file(method: Any, found: argparse.Namespace) -> None:
         if isinstance(method, MethodName) and name.startswith("hparams") and isinstance(value, str):
             said = read_yaml(find_hparams(value)).get("alg_name")
             if said != str(method):
-                raise HyperParameterError(f"{value} is a file of {said}, but {method} was asked for: give the file of that method")
+                raise HyperParameterError(
+                    f"{value} is a file of {said}, but {method} was asked for: give the file of that method"
+                )
 
 
 def _method(value: Any) -> Any:

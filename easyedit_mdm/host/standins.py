@@ -1,14 +1,18 @@
 """Imports of EasyEdit that the installed packages cannot serve any more, answered for.
 
-`import easyeditor` pulls in some twenty packages that editing does not need, and names that newer versions of them have moved or dropped.
-Inside `standins()`, an import statement in EasyEdit's own code, or in the script that is run, never fails for that reason:
+`import easyeditor` pulls in some twenty packages that editing does not need, and names that newer versions of
+them have moved or dropped. Inside `standins()`, an import statement in EasyEdit's own code, or in the script
+that is run, never fails for that reason:
 
-- a name or module that has moved, and one of which a method of EasyEdit needs a working version, is taken from the table in `moved`;
-- anything else gets a stand-in, which raises `MissingPackageError` with package, version and cure as soon as it is used.
+- a name or module that has moved, and one of which a method of EasyEdit needs a working version, is taken
+  from the table in `moved`;
+- anything else gets a stand-in, which raises `MissingPackageError` with package, version and cure as soon as
+  it is used.
 
-What stands in is handed to the import statement alone. No module is changed and nothing is put into `sys.modules`, so nobody else
-takes a package for installed. Where EasyEdit catches the error itself (`try: import ... except ImportError`), its own way is left to it,
-and what `BaseEditor` cannot do without is not answered for.
+What stands in is handed to the import statement alone. No module is changed and nothing is put into
+`sys.modules`, so nobody else takes a package for installed. Where EasyEdit catches the error itself (`try:
+import ... except ImportError`), its own way is left to it, and what `BaseEditor` cannot do without is not
+answered for.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ from typing import Any
 from easyedit_mdm.errors import MissingPackageError
 from easyedit_mdm.host.moved import LAST_WITH, MOVED
 
-_PIP_NAMES = {"cv2": "opencv-python-headless", "sentence_transformers": "sentence-transformers", "hydra": "hydra-core", "sklearn": "scikit-learn",
+_PIP_NAMES = {"cv2": "opencv-python-headless", "sentence_transformers": "sentence-transformers",
+    "hydra": "hydra-core", "sklearn": "scikit-learn",
               "qwen_vl_utils": "qwen-vl-utils", "PIL": "pillow", "yaml": "pyyaml"}  # fmt: skip
 
 # the modules that every call of BaseEditor runs through, and what they cannot do without
@@ -45,7 +50,8 @@ _NEEDED = (
 )
 
 
-# ---- what stands in ------------------------------------------------------------------------------------------------------------------
+# ---- what stands in
+# ------------------------------------------------------------------------------------------------------------
 
 
 class _StandInType(
@@ -69,7 +75,9 @@ class _StandInType(
 
 
 def make_standin(name: str, why: str | None = None) -> type:
-    """A stand-in for the dotted `name`; `why` says what is wrong and what to do (default: the package is not installed)."""
+    """A stand-in for the dotted `name`; `why` says what is wrong and what to do (default: the package is not
+    installed).
+    """
     module, _, last = name.rpartition(".")
     return _StandInType(
         last, (), {"__standin__": name, "__why__": why or _not_installed(name), "__module__": module}
@@ -77,7 +85,9 @@ def make_standin(name: str, why: str | None = None) -> type:
 
 
 class _Answer(types.ModuleType):
-    """What an import statement gets: the real module, where there is one, and behind it whatever stands in."""
+    """What an import statement gets: the real module, where there is one, and behind it whatever stands
+    in.
+    """
 
     def __init__(self, name: str, real: types.ModuleType | None, instead: Mapping[str, Any], why: str):
         super().__init__(name)
@@ -92,7 +102,8 @@ class _Answer(types.ModuleType):
         return make_standin(f"{self.__name__}.{name}", self.__why)
 
 
-# ---- why it stands in ----------------------------------------------------------------------------------------------------------------
+# ---- why it stands in
+# ------------------------------------------------------------------------------------------------------------
 
 
 def version_of(package: str) -> str | None:
@@ -130,10 +141,14 @@ def _gone(name: str, error: Exception) -> str:
     if isinstance(error, AttributeError) or name == missing or name.startswith(f"{missing}."):
         return f"{package} {version} has it no more: {older(package, name)}"
     said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return f"{package} {version} fails to import it ({said}); install what it asks for, or {older(package, name)}"
+    return (
+        f"{package} {version} fails to import it ({said}); install what it asks for, or"
+        f" {older(package, name)}"
+    )
 
 
-# ---- import statements ---------------------------------------------------------------------------------------------------------------
+# ---- import statements
+# ------------------------------------------------------------------------------------------------------------
 
 
 class _Import:
@@ -229,7 +244,9 @@ def _missing(module: types.ModuleType, names: Iterable[str]) -> dict[str, Except
 
 
 def _one(module: str, name: str, error: Exception) -> Any:
-    """What an import gets for a name that a module does not give: the working one from the table, a stand-in otherwise."""
+    """What an import gets for a name that a module does not give: the working one from the table, a stand-in
+    otherwise.
+    """
     dotted = f"{module}.{name}"
     place, _, other = MOVED.get(dotted, "").partition(":")
     with contextlib.suppress(ImportError, AttributeError):
@@ -250,7 +267,9 @@ def _instead(name: str, names: Sequence[str], error: Exception) -> types.ModuleT
 
 
 def _beside(module: types.ModuleType, rest: Sequence[str], why: str) -> types.ModuleType:
-    """An answer that has the real module's names, and a stand-in where the path `rest` below it leaves what is there."""
+    """An answer that has the real module's names, and a stand-in where the path `rest` below it leaves what
+    is there.
+    """
     dotted = f"{module.__name__}.{rest[0]}"
     child = sys.modules.get(dotted)
     below = make_standin(dotted, why) if child is None or len(rest) == 1 else _beside(child, rest[1:], why)

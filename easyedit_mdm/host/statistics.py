@@ -1,8 +1,8 @@
 """EasyEdit's MEMIT, AlphaEdit, EMMET, ... on our second moments, instead of an 18 GB download.
 
-They call `layer_stats` with the name of one of three Wikipedia data sets. Where `mom2_dataset` names something else (a text file,
-JSON lines, `datasets:...`, a shipped text), the moments come from `easyedit_mdm.statistics`, under the same files that our own
-methods use; `mom2_n_samples` then counts tokens.
+They call `layer_stats` with the name of one of three Wikipedia data sets. Where `mom2_dataset` names
+something else (a text file, JSON lines, `datasets:...`, a shipped text), the moments come from
+`easyedit_mdm.statistics`, under the same files that our own methods use; `mom2_n_samples` then counts tokens.
 """
 
 from __future__ import annotations
@@ -45,17 +45,31 @@ def join_statistics() -> None:
     for name, module in list(sys.modules.items()):
         theirs = getattr(module, "layer_stats", None) if name.startswith("easyeditor.models.") else None
         if callable(theirs) and not hasattr(theirs, "_easyedit_mdm"):
-            setattr(module, "layer_stats", _wrapped(theirs))  # noqa: B010  (a module has no such attribute by type)
+            # by type, a module has no such attribute
+            setattr(module, "layer_stats", _wrapped(theirs))  # noqa: B010
 
 
 def _wrapped(theirs: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(theirs)
-    def layer_stats(model: Any, tokenizer: Any, layer_name: str, stats_dir: Any, ds_name: str, to_collect: Any, *args: Any, **kwargs: Any) -> Any:
+    def layer_stats(
+        model: Any,
+        tokenizer: Any,
+        layer_name: str,
+        stats_dir: Any,
+        ds_name: str,
+        to_collect: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Ours, unless it is one of EasyEdit's own data sets."""
         if ds_name in _THEIRS:
             return theirs(model, tokenizer, layer_name, stats_dir, ds_name, to_collect, *args, **kwargs)
         adapter = wrap_model(model, tokenizer)
-        return _Moment(moments_for(adapter, [_site(adapter, layer_name)], ds_name, kwargs.get("sample_size"), stats_dir)[0])
+        return _Moment(
+            moments_for(adapter, [_site(adapter, layer_name)], ds_name, kwargs.get("sample_size"), stats_dir)[
+                0
+            ]
+        )
 
     vars(layer_stats)["_easyedit_mdm"] = True
     return layer_stats

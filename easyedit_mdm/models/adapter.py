@@ -1,7 +1,8 @@
 """The adapter: one face for autoregressive and masked diffusion language models.
 
-Above it nobody knows of logit shifts, attention masks or families. It *is* an `nn.Module` that owns the native model's
-children under their own names, so `model.layers.3.mlp.down_proj.weight` means the same thing here and there.
+Above it nobody knows of logit shifts, attention masks or families. It *is* an `nn.Module` that owns the
+native model's children under their own names, so `model.layers.3.mlp.down_proj.weight` means the same thing
+here and there.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ class Site:
         name: dotted path of the module; its input is the key, its output the value.
         weight: dotted path of its weight.
         transposed: the weight is stored inputs x outputs (GPT-2's Conv1D) instead of outputs x inputs.
-        parts: the linear maps whose weights, side by side, are the site's; empty where it is one map with a weight of its own.
-        routed: the parts are all experts of a mixture, and which of them a fact goes through is still to be found
-            (`Adapter.through`): the module itself is no linear map.
+        parts: the linear maps whose weights, side by side, are the site's; empty where it is one map with a
+            weight of its own.
+        routed: the parts are all experts of a mixture, and which of them a fact goes through is still to be
+            found (`Adapter.through`): the module itself is no linear map.
     """
 
     layer: int
@@ -83,8 +85,8 @@ class Adapter(nn.Module):
         ids: its special tokens.
         tokenizer: its tokenizer, or None.
         name: what to call it in records.
-        attention, shift: who sees whom, and whether logits predict the next token; by default what the family and the native model's
-            configuration say.
+        attention, shift: who sees whom, and whether logits predict the next token; by default what the family
+            and the native model's configuration say.
 
     Attributes:
         attention, shift: as given.
@@ -117,7 +119,8 @@ class Adapter(nn.Module):
         self._check_paths()
         self.train(native.training)
 
-    # ---- what it is ------------------------------------------------------------------------------------------
+    # ---- what it is
+    # ------------------------------------------------------------------------------------------
     @property
     def native(self) -> Any:
         """The transformers model underneath, sharing all its weights with the adapter."""
@@ -155,7 +158,9 @@ class Adapter(nn.Module):
 
     @property
     def vocabulary(self) -> int:
-        """Ids below this one stand for a token; larger heads are padding (Dream's ids above its tokenizer's last)."""
+        """Ids below this one stand for a token; larger heads are padding (Dream's ids above its tokenizer's
+        last).
+        """
         head = self.weight_of(self.spec.paths.head).shape[0]
         return head if self.tokenizer is None else min(head, len(self.tokenizer))
 
@@ -185,24 +190,35 @@ class Adapter(nn.Module):
     def site(self, layer: int, template: str | None = None) -> Site:
         """The edit site of a layer: the MLP's down-projection, or the module that `template` names.
 
-        Of a mixture of experts it is the shared expert's, or, where there is none, the experts that a fact goes through; name
-        the list of experts for these where there is both.
+        Of a mixture of experts it is the shared expert's, or, where there is none, the experts that a fact
+        goes through; name the list of experts for these where there is both.
 
         Raises:
             ModelError: for a layer that does not exist, a wrong template, or a module without a 2-D weight.
         """
         if not 0 <= layer < self.layers:
-            raise ModelError(f"layer {layer} does not exist: {self.name or self.spec.name} has layers 0 to {self.layers - 1}")
+            raise ModelError(
+                f"layer {layer} does not exist: {self.name or self.spec.name} has layers 0 to"
+                f" {self.layers - 1}"
+            )
         name = (template or self._default_site(layer)).format(layer)
         module, experts = self.module(name), self._experts(layer)
         if experts is not None and module is self.module(experts):
-            parts = tuple(f"{experts}.{number}.down_proj" for number in range(len(cast(nn.ModuleList, module))))
+            parts = tuple(
+                f"{experts}.{number}.down_proj" for number in range(len(cast(nn.ModuleList, module)))
+            )
             return Site(layer, name, transposed=False, parts=parts, routed=True)
         if experts is not None and name.startswith(f"{experts}."):
-            raise ModelError(f"{name!r} is one expert of several that a token goes through: name {experts!r}, or another module")
+            raise ModelError(
+                f"{name!r} is one expert of several that a token goes through: name {experts!r}, or another"
+                " module"
+            )
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 2:
-            raise ModelError(f"{name!r} has no matrix to edit; the rewrite module must be a linear map such as {self.spec.paths.down!r}")
+            raise ModelError(
+                f"{name!r} has no matrix to edit; the rewrite module must be a linear map such as"
+                f" {self.spec.paths.down!r}"
+            )
         return Site(layer, name, transposed=type(module).__name__ == "Conv1D")
 
     def _mixture(self, layer: int) -> Mixture | None:
@@ -217,14 +233,19 @@ class Adapter(nn.Module):
         mixture = self._mixture(layer)
         if mixture is None:
             return self.spec.paths.down
-        return f"{self.spec.paths.mlp}.{'experts' if mixture.shared_experts is None else 'shared_experts.down_proj'}"
+        inner = "experts" if mixture.shared_experts is None else "shared_experts.down_proj"
+        return f"{self.spec.paths.mlp}.{inner}"
 
     def through(self, site: Site, numbers: Sequence[int]) -> Site:
-        """A routed site with the experts that a fact goes through: one linear map, their down-projections side by side."""
+        """A routed site with the experts that a fact goes through: one linear map, their down-projections
+        side by side.
+        """
         mixture = self._mixture(site.layer)
         assert mixture is not None and site.routed, site
         parts = tuple(site.parts[number] for number in numbers)
-        return Site(site.layer, f"{self.spec.paths.mlp.format(site.layer)}.{mixture.view(numbers)}", False, parts)
+        return Site(
+            site.layer, f"{self.spec.paths.mlp.format(site.layer)}.{mixture.view(numbers)}", False, parts
+        )
 
     @torch.no_grad()
     def routes(
@@ -247,7 +268,8 @@ class Adapter(nn.Module):
         weights, chosen = (part.unflatten(0, tuple(input_ids.shape)) for part in seen[0])
         return weights, chosen
 
-    # ---- what it computes ------------------------------------------------------------------------------------
+    # ---- what it computes
+    # ------------------------------------------------------------------------------------
     def token_logits(
         self,
         input_ids: Int[Tensor, "rows length"],
@@ -266,11 +288,11 @@ class Adapter(nn.Module):
             at: positions whose logits are wanted (the head runs only there); all of them by default.
             layer: go on from this layer, given its input `hidden` as `hidden_before` returned it.
             hidden: the input of layer `layer`.
-            canvas: the first column of each row's canvas, which only some kinds of `attention` ask for; by default that of its first
-                mask, or the end of a row that has none.
+            canvas: the first column of each row's canvas, which only some kinds of `attention` ask for; by
+                default that of its first mask, or the end of a row that has none.
 
-        A token that a shifted model cannot predict (the first of a row) gets the logits of that row's first position,
-        as Dream's own decoding does.
+        A token that a shifted model cannot predict (the first of a row) gets the logits of that row's first
+        position, as Dream's own decoding does.
         """
         mask = geometry.visible(input_ids, attention_mask)
         states = self._run(input_ids, mask, layer, self.layers, hidden, canvas)
@@ -300,9 +322,11 @@ class Adapter(nn.Module):
         return self._run(input_ids, mask, start, layer, hidden, canvas)
 
     def ends_block(self, site: Site) -> bool:
-        """Whether a site's output goes into the residual stream as it is, as the down-projection's does in every family here.
+        """Whether a site's output goes into the residual stream as it is, as the down-projection's does in
+        every family here.
 
-        Tried once a site: the gradient of the block's output is then the site's own, bit for bit; a norm after the MLP or a
+        Tried once a site: the gradient of the block's output is then the site's own, bit for bit; a norm
+            after the MLP or a
         site inside the block changes it.
         """
         if site.parts:
@@ -316,17 +340,29 @@ class Adapter(nn.Module):
                 return outputs[-1]
 
             block = self.module(self.spec.paths.block.format(site.layer))
-            with frozen(self), changing_output(self.module(site.name), leaf), reading_output(block) as leaving:
+            with (
+                frozen(self),
+                changing_output(self.module(site.name), leaf),
+                reading_output(block) as leaving,
+            ):
                 self.hidden_before(site.layer + 1, torch.zeros(1, 2, dtype=torch.long, device=self.device))
-            gradient = torch.randn(leaving[0].shape, generator=torch.Generator().manual_seed(0)).to(leaving[0])
+            gradient = torch.randn(leaving[0].shape, generator=torch.Generator().manual_seed(0)).to(
+                leaving[0]
+            )
             (found,) = torch.autograd.grad(leaving[0], outputs[0], gradient, allow_unused=True)
             self._ending[site.name] = found is not None and torch.equal(found.to(gradient.device), gradient)
         return self._ending[site.name]
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, canvas: Int[Tensor, " rows"] | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        canvas: Int[Tensor, " rows"] | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """As the native model's forward, with this family's attention; `.logits` are raw, not aligned. `canvas`: as in `token_logits`.
+        """As the native model's forward, with this family's attention; `.logits` are raw, not aligned.
+        `canvas`: as in `token_logits`.
 
         Raises:
             ModelError: if labels are passed to a masked model, whose loss is not the native class's.
@@ -334,7 +370,9 @@ class Adapter(nn.Module):
         if not self.masked:
             return self.native(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if kwargs.get("labels") is not None:
-            raise ModelError("a masked model has no next-token loss: use denoising states for a loss instead of labels=")
+            raise ModelError(
+                "a masked model has no next-token loss: use denoising states for a loss instead of labels="
+            )
         mask = geometry.visible(input_ids, attention_mask)
         kwargs.setdefault("position_ids", geometry.positions(mask))
         if self.spec.bidirectional and self.attention.full:
@@ -342,23 +380,31 @@ class Adapter(nn.Module):
         kwargs["use_cache"] = False
         return self.native(input_ids=input_ids, attention_mask=self.sight(mask, canvas, input_ids), **kwargs)
 
-    def generate(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Continue each row, with transformers' signature: returns the prompt columns followed by the new tokens.
+    def generate(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Continue each row, with transformers' signature: returns the prompt columns followed by the new
+        tokens.
 
-        Masked models take `max_new_tokens` (or `max_length`), `steps`, `block_length`, `order`, `temperature`,
-        `do_sample`, `generator`, `eos_token_id` and `pad_token_id`; see `easyedit_mdm.denoising.generate`. Causal models
-        pass everything on to transformers.
+        Masked models take `max_new_tokens` (or `max_length`), `steps`, `block_length`, `order`,
+        `temperature`, `do_sample`, `generator`, `eos_token_id` and `pad_token_id`; see
+        `easyedit_mdm.denoising.generate`. Causal models pass everything on to transformers.
 
         Raises:
-            ModelError: if a masked model was built without a decoder (load it with `easyedit_mdm.load_model`).
+            ModelError: if a masked model was built without a decoder (load it with
+                `easyedit_mdm.load_model`).
         """
         if not self.masked:
             return self.native.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if self.denoise is None:
-            raise ModelError("this adapter cannot write: load the model with easyedit_mdm.load_model, or set adapter.denoise")
+            raise ModelError(
+                "this adapter cannot write: load the model with easyedit_mdm.load_model, or set"
+                " adapter.denoise"
+            )
         return self.denoise(self, input_ids, attention_mask=attention_mask, **kwargs)
 
-    # ---- how -------------------------------------------------------------------------------------------------
+    # ---- how
+    # -------------------------------------------------------------------------------------------------
     def _blocks(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self.module(self.spec.paths.block.rsplit(".", 1)[0]))
 
@@ -392,7 +438,12 @@ class Adapter(nn.Module):
         return geometry.see_ranked(mask, geometry.ranks(mask, self.attention, canvas), self.dtype)
 
     def _check_paths(self) -> None:
-        for path in (self.spec.paths.backbone, self.spec.paths.embedding, *self.spec.paths.norm, self.spec.paths.head):
+        for path in (
+            self.spec.paths.backbone,
+            self.spec.paths.embedding,
+            *self.spec.paths.norm,
+            self.spec.paths.head,
+        ):
             self.module(path)
         self.site(0)
 
@@ -426,17 +477,35 @@ def adapt(
     if isinstance(native, Adapter):
         return native
     spec = FAMILIES[family] if family else family_of(native)
-    ids = special_ids(spec, vars(native.config) if native.config else {}, tokenizer, native.get_input_embeddings().weight.shape[0], mask_id)
-    return Adapter(native, spec, ids, tokenizer, name or getattr(native.config, "_name_or_path", "") or spec.name, attention, shift)
+    ids = special_ids(
+        spec,
+        vars(native.config) if native.config else {},
+        tokenizer,
+        native.get_input_embeddings().weight.shape[0],
+        mask_id,
+    )
+    return Adapter(
+        native,
+        spec,
+        ids,
+        tokenizer,
+        name or getattr(native.config, "_name_or_path", "") or spec.name,
+        attention,
+        shift,
+    )
 
 
 def is_known(native: nn.Module) -> bool:
-    """Whether `adapt` can wrap this model: an adapter, or a transformers class that a family computes with."""
+    """Whether `adapt` can wrap this model: an adapter, or a transformers class that a family computes
+    with.
+    """
     kinds = set().union(*(class_names(FAMILIES[name]) for name in FAMILIES))
     return isinstance(native, Adapter) or type(native).__name__ in kinds
 
 
-def special_ids(spec: FamilySpec, config: dict[str, Any], tokenizer: Any, embeddings: int, mask_id: int | None = None) -> Ids:
+def special_ids(
+    spec: FamilySpec, config: dict[str, Any], tokenizer: Any, embeddings: int, mask_id: int | None = None
+) -> Ids:
     """Mask, eos and pad ids: what the user says, then config, tokenizer, the family's default.
 
     Raises:
@@ -454,11 +523,21 @@ def special_ids(spec: FamilySpec, config: dict[str, Any], tokenizer: Any, embedd
     pad = first(config.get("pad_token_id"), getattr(tokenizer, "pad_token_id", None), eos, 0)
     if not spec.masked:
         return Ids(None, eos, pad)
-    mask = first(mask_id, config.get("mask_token_id"), getattr(tokenizer, "mask_token_id", None), spec.mask_id)
+    mask = first(
+        mask_id, config.get("mask_token_id"), getattr(tokenizer, "mask_token_id", None), spec.mask_id
+    )
     if mask is None:
-        raise ModelError(f"no mask token for a {spec.name} model: give mask_id, or set mask_token_id in config.json or the tokenizer")
+        raise ModelError(
+            f"no mask token for a {spec.name} model: give mask_id, or set mask_token_id in config.json or the"
+            " tokenizer"
+        )
     if not 0 <= mask < embeddings:
-        raise ModelError(f"mask id {mask} lies outside the embedding (0 to {embeddings - 1}): give the right mask_id")
+        raise ModelError(
+            f"mask id {mask} lies outside the embedding (0 to {embeddings - 1}): give the right mask_id"
+        )
     if mask in (pad, eos):
-        raise ModelError(f"mask id {mask} is also the pad or eos id: a masked position could not be told from padding; give mask_id")
+        raise ModelError(
+            f"mask id {mask} is also the pad or eos id: a masked position could not be told from padding;"
+            " give mask_id"
+        )
     return Ids(mask, eos, pad)

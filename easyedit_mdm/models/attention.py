@@ -17,12 +17,13 @@ class Attention:
 
     Attributes:
         block: tokens of a block. None: one block, so that every token sees every other; 1: causal.
-        edges: where blocks begin. `start`: they are counted from each row's first visible token (SDAR, arXiv 2510.06303; LLaDA2;
+        edges: where blocks begin. `start`: they are counted from each row's first visible token (SDAR, arXiv
+            2510.06303; LLaDA2;
             Fast-dLLM v2). `canvas`: the first column of the canvas begins one (dLLM's `bd3lm` sampler).
-        first_alone: the first token of a block is written before the others, by itself: it is read from the block before, as an
-            autoregressive model's would be (Fast-dLLM v2, arXiv 2509.26328).
-        context: what stands before the canvas is in blocks itself (`blocks`), or each of its tokens sees only its left (`causal`),
-            as in an adapted model that reads its context as it was pretrained to.
+        first_alone: the first token of a block is written before the others, by itself: it is read from the
+            block before, as an autoregressive model's would be (Fast-dLLM v2, arXiv 2509.26328).
+        context: what stands before the canvas is in blocks itself (`blocks`), or each of its tokens sees only
+            its left (`causal`), as in an adapted model that reads its context as it was pretrained to.
 
     Raises:
         ModelError: for a block of less than one token, or an unknown name.
@@ -34,8 +35,12 @@ class Attention:
     first_alone: bool = False
 
     def __post_init__(self) -> None:
-        if self.block is not None and (not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 1):
-            raise ModelError(f"a block of {self.block!r} tokens: a block-causal model needs a whole number, at least 1")
+        if self.block is not None and (
+            not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 1
+        ):
+            raise ModelError(
+                f"a block of {self.block!r} tokens: a block-causal model needs a whole number, at least 1"
+            )
         for name, known in (("edges", EDGES), ("context", CONTEXTS)):
             if getattr(self, name) not in known:
                 raise ModelError(f"attention {name}={getattr(self, name)!r} is not one of {', '.join(known)}")
@@ -57,12 +62,15 @@ class Attention:
         return not self.causal and (from_canvas or self.context == "causal")
 
     def blocks(self, prompt: int, slots: int, within: int | None = None) -> tuple[int, ...]:
-        """Sizes of the blocks that `slots` slots after a prompt of `prompt` tokens fall into, in the order they are written.
+        """Sizes of the blocks that `slots` slots after a prompt of `prompt` tokens fall into, in the order
+        they are written.
 
-        The first holds fewer slots where the prompt's tail stands in it, the last where the slots end before it does.
+        The first holds fewer slots where the prompt's tail stands in it, the last where the slots end before
+        it does.
 
         Args:
-            within: blocks are divided further, into parts of this many tokens, which are written one after the other.
+            within: blocks are divided further, into parts of this many tokens, which are written one after
+                the other.
         """
         if self.block is None:
             return (slots,)

@@ -12,10 +12,15 @@ from easyedit_mdm.models.attention import Attention
 
 
 def visible(
-    ids: Int[Tensor, "rows length"], attention_mask: Int[Tensor, "rows length"] | Bool[Tensor, "rows length"] | None
+    ids: Int[Tensor, "rows length"],
+    attention_mask: Int[Tensor, "rows length"] | Bool[Tensor, "rows length"] | None,
 ) -> Int[Tensor, "rows length"]:
     """The attention mask as integers, all ones where none is given."""
-    return torch.ones_like(ids) if attention_mask is None else attention_mask.to(device=ids.device, dtype=torch.long)
+    return (
+        torch.ones_like(ids)
+        if attention_mask is None
+        else attention_mask.to(device=ids.device, dtype=torch.long)
+    )
 
 
 def positions(mask: Int[Tensor, "rows length"]) -> Int[Tensor, "rows length"]:
@@ -26,7 +31,8 @@ def positions(mask: Int[Tensor, "rows length"]) -> Int[Tensor, "rows length"]:
 def see_all(mask: Int[Tensor, "rows length"], dtype: torch.dtype) -> Float[Tensor, "rows 1 length length"]:
     """Additive mask under which every token sees every visible token.
 
-    Finite minima instead of -inf: a row of padding must not turn into NaN. Float, not bool: older eager attention adds it.
+    Finite minima instead of -inf: a row of padding must not turn into NaN. Float, not bool: older eager
+    attention adds it.
     """
     blocked = (1 - mask)[:, None, None, :].to(dtype) * torch.finfo(dtype).min
     return blocked.expand(-1, 1, mask.shape[1], -1)
@@ -35,21 +41,30 @@ def see_all(mask: Int[Tensor, "rows length"], dtype: torch.dtype) -> Float[Tenso
 def see_left(mask: Int[Tensor, "rows length"], dtype: torch.dtype) -> Float[Tensor, "rows 1 length length"]:
     """Additive mask under which every token sees the visible tokens up to and with itself."""
     length = mask.shape[1]
-    hidden = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1) | (mask == 0)[:, None, None, :]
+    hidden = (
+        torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)
+        | (mask == 0)[:, None, None, :]
+    )
     return hidden.to(dtype) * torch.finfo(dtype).min
 
 
-def canvas_of(ids: Int[Tensor, "rows length"], mask: Int[Tensor, "rows length"], slot: int) -> Int[Tensor, " rows"]:
-    """First column of each row's canvas where nobody says: its first hidden slot, or, where it has none, the end of the row."""
+def canvas_of(
+    ids: Int[Tensor, "rows length"], mask: Int[Tensor, "rows length"], slot: int
+) -> Int[Tensor, " rows"]:
+    """First column of each row's canvas where nobody says: its first hidden slot, or, where it has none, the
+    end of the row.
+    """
     hidden = (ids == slot) & mask.bool()
     return torch.where(hidden.any(-1), hidden.long().argmax(-1), ids.shape[1])
 
 
-def ranks(mask: Int[Tensor, "rows length"], attention: Attention, canvas: Int[Tensor, " rows"] | None = None) -> Int[Tensor, "rows length"]:
+def ranks(
+    mask: Int[Tensor, "rows length"], attention: Attention, canvas: Int[Tensor, " rows"] | None = None
+) -> Int[Tensor, "rows length"]:
     """A number for each column: a token sees the visible tokens whose rank is at most its own.
 
-    Full attention: 0 everywhere. Block-causal: the block's number. A causal context counts 0, 1, 2, ... and the blocks of the canvas
-    go on from there.
+    Full attention: 0 everywhere. Block-causal: the block's number. A causal context counts 0, 1, 2, ... and
+    the blocks of the canvas go on from there.
 
     Args:
         canvas: the first column of each row's canvas; needed where `attention.asks_for_canvas`.
@@ -68,19 +83,27 @@ def ranks(mask: Int[Tensor, "rows length"], attention: Attention, canvas: Int[Te
     return number if attention.context == "blocks" else torch.where(inside, prompt + number - first, before)
 
 
-def see_ranked(mask: Int[Tensor, "rows length"], ranks: Int[Tensor, "rows length"], dtype: torch.dtype) -> Float[Tensor, "rows 1 length length"]:
-    """Additive mask under which a token sees every visible token of its own rank or a lower one; finite and float as in `see_all`."""
+def see_ranked(
+    mask: Int[Tensor, "rows length"], ranks: Int[Tensor, "rows length"], dtype: torch.dtype
+) -> Float[Tensor, "rows 1 length length"]:
+    """Additive mask under which a token sees every visible token of its own rank or a lower one; finite and
+    float as in `see_all`.
+    """
     hidden = (ranks[:, None, :] > ranks[:, :, None]) | (mask == 0)[:, None, :]
     return hidden[:, None].to(dtype) * torch.finfo(dtype).min
 
 
 def sources(at: Int[Tensor, "rows slots"], mask: Int[Tensor, "rows length"]) -> Int[Tensor, "rows slots"]:
-    """Where a shifted model predicts the tokens at `at`: one to the left, but never left of the row's first token."""
+    """Where a shifted model predicts the tokens at `at`: one to the left, but never left of the row's first
+    token.
+    """
     first = mask.argmax(-1, keepdim=True)
     return torch.maximum(at - 1, first)
 
 
-def gather_rows(values: Float[Tensor, "rows length width"], at: Int[Tensor, "rows slots"]) -> Float[Tensor, "rows slots width"]:
+def gather_rows(
+    values: Float[Tensor, "rows length width"], at: Int[Tensor, "rows slots"]
+) -> Float[Tensor, "rows slots width"]:
     """`values[r, at[r, s]]`."""
     return values.gather(1, at.to(values.device)[:, :, None].expand(-1, -1, values.shape[-1]))
 
@@ -89,11 +112,17 @@ _WORTH_A_PASS = 32
 
 
 def similar(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Numbers of rows of similar length, the longest first, up to `most` at a time: little of a pass is padding."""
+    """Numbers of rows of similar length, the longest first, up to `most` at a time: little of a pass is
+    padding.
+    """
     order, start = sorted(range(len(lengths)), key=lambda i: -lengths[i]), 0
     for end in range(1, len(order) + 1):
         # fewer rows than these are not worth a pass of their own
-        shorter = end < len(order) and end - start >= _WORTH_A_PASS and lengths[order[end]] < 0.8 * lengths[order[start]]
+        shorter = (
+            end < len(order)
+            and end - start >= _WORTH_A_PASS
+            and lengths[order[end]] < 0.8 * lengths[order[start]]
+        )
         if end == len(order) or end - start == most or shorter:
             yield order[start:end]
             start = end

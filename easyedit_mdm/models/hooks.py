@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 @contextmanager
 def _hooked(module: nn.Module, hook: Callable[[tuple, Any], Any]) -> Iterator[None]:
-    """Let `hook` see (arguments, output) of every call of `module`, and replace the output by what it returns, if it is not None."""
+    """Let `hook` see (arguments, output) of every call of `module`, and replace the output by what it
+    returns, if it is not None.
+    """
     on, handle = True, None
 
     def while_on(_: nn.Module, args: tuple, out: Any) -> Any:
         """Torch's forward hook."""
-        return hook(args, out) if on else None  # Ctrl-C struck before its handle was kept: it is still there, and does nothing
+        return (
+            hook(args, out) if on else None
+        )  # Ctrl-C struck before its handle was kept: it is still there, and does nothing
 
     try:
         handle = module.register_forward_hook(while_on)
@@ -55,13 +59,17 @@ def reading_all(module: nn.Module) -> Iterator[list[Any]]:
 @contextmanager
 def changing_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Replace the output of `module` by `change(output)`."""
-    with _hooked(module, lambda _, out: (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)):
+    with _hooked(
+        module, lambda _, out: (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+    ):
         yield
 
 
 @contextmanager
 def adding_at(module: nn.Module, at: Tensor, values: Tensor) -> Iterator[None]:
-    """Add `values` (rows x width) to the output of `module`, one vector a row, at column `at` of each; gradients go into `values`."""
+    """Add `values` (rows x width) to the output of `module`, one vector a row, at column `at` of each;
+    gradients go into `values`.
+    """
 
     with changing_output(module, lambda out: added_at(out, at, values)):
         yield
@@ -70,13 +78,16 @@ def adding_at(module: nn.Module, at: Tensor, values: Tensor) -> Iterator[None]:
 def added_at(hidden: Tensor, at: Tensor, values: Tensor) -> Tensor:
     """`hidden` (rows x length x width) with `values` (rows x width) added at column `at` of each row."""
     extra = torch.zeros_like(hidden)
-    extra[torch.arange(len(hidden), device=hidden.device), at.to(hidden.device)] = values.to(hidden.device, hidden.dtype)
+    extra[torch.arange(len(hidden), device=hidden.device), at.to(hidden.device)] = values.to(
+        hidden.device, hidden.dtype
+    )
     return hidden + extra
 
 
 @contextmanager
 def writing_through(module: nn.Module, rights: Tensor, lefts: Tensor) -> Iterator[None]:
-    """Let every row see `module` with a rank-one change of its own weight: left (right . x) is added to its output at every position.
+    """Let every row see `module` with a rank-one change of its own weight: left (right . x) is added to its
+    output at every position.
 
     Args:
         rights: (rows x inner); lefts: (rows x width). Gradients go into `lefts`.
@@ -86,12 +97,16 @@ def writing_through(module: nn.Module, rights: Tensor, lefts: Tensor) -> Iterato
 
 
 def reach_of(entering: Tensor, rights: Tensor) -> Tensor:
-    """How much of a rank-one change arrives at each position (rows x length), in float32, given what enters the changed map there."""
+    """How much of a rank-one change arrives at each position (rows x length), in float32, given what enters
+    the changed map there.
+    """
     return torch.einsum("rli,ri->rl", entering.float(), rights.to(entering.device, torch.float32))
 
 
 def spread_over(hidden: Tensor, reach: Tensor, values: Tensor) -> Tensor:
-    """`hidden` (rows x length x width) with `values` (rows x width) added at every position, as much as `reach` (rows x length) says."""
+    """`hidden` (rows x length x width) with `values` (rows x width) added at every position, as much as
+    `reach` (rows x length) says.
+    """
     return hidden + (reach.to(hidden.device)[..., None] * values.to(hidden.device)[:, None]).to(hidden.dtype)
 
 

@@ -1,8 +1,8 @@
 """Loading checkpoints in the hub's own format into transformers' own classes, without remote code.
 
-The weights are read from safetensors shards one tensor at a time, renamed by the family's rules, checked against what the
-native class expects, and put where they belong; so the same code runs on transformers 4.46 to 5.x, where the hub's
-modelling files do not.
+The weights are read from safetensors shards one tensor at a time, renamed by the family's rules, checked
+against what the native class expects, and put where they belong; so the same code runs on transformers 4.46
+to 5.x, where the hub's modelling files do not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from easyedit_mdm.models.native import build, tokenizer_classes, turn
 from easyedit_mdm.models.recognise import detect
 from easyedit_mdm.models.spec import FamilySpec, Made
 
-_MOST = {"n_positions": 1 << 14, "num_attention_heads": 1 << 12, "n_head": 1 << 12}  # the largest that are believed; GPT-2 squares its positions
+_MOST = {
+    "n_positions": 1 << 14,
+    "num_attention_heads": 1 << 12,
+    "n_head": 1 << 12,
+}  # the largest that are believed; GPT-2 squares its positions
 _SIZES = ("num_", "n_", "vocab", "hidden_s", "inter", "max_", "head")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -52,8 +56,8 @@ def load_adapter(
         max_memory: memory a device, for `device_map`, as in accelerate.
         family: name of the family, where the folder does not tell.
         mask_id: the mask token's id, overriding config and tokenizer.
-        block: tokens of a block, where the model is block-causal and its config does not say so (dLLM's `bd3lm` releases), or other
-            than it says.
+        block: tokens of a block, where the model is block-causal and its config does not say so (dLLM's
+            `bd3lm` releases), or other than it says.
         revision: revision of a hub id.
         tokenizer: a tokenizer to use instead of the folder's.
         name: what to call the model in records; `name_or_folder` by default.
@@ -93,15 +97,18 @@ def find_folder(name_or_folder: str | Path, revision: str | None = None) -> Path
         return folder
     name = str(name_or_folder)
     if folder.is_absolute() or name.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise CheckpointError(f"{name!r} is neither a folder, nor one of the package's twins, nor a hub id of the form owner/name")
+        raise CheckpointError(
+            f"{name!r} is neither a folder, nor one of the package's twins, nor a hub id of the form"
+            " owner/name"
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
     except Exception as error:
         raise CheckpointError(
-            f"{name!r} is not a folder here and could not be fetched from the hub ({type(error).__name__}: {error}). "
-            "Download it elsewhere and pass its folder."
+            f"{name!r} is not a folder here and could not be fetched from the hub ({type(error).__name__}:"
+            f" {error}). Download it elsewhere and pass its folder."
         ) from error
 
 
@@ -127,7 +134,10 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if index.exists():
         table = read_json(index, CheckpointError, "the index of a model's shards").get("weight_map")
         if not isinstance(table, dict) or not all(_is_shard(name) for name in table.values()):
-            raise CheckpointError(f"{index}: weight_map should give, for each key, the name of a .safetensors file in this folder; get it again")
+            raise CheckpointError(
+                f"{index}: weight_map should give, for each key, the name of a .safetensors file in this"
+                " folder; get it again"
+            )
         absent = sorted({shard for shard in table.values() if not (folder / shard).exists()})
         if absent:
             raise CheckpointError(f"{index} names shards that are not there: {', '.join(absent)}")
@@ -137,13 +147,20 @@ def weight_files(folder: Path) -> dict[str, Path]:
         with opened_tensors(path, CheckpointError, "a readable safetensors file") as tensors:
             found.update(dict.fromkeys(tensors.keys(), path))
     if not found:
-        raise CheckpointError(f"{folder} has no model*.safetensors (pickled .bin weights are not read: convert them first)")
+        raise CheckpointError(
+            f"{folder} has no model*.safetensors (pickled .bin weights are not read: convert them first)"
+        )
     return found
 
 
 def _is_shard(name: Any) -> bool:
     """Whether this is the plain name of a file: nothing outside the folder is ever read."""
-    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name and name.isprintable()
+    return (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and Path(name).name == name
+        and name.isprintable()
+    )
 
 
 def _dtype(dtype: str | torch.dtype | None, config: Mapping[str, Any]) -> torch.dtype:
@@ -152,12 +169,16 @@ def _dtype(dtype: str | torch.dtype | None, config: Mapping[str, Any]) -> torch.
         return dtype
     found = getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise CheckpointError(f"dtype {dtype!r} is not a floating-point torch dtype such as 'bfloat16' or 'float32'")
+        raise CheckpointError(
+            f"dtype {dtype!r} is not a floating-point torch dtype such as 'bfloat16' or 'float32'"
+        )
     return found
 
 
 def _empty_model(spec: FamilySpec, config: Mapping[str, Any], tensors: int | None = None) -> Any:
-    """The native model with parameters on the meta device and real buffers (rotary frequencies are not in the files)."""
+    """The native model with parameters on the meta device and real buffers (rotary frequencies are not in the
+    files).
+    """
     from accelerate import init_empty_weights
 
     _check_claims(spec, config, tensors)
@@ -174,7 +195,9 @@ def _empty_model(spec: FamilySpec, config: Mapping[str, Any], tensors: int | Non
     except KeyError as error:
         raise CheckpointError(f"config.json of a {spec.name} model lacks {error}") from error
     except Exception as error:  # whatever a wrong value leads to inside transformers
-        raise CheckpointError(f"config.json does not describe a {spec.name} model ({type(error).__name__}: {error})") from error
+        raise CheckpointError(
+            f"config.json does not describe a {spec.name} model ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _check_claims(spec: FamilySpec, config: Mapping[str, Any], tensors: int | None) -> None:
@@ -193,7 +216,10 @@ def _check_claims(spec: FamilySpec, config: Mapping[str, Any], tensors: int | No
             most = tensors
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name.startswith(_SIZES):
             if not 0 < value <= most:
-                raise CheckpointError(f"config.json says {name}={value!r}, which must be above 0 and at most {most} for these weights: get it again")
+                raise CheckpointError(
+                    f"config.json says {name}={value!r}, which must be above 0 and at most {most} for these"
+                    " weights: get it again"
+                )
 
 
 def _places(model, spec: FamilySpec, device, device_map, max_memory, dtype) -> dict[str, Any]:
@@ -206,10 +232,16 @@ def _places(model, spec: FamilySpec, device, device_map, max_memory, dtype) -> d
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
-    kept = [type(model.get_submodule(spec.paths.block.format(0))).__name__]  # accelerate never cuts a block in two
+    kept = [
+        type(model.get_submodule(spec.paths.block.format(0))).__name__
+    ]  # accelerate never cuts a block in two
     if device_map != "sequential":
         max_memory = get_balanced_memory(
-            model, max_memory=max_memory, no_split_module_classes=kept, dtype=dtype, low_zero=device_map == "balanced_low_0"
+            model,
+            max_memory=max_memory,
+            no_split_module_classes=kept,
+            dtype=dtype,
+            low_zero=device_map == "balanced_low_0",
         )
     return infer_auto_device_map(model, max_memory=max_memory, no_split_module_classes=kept, dtype=dtype)
 
@@ -235,13 +267,15 @@ def _fill(
     unexpected = sorted(set(table) - set(expected) - tied)
     if missing or unexpected:
         raise CheckpointError(_mismatch(spec, missing, unexpected, table))
-    for name, tensor in _tensors({name: (table[name], files[table[name]]) for name in expected if name in table}):
+    for name, tensor in _tensors(
+        {name: (table[name], files[table[name]]) for name in expected if name in table}
+    ):
         if name in made:
             tensor = made[name][1](tensor)
         if tuple(tensor.shape) != expected[name]:
             raise CheckpointError(
-                f"{table[name]!r} has shape {tuple(tensor.shape)}, but config.json makes {name!r} {expected[name]}: "
-                "config and weights do not belong together"
+                f"{table[name]!r} has shape {tuple(tensor.shape)}, but config.json makes {name!r}"
+                f" {expected[name]}: config and weights do not belong together"
             )
         set_module_tensor_to_device(model, name, _place_of(name, places), value=tensor, dtype=dtype)
     model.tie_weights()
@@ -271,7 +305,9 @@ def _tensors(table: Mapping[str, tuple[str, Path]]) -> Iterator[tuple[str, torch
             found = tensors.keys()
             absent = [key for _, key in wanted if key not in found]
             if absent:
-                raise CheckpointError(f"{path} has no {absent[0]!r}, which the index says it has: get it again")
+                raise CheckpointError(
+                    f"{path} has no {absent[0]!r}, which the index says it has: get it again"
+                )
         for name, key in wanted:
             with opened_tensors(path, CheckpointError, "a readable safetensors file") as tensors:
                 value = tensors.get_tensor(key)
@@ -289,7 +325,9 @@ def _mismatch(spec: FamilySpec, missing: list[str], unexpected: list[str], table
     if missing:
         parts.append(f"{len(missing)} parameters are missing, such as {', '.join(missing[:3])}")
     if unexpected:
-        parts.append(f"{len(unexpected)} tensors have no place, such as {', '.join(table[n] for n in unexpected[:3])}")
+        parts.append(
+            f"{len(unexpected)} tensors have no place, such as {', '.join(table[n] for n in unexpected[:3])}"
+        )
     return "; ".join(parts) + ". Is a shard absent, or is it another variant of the family?"
 
 

@@ -1,12 +1,13 @@
-"""Mixtures of experts, by our own few lines: transformers keeps experts apart in one version and in one tensor in the next.
+"""Mixtures of experts, by our own few lines: transformers keeps experts apart in one version and in one
+tensor in the next.
 
 What a mixture makes of a token is
 
     sum over its experts e of w_e D_e a_e  (+ the shared expert's),    a_e = act(G_e x) * U_e x,
 
-with w from the router. Side by side, the D of some experts are one matrix, and the weighted a of these experts one key: the
-output is linear in it, so that an edit of the experts that a token is routed to is an edit of one linear map (`View`). What
-the router does with the token does not depend on that map.
+with w from the router. Side by side, the D of some experts are one matrix, and the weighted a of these
+experts one key: the output is linear in it, so that an edit of the experts that a token is routed to is an
+edit of one linear map (`View`). What the router does with the token does not depend on that map.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Experts:
         normalise: the weights of a token's experts are made to sum to 1.
         scale: a factor of the weights.
         bias: scores have an offset that only chooses.
-        groups, top_groups: experts are chosen from this many of the groups, those whose two best scores sum highest.
+        groups, top_groups: experts are chosen from this many of the groups, those whose two best scores sum
+            highest.
     """
 
     layers: frozenset[int]
@@ -76,7 +78,9 @@ class Router(nn.Module):
         super().__init__()
         self.experts = experts
         self.weight = nn.Parameter(torch.empty(experts.count, width))
-        self.expert_bias = nn.Parameter(torch.empty(experts.count), requires_grad=False) if experts.bias else None
+        self.expert_bias = (
+            nn.Parameter(torch.empty(experts.count), requires_grad=False) if experts.bias else None
+        )
 
     def forward(
         self, hidden: Float[Tensor, "tokens width"]
@@ -106,14 +110,17 @@ class Router(nn.Module):
 class View(nn.Module):
     """Some experts' down-projections as one linear map.
 
-    It runs only while a hook listens: its first argument is then the key, its output the whole of the mixture's routed part.
+    It runs only while a hook listens: its first argument is then the key, its output the whole of the
+    mixture's routed part.
     """
 
     def __init__(self, experts: Iterable[nn.Module], numbers: Sequence[int]):
         super().__init__()
         every = [cast(Expert, expert) for expert in experts]
         self.numbers = tuple(numbers)
-        self._experts = tuple(every[n] for n in numbers)  # in a tuple they are not registered: they have names of their own
+        self._experts = tuple(
+            every[n] for n in numbers
+        )  # in a tuple they are not registered: they have names of their own
 
     @property
     def weight(self) -> Float[Tensor, "width inner"]:

@@ -1,14 +1,16 @@
 """The one file that touches what moves between versions of transformers.
 
-Layers are run one by one, through their public `forward`, with an explicit 4-D additive mask; the model's own `forward` is never
-given fewer layers than it expects. What this file asks of transformers:
+Layers are run one by one, through their public `forward`, with an explicit 4-D additive mask; the model's own
+`forward` is never given fewer layers than it expects. What this file asks of transformers:
 
-- classes by name (`LlamaConfig`, `LlamaForCausalLM`, ...), and `attn_implementation=` as an argument of a configuration;
+- classes by name (`LlamaConfig`, `LlamaForCausalLM`, ...), and `attn_implementation=` as an argument of a
+  configuration;
 - a backbone's `rotary_emb(hidden, position_ids)`, or GPT-2's `wpe` and `drop`;
 - a layer's `forward`, whose arguments are looked up by name, since the cache's has had four;
 - of a cache, that a layer calls its `update(keys, values, layer_idx, ...)` and goes on with what it returns.
 
-`tests/test_native.py` holds each against the model's own forward. Where one of them is gone, `IncompatibleVersionError` says so.
+`tests/test_native.py` holds each against the model's own forward. Where one of them is gone,
+`IncompatibleVersionError` says so.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ _MASKS_4D = ("sdpa", "eager")
 KeysAndValues = tuple[Float[Tensor, "rows heads columns size"], Float[Tensor, "rows heads columns size"]]
 
 
-# ---- classes ---------------------------------------------------------------------------------------------------
+# ---- classes
+# ---------------------------------------------------------------------------------------------------
 def native_classes(name: str, since: str = "", ending: str = "") -> tuple[type, type]:
     """The configuration class and the language-model class that transformers names after `name` ("Llama").
 
@@ -62,7 +65,8 @@ def class_names(spec: FamilySpec) -> set[str]:
 
 
 def build(name: str, settings: Mapping[str, Any], since: str = "", ending: str = "") -> Any:
-    """A model of class `name` from the keyword arguments of its configuration, with attention that takes additive masks.
+    """A model of class `name` from the keyword arguments of its configuration, with attention that takes
+    additive masks.
 
     `since`, `ending`: see `native_classes`.
     """
@@ -79,7 +83,9 @@ def turn(backbone: nn.Module, frequencies: Float[Tensor, " half"]) -> None:
 
 
 def tokenizer_classes(names: Iterable[str | None]) -> list[Any]:
-    """Those of these tokenizer classes that transformers has, and its generic fast one, in this order, each once."""
+    """Those of these tokenizer classes that transformers has, and its generic fast one, in this order, each
+    once.
+    """
     import transformers
 
     found = [getattr(transformers, name, None) for name in names if name]
@@ -102,7 +108,9 @@ def check_attention(native: nn.Module) -> None:
 
 
 def continued(model: nn.Module, ids: Int[Tensor, "rows new"], cache: Any = None) -> tuple[Tensor, Any]:
-    """Raw logits of a causal model for some more columns, and its cache, to be handed in with the next ones."""
+    """Raw logits of a causal model for some more columns, and its cache, to be handed in with the next
+    ones.
+    """
     names, _ = _parameters(cast(type, type(model)))
     name = next((n for n in _CACHE_NAMES if n in names), None)
     if name is None:
@@ -111,9 +119,12 @@ def continued(model: nn.Module, ids: Int[Tensor, "rows new"], cache: Any = None)
     return out.logits, getattr(out, name)
 
 
-# ---- layers ----------------------------------------------------------------------------------------------------
+# ---- layers
+# ----------------------------------------------------------------------------------------------------
 class _Kept:
-    """What a layer takes for a cache: it notes the keys and values of the columns that run, and puts earlier ones before them."""
+    """What a layer takes for a cache: it notes the keys and values of the columns that run, and puts earlier
+    ones before them.
+    """
 
     def __init__(self, earlier: Mapping[int, KeysAndValues] | None = None):
         self.earlier = dict(earlier or {})
@@ -182,8 +193,8 @@ class Stack:
         """The residual stream after these layers, given what enters the first of them.
 
         Args:
-            attention: additive mask; its columns are those of `cache`, if there is one, and then these. Sliding layers see of it
-                what lies in their window.
+            attention: additive mask; its columns are those of `cache`, if there is one, and then these.
+                Sliding layers see of it what lies in their window.
             positions: of the columns that run.
         """
         near = self._near(attention, positions)
@@ -212,7 +223,9 @@ class Stack:
     def _rotations(
         self, hidden: Tensor, positions: Int[Tensor, "rows length"]
     ) -> Callable[[nn.Module], dict[str, Any]]:
-        """What a layer is given for the rotation of its positions: one for all, or one for each kind of layer."""
+        """What a layer is given for the rotation of its positions: one for all, or one for each kind of
+        layer.
+        """
         rotary = getattr(self._backbone, "rotary_emb", None)
         if self._spec.absolute_positions or (rotary is None and self._spec.window is not None):
             return lambda layer: {}  # learned positions, or layers that turn by themselves
@@ -301,5 +314,6 @@ def _understood(layer: type, extra: Mapping[str, Any], cache: _Kept | None) -> d
 @functools.cache
 def _parameters(layer: type) -> tuple[frozenset[str], bool]:
     """The names of a layer's arguments, and whether it takes any other."""
-    parameters = inspect.signature(layer.forward).parameters.values()  # type: ignore[attr-defined]  # an nn.Module's
+    # `forward` is an nn.Module's
+    parameters = inspect.signature(layer.forward).parameters.values()  # type: ignore[attr-defined]
     return frozenset(p.name for p in parameters), any(p.kind is p.VAR_KEYWORD for p in parameters)

@@ -1,4 +1,6 @@
-"""What a causal model makes of the columns before an edit, which nothing that stands later can change: computed once, and kept."""
+"""What a causal model makes of the columns before an edit, which nothing that stands later can change:
+computed once, and kept.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def logits_after(
     mask: Int[Tensor, "rows length"],
     at: Int[Tensor, "rows slots"],
 ) -> Float[Tensor, "rows slots vocab"]:
-    """`token_logits` at columns `at` of rows whose first columns are kept in `prefix`; `hidden` enters layer `prefix.layer` in the others."""
+    """`token_logits` at columns `at` of rows whose first columns are kept in `prefix`; `hidden` enters layer
+    `prefix.layer` in the others.
+    """
     layers = range(prefix.layer, adapter.layers)
     earlier = {i: pair for i, pair in zip(layers, zip(prefix.keys, prefix.values))}
     attention = adapter.sight(mask)[:, :, prefix.columns :]

@@ -30,7 +30,9 @@ def encode(adapter: Adapter, text: str) -> list[int]:
         RequestError: if the model has no tokenizer.
     """
     if adapter.tokenizer is None:
-        raise RequestError(f"{adapter.name} has no tokenizer: load it from a folder that has one, or pass tokenizer=")
+        raise RequestError(
+            f"{adapter.name} has no tokenizer: load it from a folder that has one, or pass tokenizer="
+        )
     ids = list(adapter.tokenizer(text)["input_ids"])
     return ids[: len(ids) - _closing(adapter.tokenizer)]
 
@@ -46,9 +48,11 @@ def _closing(tokenizer: Any) -> int:
 
 
 def target_ids(adapter: Adapter, prompt: str, target: str) -> Int[Tensor, " tokens"]:
-    """The target's tokens as they stand after the prompt, one space between them; the same ids edit and score.
+    """The target's tokens as they stand after the prompt, one space between them; the same ids edit and
+    score.
 
-    Where the prompt's own last tokens would change with the target behind them, the target is tokenised by itself.
+    Where the prompt's own last tokens would change with the target behind them, the target is tokenised by
+    itself.
 
     Raises:
         RequestError: if the target has no tokens.
@@ -72,9 +76,17 @@ def span(adapter: Adapter, text: str, start: int, end: int) -> tuple[list[int], 
         encode(adapter, text)
     if getattr(tok, "is_fast", False):
         encoded = tok(text, return_offsets_mapping=True)
-        inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > start and b > a and text[a:b].strip()]
+        inside = [
+            i
+            for i, (a, b) in enumerate(encoded["offset_mapping"])
+            if a < end and b > start and b > a and text[a:b].strip()
+        ]
         if inside:
             ids = list(encoded["input_ids"])
             return ids[: len(ids) - _closing(tok)], inside[0], inside[-1]
     ids = encode(adapter, text)
-    return ids, len(encode(adapter, text[:start].rstrip())) if text[:start].strip() else 0, len(encode(adapter, text[:end])) - 1
+    return (
+        ids,
+        len(encode(adapter, text[:start].rstrip())) if text[:start].strip() else 0,
+        len(encode(adapter, text[:end])) - 1,
+    )

@@ -1,4 +1,6 @@
-"""Which family a folder, or a model in memory, belongs to; and what an unknown one has in common with those that are known."""
+"""Which family a folder, or a model in memory, belongs to; and what an unknown one has in common with those
+that are known.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +40,15 @@ def by_architecture(config: Config) -> list[FamilySpec]:
 
 
 def detect(config: Config, files: Iterable[str]) -> FamilySpec:
-    """The family, by `architectures[0]` and a key of the checkpoint (model_type alone is shared by unlike models).
+    """The family, by `architectures[0]` and a key of the checkpoint (model_type alone is shared by unlike
+    models).
 
     Args:
         files: the checkpoint's keys.
 
     Raises:
-        CheckpointError: if no family fits, saying which ones were close, or if an autoregressive class is named by what looks like a
-            diffusion model.
+        CheckpointError: if no family fits, saying which ones were close, or if an autoregressive class is
+            named by what looks like a diffusion model.
     """
     name = architecture(config)
     named = [FAMILIES[n] for n in FAMILIES if name in FAMILIES[n].architectures]
@@ -55,7 +58,8 @@ def detect(config: Config, files: Iterable[str]) -> FamilySpec:
             return spec
     if named:
         raise CheckpointError(
-            f"architecture {name} is known, but the checkpoint has no {named[0].probe!r}: another variant of it?"
+            f"architecture {name} is known, but the checkpoint has no {named[0].probe!r}: another variant"
+            " of it?"
         )
     raise CheckpointError(_unknown(config, files))
 
@@ -69,10 +73,10 @@ def check_causal(spec: FamilySpec, config: Config) -> None:
     signs = [] if spec.masked else _signs(spec, config)
     if signs:
         raise CheckpointError(
-            f"config.json says {architecture(config)}, which is autoregressive, but also {', '.join(signs)}: a model that denoises "
-            f"must not be edited as one that writes from left to right. If it is a plain {spec.name} model all the same, load it "
-            f"with family={spec.name!r}; an adapted one says so in architectures ({spec.native}ForMaskedDiffusion); for a new "
-            f"family see {DOCS}"
+            f"config.json says {architecture(config)}, which is autoregressive, but also {', '.join(signs)}:"
+            " a model that denoises must not be edited as one that writes from left to right. If it is a"
+            f" plain {spec.name} model all the same, load it with family={spec.name!r}; an adapted one says"
+            f" so in architectures ({spec.native}ForMaskedDiffusion); for a new family see {DOCS}"
         )
 
 
@@ -80,12 +84,20 @@ def _signs(spec: FamilySpec, config: Config) -> list[str]:
     """What in a configuration does not go with an autoregressive family."""
     remote = config.get("auto_map")
     named = {str(k): str(v) for k, v in remote.items()} if isinstance(remote, Mapping) else {}
-    models = {v for k, v in named.items() if k.startswith("AutoModel") and v.rsplit(".", 1)[-1] not in class_names(spec)}
+    models = {
+        v
+        for k, v in named.items()
+        if k.startswith("AutoModel") and v.rsplit(".", 1)[-1] not in class_names(spec)
+    }
     said = [f"{key}={config[key]!r}" for key in _SIGNS if config.get(key) is not None]
     listed = config.get("architectures")
     others = [str(a) for a in listed[1:]] if isinstance(listed, list) else []
     diffusing = [a for a in others if re.search(r"diffus|dllm|masked", a, re.IGNORECASE)]
-    return [f"auto_map names {name}" for name in sorted(models)] + said + [f"architectures names {a}" for a in diffusing]
+    return (
+        [f"auto_map names {name}" for name in sorted(models)]
+        + said
+        + [f"architectures names {a}" for a in diffusing]
+    )
 
 
 def _probed(spec: FamilySpec, files: Iterable[str]) -> bool:
@@ -118,10 +130,12 @@ def _unknown(config: Config, files: Iterable[str]) -> str:
         common.append(f"it has the fields that {', '.join(fitting)} read")
     other = [f"{key}={config[key]!r}" for key in (*_SIGNS, *_EXPERTS) if config.get(key) is not None]
     return (
-        f"architecture {name!r} is not known{did_you_mean(name, known)} Known: {', '.join(sorted(set(known)))}. "
+        f"architecture {name!r} is not known{did_you_mean(name, known)} Known:"
+        f" {', '.join(sorted(set(known)))}. "
         + (f"In common with known families: {'; '.join(common)}. " if common else "")
         + (f"It also says {', '.join(other)}. " if other else "")
-        + f"If its arithmetic is that of a known family, load it with family=...; a new family is one file: {DOCS}"
+        + "If its arithmetic is that of a known family, load it with family=...; a new family is one file:"
+        f" {DOCS}"
     )
 
 
@@ -129,7 +143,8 @@ def family_of(native: Any) -> FamilySpec:
     """The family of a transformers model in memory.
 
     Raises:
-        ModelError: if none computes with its class, or its configuration speaks of diffusion while its class is autoregressive.
+        ModelError: if none computes with its class, or its configuration speaks of diffusion while its class
+            is autoregressive.
     """
     config: dict[str, Any] = vars(native.config) if native.config else {}
     kind, name = getattr(native.config, "model_type", ""), type(native).__name__
@@ -145,6 +160,7 @@ def family_of(native: Any) -> FamilySpec:
                 raise ModelError(str(error)) from error
             return spec
     raise ModelError(
-        f"no adapter for a {name} (model_type {kind!r}). Known families: {', '.join(FAMILIES)}. "
-        "Masked models share their class with autoregressive ones: name the family, or load them with easyedit_mdm.load_model."
+        f"no adapter for a {name} (model_type {kind!r}). Known families: {', '.join(FAMILIES)}. Masked models"
+        " share their class with autoregressive ones: name the family, or load them with"
+        " easyedit_mdm.load_model."
     )

@@ -1,4 +1,6 @@
-"""How large a model is and what editing it takes, from its configuration alone: no weights are read, and nothing is fetched."""
+"""How large a model is and what editing it takes, from its configuration alone: no weights are read, and
+nothing is fetched.
+"""
 
 from __future__ import annotations
 
@@ -13,44 +15,59 @@ from easyedit_mdm.models.recognise import by_architecture, detect
 from easyedit_mdm.models.spec import FamilySpec
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
-ROWS, LENGTH, SLOTS = 64, 48, 8  # of one pass of the value optimisation: `max_rows` of the large models' files, a prefix with its prompt, a target
+# of one pass of the value optimisation: `max_rows` of the large models' files, a prefix with its prompt,
+# and a target
+ROWS, LENGTH, SLOTS = 64, 48, 8
 _MOST_LAYERS = 1000  # that are believed of a configuration without weights
 
 _LLADA: dict[str, Any] = {
-    "architectures": ["LLaDAModelLM"], "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288,
-    "vocab_size": 126464, "embedding_size": 126464, "max_sequence_length": 4096, "weight_tying": False, "torch_dtype": "bfloat16",
+    "architectures": ["LLaDAModelLM"], "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32,
+    "mlp_hidden_size": 12288,
+    "vocab_size": 126464, "embedding_size": 126464, "max_sequence_length": 4096, "weight_tying": False,
+    "torch_dtype": "bfloat16",
 }  # fmt: skip
 _DREAM: dict[str, Any] = {
-    "architectures": ["DreamModel"], "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-    "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "architectures": ["DreamModel"], "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 131072,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16",
 }  # fmt: skip
 _QWEN3: dict[str, Any] = {
-    "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 32768, "torch_dtype": "bfloat16",
+    "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 32768,
+    "torch_dtype": "bfloat16",
 }  # fmt: skip
 _SDAR: dict[str, Any] = {
-    **_QWEN3, "architectures": ["SDARForCausalLM"], "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+    **_QWEN3, "architectures": ["SDARForCausalLM"], "hidden_size": 2560, "intermediate_size": 9728,
+    "num_hidden_layers": 36,
     "num_attention_heads": 32, "tie_word_embeddings": False, "block_size": 4,
 }  # fmt: skip
 _A2D: dict[str, Any] = {
-    **_QWEN3, "architectures": ["A2DQwen3LMHeadModel"], "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+    **_QWEN3, "architectures": ["A2DQwen3LMHeadModel"], "hidden_size": 1024, "intermediate_size": 3072,
+    "num_hidden_layers": 28,
     "num_attention_heads": 16, "tie_word_embeddings": True,
 }  # fmt: skip
 _BERT: dict[str, Any] = {
-    "architectures": ["BertForMaskedLM"], "vocab_size": 30522, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "architectures": ["BertForMaskedLM"], "vocab_size": 30522, "hidden_size": 768, "intermediate_size": 3072,
+    "num_hidden_layers": 12,
     "num_attention_heads": 12, "max_position_embeddings": 512, "type_vocab_size": 2, "torch_dtype": "float32",
 }  # fmt: skip
 _MODERNBERT: dict[str, Any] = {
-    "architectures": ["ModernBertForMaskedLM"], "vocab_size": 50368, "hidden_size": 768, "intermediate_size": 1152,
-    "num_hidden_layers": 22, "num_attention_heads": 12, "max_position_embeddings": 8192, "torch_dtype": "float32",
+    "architectures": ["ModernBertForMaskedLM"], "vocab_size": 50368, "hidden_size": 768,
+    "intermediate_size": 1152,
+    "num_hidden_layers": 22, "num_attention_heads": 12, "max_position_embeddings": 8192,
+    "torch_dtype": "float32",
 }  # fmt: skip
-# the sizes in the published config.json of the models that hyperparameter files ship for, for those who have not fetched them yet
+# the sizes in the published config.json of the models that hyperparameter files ship for, for those who have
+# not fetched them yet
 PUBLISHED: dict[str, dict[str, Any]] = {
     "GSAI-ML/LLaDA-8B-Base": _LLADA, "GSAI-ML/LLaDA-8B-Instruct": _LLADA, "GSAI-ML/LLaDA-1.5": _LLADA,
     "Dream-org/Dream-v0-Base-7B": _DREAM, "Dream-org/Dream-v0-Instruct-7B": _DREAM,
-    "Gen-Verse/MMaDA-8B-Base": {**_LLADA, "architectures": ["MMadaModelLM"], "vocab_size": 134656, "embedding_size": 134656},
+    "Gen-Verse/MMaDA-8B-Base": {**_LLADA, "architectures": ["MMadaModelLM"], "vocab_size": 134656,
+        "embedding_size": 134656},
     "JetLM/SDAR-4B-Chat": _SDAR,
     "google-bert/bert-base-uncased": _BERT, "answerdotai/ModernBERT-base": _MODERNBERT,
-    "Efficient-Large-Model/Fast_dLLM_v2_7B": {**_DREAM, "architectures": ["Fast_dLLM_QwenForCausalLM"], "bd_size": 32},
+    "Efficient-Large-Model/Fast_dLLM_v2_7B": {**_DREAM, "architectures": ["Fast_dLLM_QwenForCausalLM"],
+        "bd_size": 32},
     "Gen-Verse/TraDo-4B-Instruct": _SDAR,  # trained from SDAR; its own config.json was not seen
     "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": _A2D, "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1": _A2D,
 }  # fmt: skip
@@ -65,7 +82,8 @@ class ModelSize:
         source: where the configuration was read: a folder, or `published` for the package's own note of it.
         parameters: how many, tied ones once.
         dtype: that of the checkpoint.
-        layers, hidden, inner, vocabulary: number of layers, width of the residual stream, width of the keys, rows of the head.
+        layers, hidden, inner, vocabulary: number of layers, width of the residual stream, width of the keys,
+            rows of the head.
     """
 
     family: str
@@ -82,18 +100,25 @@ class ModelSize:
         return self.parameters * DTYPES[dtype]
 
     def statistics(self, layers: int = 1) -> int:
-        """Bytes of the second moments of some layers, with the factor that solves with them: float64, on the CPU."""
+        """Bytes of the second moments of some layers, with the factor that solves with them: float64, on the
+        CPU.
+        """
         return 2 * 8 * self.inner**2 * layers
 
     def activations(self, dtype: str, rows: int = ROWS, length: int = LENGTH, slots: int = SLOTS) -> int:
-        """Bytes that one pass of the value optimisation keeps for its gradient, at most: an estimate, for an edit at the first layer."""
-        token = DTYPES[dtype] * (8 * self.hidden + 3 * self.inner) + 4 * 4 * self.hidden  # norms are taken in float32
+        """Bytes that one pass of the value optimisation keeps for its gradient, at most: an estimate, for an
+        edit at the first layer.
+        """
+        token = (
+            DTYPES[dtype] * (8 * self.hidden + 3 * self.inner) + 4 * 4 * self.hidden
+        )  # norms are taken in float32
         logits = 3 * 4 * rows * slots * self.vocabulary  # in float32, their softmax, the gradient
         return rows * length * (self.layers * token + DTYPES[dtype] * self.hidden) + logits
 
 
 def model_size(name_or_folder: str | Path) -> ModelSize:
-    """The measures of a model folder, of a hub id in the hub's cache, or of one whose sizes the package knows.
+    """The measures of a model folder, of a hub id in the hub's cache, or of one whose sizes the package
+    knows.
 
     Raises:
         CheckpointError: if it is none of these, or its configuration cannot be used.
@@ -112,11 +137,15 @@ def model_size(name_or_folder: str | Path) -> ModelSize:
     inner = _inner(spec, config, model, hidden)
     parameters = sum(p.numel() for n, p in model.named_parameters() if n not in tied_names(spec, model))
     dtype = str(_dtype(None, config)).removeprefix("torch.")
-    return ModelSize(spec.name, str(folder or "published"), parameters, dtype, len(blocks), hidden, inner, vocabulary)
+    return ModelSize(
+        spec.name, str(folder or "published"), parameters, dtype, len(blocks), hidden, inner, vocabulary
+    )
 
 
 def _inner(spec: FamilySpec, config: Mapping[str, Any], model: Any, hidden: int) -> int:
-    """Width of the keys of the family's own site: of a mixture the shared expert's, or all that a token goes through."""
+    """Width of the keys of the family's own site: of a mixture the shared expert's, or all that a token goes
+    through.
+    """
     if spec.experts is not None:
         experts = spec.experts(config)
         return experts.shared or experts.top * experts.inner
@@ -141,6 +170,7 @@ def _here(name: str) -> Path | None:
     if name in PUBLISHED:
         return None
     raise CheckpointError(
-        f"{name!r} is neither a folder, nor one of the package's twins, nor in the hub's cache on this machine, so its size is not known: "
-        f"fetch its config.json first (hf download {name} config.json), or give its folder"
+        f"{name!r} is neither a folder, nor one of the package's twins, nor in the hub's cache on this"
+        f" machine, so its size is not known: fetch its config.json first (hf download {name} config.json),"
+        " or give its folder"
     )

@@ -47,29 +47,37 @@ class FamilySpec:
         name: the family's name.
         paradigm: `causal` (writes from left to right) or `masked` (writes by denoising masks).
         architectures: values of `config.json`'s `architectures[0]` that belong to it.
-        probe: a key that a checkpoint of this family contains; tells apart families that share an architecture name.
+        probe: a key that a checkpoint of this family contains; tells apart families that share an
+            architecture name.
         native: name of the transformers class that computes it, without its ending.
         ending: what its name ends in, such as `ForMaskedLM`; empty for a causal language model's.
-        native_config: function from the raw `config.json` to the keyword arguments of the native config class.
-        rename: (beginning of the hub's parameter name, beginning of the native one) pairs, `{}` standing for the layer's
-            number; read in both directions.
+        native_config: function from the raw `config.json` to the keyword arguments of the native config
+            class.
+        rename: (beginning of the hub's parameter name, beginning of the native one) pairs, `{}` standing for
+            the layer's number; read in both directions.
         paths: where the native class keeps its modules.
-        shift: the raw logits at position j predict token j + 1 (causal models, Dream); where `config.json` decides, a function of it.
-        attention: who sees whom; where `config.json` decides (a block's size), a function of it. None: causal for causal families,
-            full for masked ones.
+        shift: the raw logits at position j predict token j + 1 (causal models, Dream); where `config.json`
+            decides, a function of it.
+        attention: who sees whom; where `config.json` decides (a block's size), a function of it. None: causal
+            for causal families, full for masked ones.
         mask_id: the mask token's id where neither user, config nor tokenizer names one.
-        tokenizer: name of a transformers tokenizer class to fall back on where the folder names one that is not native.
-        since: the first version of transformers that has the native class, where it is younger than the oldest supported.
+        tokenizer: name of a transformers tokenizer class to fall back on where the folder names one that is
+            not native.
+        since: the first version of transformers that has the native class, where it is younger than the
+            oldest supported.
         releases: published models of the family.
         verified: what was held against what; it goes into docs/families.md.
-        absolute_positions: the backbone adds learned positions to its input (GPT-2, BERT), so a stack that starts higher up must not.
-        bidirectional: the native class lets every token see every other by itself, and takes a 2-D attention mask.
+        absolute_positions: the backbone adds learned positions to its input (GPT-2, BERT), so a stack that
+            starts higher up must not.
+        bidirectional: the native class lets every token see every other by itself, and takes a 2-D attention
+            mask.
         window: of the native configuration, how far a token of a sliding layer sees to each side.
         experts: of `config.json`, the mixtures of experts that stand in place of the native class's MLPs.
-        made_of: of `config.json` and a native parameter's name, the checkpoint's tensor that it is made of and how, where it is not
-            that tensor as it is (fused or reordered ones); None for all others.
+        made_of: of `config.json` and a native parameter's name, the checkpoint's tensor that it is made of
+            and how, where it is not that tensor as it is (fused or reordered ones); None for all others.
         frequencies: of `config.json`, the rotation's frequencies, where they are not the native class's.
-        tied: parameters that are the embedding's (or another's) where `tie_word_embeddings` says so; a checkpoint may leave them out.
+        tied: parameters that are the embedding's (or another's) where `tie_word_embeddings` says so; a
+            checkpoint may leave them out.
         unused: tensors of checkpoints that the native class has no place for, as regular expressions.
         aliases: (ending, ending) of tensors' names that older checkpoints have, and their native one.
     """
@@ -125,13 +133,17 @@ class FamilySpec:
             CheckpointError: for a block that no model can have, or one for a causal family.
         """
         if block is not None and not self.masked:
-            raise CheckpointError(f"block={block!r} was given, but a {self.name} model is causal: leave it out")
+            raise CheckpointError(
+                f"block={block!r} was given, but a {self.name} model is causal: leave it out"
+            )
         try:
             found = self.attention(config) if callable(self.attention) else self.attention
             found = found or (FULL if self.masked else CAUSAL)
             return found if block is None else replace(found, block=block)
         except ModelError as error:
-            raise CheckpointError(f"{self.name}: {error}; the block's size is what the loader was given, or config.json says") from error
+            raise CheckpointError(
+                f"{self.name}: {error}; the block's size is what the loader was given, or config.json says"
+            ) from error
 
     @property
     def masked(self) -> bool:

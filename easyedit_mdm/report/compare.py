@@ -1,6 +1,8 @@
-"""What `easyedit-mdm compare` does: put run files side by side, as text, table, JSON and one self-contained page.
+"""What `easyedit-mdm compare` does: put run files side by side, as text, table, JSON and one self-contained
+page.
 
-Every mean stands with its n and a 95 % interval. Whatever a run file does not hold is left out of the report, never an error.
+Every mean stands with its n and a 95 % interval. Whatever a run file does not hold is left out of the report,
+never an error.
 """
 
 from __future__ import annotations
@@ -21,7 +23,21 @@ from rich.table import Table
 from easyedit_mdm.common.files import explained, write_text
 from easyedit_mdm.errors import DataError, HyperParameterError
 from easyedit_mdm.evaluation.records import RUNGS, CaseRecord, Denoising, Run, read_run, scores
-from easyedit_mdm.report.figures import DASHES, HATCHES, INK, MARKERS, SERIES, SOFT, dressed, legend, new_figure, rendered, short, spans, svg
+from easyedit_mdm.report.figures import (
+    DASHES,
+    HATCHES,
+    INK,
+    MARKERS,
+    SERIES,
+    SOFT,
+    dressed,
+    legend,
+    new_figure,
+    rendered,
+    short,
+    spans,
+    svg,
+)
 from easyedit_mdm.report.summaries import (
     PAIRED,
     SCORES,
@@ -67,19 +83,29 @@ EXTRAS = {
 }
 COST = {"edit_seconds": "seconds an edit", "forwards": "forwards an edit"}
 NOTES = (
-    "Success: all tokens of the target are right after decoding N masks in N steps (autoregressive: N "
-    "greedy tokens). One step: all masks committed at once. A failed case counts 0 in success, token "
-    "accuracy, first commit, paraphrase, portability and the ladder. It is left out of locality, mirage gap "
-    "and cost.",
-    "In brackets: 95 % bootstrap intervals that resample subjects. They are too narrow with fewer than "
-    "about ten subjects, and have no width where all values are alike.",
-    "Mirage gap: token accuracy when teacher-forced, minus token accuracy when decoded, both from left to "
-    "right. Files of version 1 hold another one: exact when teacher-forced (masked: in any order), minus "
-    "exact in context. Cost: medians of the edits that did not fail.",
-    "A masked model's likelihoods are bounds. They stand in rows of their own, apart from autoregressive "
-    "ones.",
-    "Paired differences are first minus second on the cases that both runs have. One interval in twenty "
-    "misses 0 by chance: the more pairs, the more of these.",
+    (
+        "Success: all tokens of the target are right after decoding N masks in N steps (autoregressive: N"
+        " greedy tokens). One step: all masks committed at once. A failed case counts 0 in success, token"
+        " accuracy, first commit, paraphrase, portability and the ladder. It is left out of locality, mirage"
+        " gap and cost."
+    ),
+    (
+        "In brackets: 95 % bootstrap intervals that resample subjects. They are too narrow with fewer than "
+        "about ten subjects, and have no width where all values are alike."
+    ),
+    (
+        "Mirage gap: token accuracy when teacher-forced, minus token accuracy when decoded, both from left to"
+        " right. Files of version 1 hold another one: exact when teacher-forced (masked: in any order), minus"
+        " exact in context. Cost: medians of the edits that did not fail."
+    ),
+    (
+        "A masked model's likelihoods are bounds. They stand in rows of their own, apart from autoregressive "
+        "ones."
+    ),
+    (
+        "Paired differences are first minus second on the cases that both runs have. One interval in twenty "
+        "misses 0 by chance: the more pairs, the more of these."
+    ),
 )
 
 Cell = str | int | Estimate | None
@@ -118,11 +144,12 @@ def compare(
     Args:
         paths: run files of `easyedit-mdm bench`.
         seed, resamples: of the bootstrap.
-        against: the run that all others are held against, by name or file. A file that is not among `paths` is
-            added. By default every two runs are compared.
+        against: the run that all others are held against, by name or file. A file that is not among `paths`
+            is added. By default every two runs are compared.
 
     Raises:
-        DataError: without paths, for a broken file, or where `against` is none of the runs. Nothing is written.
+        DataError: without paths, for a broken file, or where `against` is none of the runs. Nothing is
+            written.
         HyperParameterError: for less than one resample.
         MissingPackageError: where matplotlib or jinja2 is not installed.
     """
@@ -155,13 +182,17 @@ def compare(
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        write_text(folder / name, text, errors="backslashreplace")  # lone surrogates can come out of JSON, and cannot be written as they are
+        write_text(
+            folder / name, text, errors="backslashreplace"
+        )  # lone surrogates can come out of JSON, and cannot be written as they are
     _tell(report, folder)
     return report
 
 
 def show(estimate: Interval | None) -> str:
-    """`0.75 [0.60, 0.88]`, `0.75` where there is no interval, a dash where there is no value; a difference with its sign."""
+    """`0.75 [0.60, 0.88]`, `0.75` where there is no interval, a dash where there is no value; a difference
+    with its sign.
+    """
     if estimate is None or estimate["mean"] is None:
         return "–"
     return f"{middle(estimate)} {bounds(estimate)}".rstrip()
@@ -180,7 +211,9 @@ def bounds(estimate: Interval) -> str:
 
 
 def show_median(estimate: Median) -> str:
-    """The median: counts and large ones without decimals, others with three digits, a dash where there is none."""
+    """The median: counts and large ones without decimals, others with three digits, a dash where there is
+    none.
+    """
     value = estimate["median"]
     if value is None:
         return "–"
@@ -212,11 +245,20 @@ def _rung_title(rung: str) -> str:
 
 
 def _beside(report: Report) -> dict[str, str]:
-    """Measures that stand beside the ladder, with their titles; sections of locality only where there are several."""
-    found = {name: MEASURES[name] for name in _present(report, ("success", "rephrase_exact", "locality_kept", "portability_exact"))}
-    sections = sorted({name for run in report["runs"] for name in run["measures"] if name.startswith("locality_kept.")})
+    """Measures that stand beside the ladder, with their titles; sections of locality only where there are
+    several.
+    """
+    found = {
+        name: MEASURES[name]
+        for name in _present(report, ("success", "rephrase_exact", "locality_kept", "portability_exact"))
+    }
+    sections = sorted(
+        {name for run in report["runs"] for name in run["measures"] if name.startswith("locality_kept.")}
+    )
     found |= {name: "same subject kept" for name in _present(report, ("same_subject_kept",))}
-    return found | ({name: f"kept: {name.partition('.')[2]}" for name in sections} if len(sections) > 1 else {})
+    return found | (
+        {name: f"kept: {name.partition('.')[2]}" for name in sections} if len(sections) > 1 else {}
+    )
 
 
 def _lengths(report: Report) -> list[int]:
@@ -270,7 +312,9 @@ def _pair_table(report: Report) -> Rows:
     for pair in report["pairs"]:
         start: list[Cell] = [pair["first"], pair["second"], pair["shared"]]
         found = [(MEASURES[name], pair["measures"][name]) for name in PAIRED if name in pair["measures"]]
-        found += [(f"success, N = {length}", estimate) for length, estimate in pair["success_by_length"].items()]
+        found += [
+            (f"success, N = {length}", estimate) for length, estimate in pair["success_by_length"].items()
+        ]
         rows += [[*start, title, estimate, words(pair, estimate)] for title, estimate in found]
         if not found:
             reason = "no shared cases" if not pair["shared"] else "nothing measured in both"
@@ -315,7 +359,9 @@ def _sections(report: Report) -> list[tuple[str, Rows]]:
 
 
 def _csv(report: Report) -> str:
-    """Every number in one long table; `low` and `high` are the interval of a mean and the quartiles of a median."""
+    """Every number in one long table; `low` and `high` are the interval of a mean and the quartiles of a
+    median.
+    """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     heads = "run against model method schedule measure length statistic value low high n subjects"
@@ -324,7 +370,9 @@ def _csv(report: Report) -> str:
         start = (run["name"], "", run["model"], run["method"], run["schedule"])
         writer.writerows(_csv_rows((*start,), "mean", run["measures"], run["success_by_length"]))
         for name, cost in run["cost"].items():
-            writer.writerow((*start, name, "", "median", cost["median"], cost["q25"], cost["q75"], cost["n"], ""))
+            writer.writerow(
+                (*start, name, "", "median", cost["median"], cost["q25"], cost["q75"], cost["n"], "")
+            )
         for name, count in (("cases", run["cases"]), ("failed", run["failed"])):
             writer.writerow((*start, name, "", "count", count, "", "", run["cases"], run["subjects"]))
     for pair in report["pairs"]:
@@ -346,9 +394,19 @@ def _csv_rows(
 
 
 def _markdown(report: Report) -> str:
-    lines = ["# Edits compared", "", f"easyedit_mdm {report['version']}, {report['resamples']} resamples, seed {report['seed']}", ""]
+    lines = [
+        "# Edits compared",
+        "",
+        f"easyedit_mdm {report['version']}, {report['resamples']} resamples, seed {report['seed']}",
+        "",
+    ]
     for title, (heads, rows) in _sections(report):
-        lines += [f"## {title}", "", *_markdown_table(heads, [[_markdown_cell(cell) for cell in row] for row in rows]), ""]
+        lines += [
+            f"## {title}",
+            "",
+            *_markdown_table(heads, [[_markdown_cell(cell) for cell in row] for row in rows]),
+            "",
+        ]
     lines += [f"- {note}" for note in report["notes"]]
     settings = [[row["key"], *row["values"]] for row in _settings_table(report) if row["differs"]]
     if settings:
@@ -371,7 +429,10 @@ def _reasons(title: str, counted: Sequence[tuple[str, dict[str, int]]]) -> list[
 
 
 def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in ([_markdown_text(head) for head in heads], ["---"] * len(heads), *rows)]
+    return [
+        "| " + " | ".join(row) + " |"
+        for row in ([_markdown_text(head) for head in heads], ["---"] * len(heads), *rows)
+    ]
 
 
 def _markdown_cell(cell: Cell) -> str:
@@ -400,10 +461,26 @@ def length_figure(report: Report) -> str:
     for place, (i, run) in enumerate(drawn):
         estimates = list(run["success_by_length"].values())
         # side by side, so that whiskers do not hide each other
-        at = [int(length) + (place - (len(drawn) - 1) / 2) * min(0.09, 0.6 / len(drawn)) for length in run["success_by_length"]]
-        look = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)]}
+        at = [
+            int(length) + (place - (len(drawn) - 1) / 2) * min(0.09, 0.6 / len(drawn))
+            for length in run["success_by_length"]
+        ]
+        look = {
+            "color": SERIES[i % len(SERIES)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": DASHES[i % len(DASHES)],
+        }
         handles.append(
-            axes.errorbar(at, [e["mean"] for e in estimates], spans(estimates), capsize=3, elinewidth=1, markersize=6, clip_on=False, **look)
+            axes.errorbar(
+                at,
+                [e["mean"] for e in estimates],
+                spans(estimates),
+                capsize=3,
+                elinewidth=1,
+                markersize=6,
+                clip_on=False,
+                **look,
+            )
         )
     axes.set(xticks=lengths, xlim=(lengths[0] - 0.5, lengths[-1] + 0.5), ylim=(0, 1))
     axes.set_xlabel("tokens of the target, N", color=INK)
@@ -413,7 +490,9 @@ def length_figure(report: Report) -> str:
 
 
 def ladder_figure(report: Report) -> str:
-    """Bars of the ladder of honesty; paraphrase and locality beside it, on the same scale. Empty where there is neither."""
+    """Bars of the ladder of honesty; paraphrase and locality beside it, on the same scale. Empty where there
+    is neither.
+    """
     groups = [
         ("ladder of honesty: share exact", {f"ladder.{rung}": _rung_title(rung) for rung in _rungs(report)}),
         ("success, paraphrase, locality", _beside(report)),
@@ -438,15 +517,28 @@ def _bars(axes: Any, runs: Sequence[NamedSummary], rows: dict[str, str]) -> list
     thick = 0.82 / len(runs)
     handles = []
     for i, run in enumerate(runs):
-        found = [(place, e) for place, name in enumerate(rows) if (e := run["measures"].get(name)) and e["mean"] is not None]
+        found = [
+            (place, e)
+            for place, name in enumerate(rows)
+            if (e := run["measures"].get(name)) and e["mean"] is not None
+        ]
         at = [place + (i - (len(runs) - 1) / 2) * thick for place, _ in found]
-        look = {"color": SERIES[i % len(SERIES)], "hatch": HATCHES[i % len(HATCHES)], "edgecolor": INK, "linewidth": 0.6}
+        look = {
+            "color": SERIES[i % len(SERIES)],
+            "hatch": HATCHES[i % len(HATCHES)],
+            "edgecolor": INK,
+            "linewidth": 0.6,
+        }
         if not found:  # still in the legend
             handles.append(axes.barh([0], [0], 0, **look))
             continue
         reaches = spans([e for _, e in found])
         whiskers = {"ecolor": INK, "capsize": 2, "elinewidth": 0.9}
-        handles.append(axes.barh(at, [e["mean"] for _, e in found], thick * 0.92, xerr=reaches, error_kw=whiskers, **look))
+        handles.append(
+            axes.barh(
+                at, [e["mean"] for _, e in found], thick * 0.92, xerr=reaches, error_kw=whiskers, **look
+            )
+        )
         for y, (_, estimate), reach in zip(at, found, reaches[1]):
             mean = estimate["mean"] or 0.0
             axes.text(mean + reach + 0.015, y, f"{mean:.2f}", color=INK, fontsize=7, va="center")
@@ -519,8 +611,18 @@ def _html(report: Report, pages: CasePages) -> str:
         bounds=bounds,
         middle=middle,
         paired={
-            "Measures": ("measures", {name: MEASURES[name] for name in PAIRED if any(name in pair["measures"] for pair in report["pairs"])}),
-            "Success by length of the target": ("success_by_length", {str(length): f"N = {length}" for length in _lengths(report)}),
+            "Measures": (
+                "measures",
+                {
+                    name: MEASURES[name]
+                    for name in PAIRED
+                    if any(name in pair["measures"] for pair in report["pairs"])
+                },
+            ),
+            "Success by length of the target": (
+                "success_by_length",
+                {str(length): f"N = {length}" for length in _lengths(report)},
+            ),
         },
         figures={"length": length_figure(report), "ladder": ladder_figure(report)},
         settings=_settings_table(report),
@@ -541,5 +643,10 @@ def _tell(report: Report, folder: Path) -> None:
     for pair in report["pairs"]:
         if "success" in pair["measures"]:
             estimate = pair["measures"]["success"]
-            console.print(escape(f"success, {pair['first']} minus {pair['second']}: {show(estimate)}, n {estimate['n']}: {words(pair, estimate)}"))
+            console.print(
+                escape(
+                    f"success, {pair['first']} minus {pair['second']}: {show(estimate)}, n {estimate['n']}:"
+                    f" {words(pair, estimate)}"
+                )
+            )
     console.print(f"{folder / 'report.html'}, report.md, report.csv and report.json written", markup=False)

@@ -1,4 +1,6 @@
-"""Figures and pages of reports: drawn once, in colours that the page turns into its own, so that they follow light and dark mode."""
+"""Figures and pages of reports: drawn once, in colours that the page turns into its own, so that they follow
+light and dark mode.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ from easyedit_mdm.report.summaries import Estimate
 # colours that the page turns into its own, so that figures follow light and dark mode
 INK, SOFT = "#010203", "#010204"
 SERIES = tuple(f"#0a0b{i:02x}" for i in range(8))
-PRINTED = ("#0072b2", "#d55e00", "#2a9d74", "#b0508c", "#9a7b00", "#56627a", "#c0392b", "#6b5bd2")  # the same, for files of their own
+PRINTED = (
+    "#0072b2",
+    "#d55e00",
+    "#2a9d74",
+    "#b0508c",
+    "#9a7b00",
+    "#56627a",
+    "#c0392b",
+    "#6b5bd2",
+)  # the same, for files of their own
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p")
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 HATCHES = ("", "///", "...", "\\\\\\", "xx", "--", "++", "oo", "||")
@@ -31,7 +42,9 @@ def matplotlib_parts() -> tuple[Any, Any]:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise MissingPackageError("the report's figures need the package matplotlib: pip install matplotlib") from None
+        raise MissingPackageError(
+            "the report's figures need the package matplotlib: pip install matplotlib"
+        ) from None
     return matplotlib, Figure
 
 
@@ -41,7 +54,9 @@ def new_figure(**options: Any) -> Any:
 
 
 def short(text: str) -> str:
-    """A run's name as a figure can hold it: not too long, no mathematics between dollars, not hidden by a leading underscore."""
+    """A run's name as a figure can hold it: not too long, no mathematics between dollars, not hidden by a
+    leading underscore.
+    """
     kept = text if len(text) <= 60 else text[:59] + "…"
     return " " + re.sub(r"[\x00-\x1f\ud800-\udfff]", " ", kept).replace("$", r"\$")
 
@@ -64,24 +79,36 @@ def svg(figure: Any, salt: str) -> str:
     stream = io.StringIO()
     # the salt keeps bytes and ids the same from run to run, and ids of two figures apart
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # glyphs that the measuring font lacks; the browser has its own fonts
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # glyphs that the measuring font lacks; the browser has its own fonts
         figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    for colour, name in ((INK, "currentColor"), (SOFT, "var(--soft)"), *((c, f"var(--series-{i})") for i, c in enumerate(SERIES))):
+    for colour, name in (
+        (INK, "currentColor"),
+        (SOFT, "var(--soft)"),
+        *((c, f"var(--series-{i})") for i, c in enumerate(SERIES)),
+    ):
         text = text.replace(f'fill="{colour}"', f'style="fill: {name}"').replace(colour, name)
     width, _ = figure.get_size_inches()
     head, rest = text.split(">", 1)
     # as wide as the page allows, up to the size it was drawn for
-    return re.sub(r' (width|height)="[^"]*"', "", head) + f' role="img" style="max-width: {width * 1.1:.1f}in">' + rest
+    return (
+        re.sub(r' (width|height)="[^"]*"', "", head)
+        + f' role="img" style="max-width: {width * 1.1:.1f}in">'
+        + rest
+    )
 
 
 def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], width: int | float) -> None:
     """A legend above the axes, in as many columns as its names leave room for."""
     columns = max(1, min(len(labels), int(width * 11 / (max(map(len, labels)) + 8))))
-    found = figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, handlelength=3.2)
+    found = figure.legend(
+        handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, handlelength=3.2
+    )
     for text in found.get_texts():
         text.set_color(INK)
 
@@ -112,7 +139,9 @@ def rendered(template: str, **values: Any) -> str:
 
 
 def save(figure: Any, path: Path) -> None:
-    """The figure as PNG and as SVG beside it (`path` without an ending), on white, in colours of its own. Call `svg` first: it is drawn over."""
+    """The figure as PNG and as SVG beside it (`path` without an ending), on white, in colours of its own.
+    Call `svg` first: it is drawn over.
+    """
     matplotlib, _ = matplotlib_parts()
     figure.set_layout_engine("none")  # laid out already
     _printed(figure, matplotlib.colors.to_hex)

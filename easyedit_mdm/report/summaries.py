@@ -1,7 +1,8 @@
 """Numbers of run files: one row of figures a case, means with intervals, paired differences.
 
-Intervals are 95 % bootstrap intervals that resample subjects, not cases: prompts about one subject stand or fall together. Each
-interval starts from the same seed, so it does not depend on what else is in the comparison.
+Intervals are 95 % bootstrap intervals that resample subjects, not cases: prompts about one subject stand or
+fall together. Each interval starts from the same seed, so it does not depend on what else is in the
+comparison.
 """
 
 from __future__ import annotations
@@ -174,12 +175,17 @@ def _ratio(after: float | None, before: float | None) -> float | None:
 
 
 def columns(run: Run) -> Columns:
-    """The figures of all cases by name, each as long as the run; a failed case is 0 wherever it should have reached its target."""
+    """The figures of all cases by name, each as long as the run; a failed case is 0 wherever it should have
+    reached its target.
+    """
     rows = [None if failed(case) else case_figures(case) for case in run.cases]
     there = [name for row in rows if row is not None for name, value in row.items() if value is not None]
     names = list(dict.fromkeys(there))
     names = ["success"] if rows and all(row is None for row in rows) else names
-    return {name: [_if_failed(name, case) if row is None else row.get(name) for case, row in zip(run.cases, rows)] for name in names}
+    return {
+        name: [_if_failed(name, case) if row is None else row.get(name) for case, row in zip(run.cases, rows)]
+        for name in names
+    }
 
 
 def _if_failed(name: str, case: CaseRecord) -> float | None:
@@ -197,14 +203,18 @@ def _draws(clusters: int, seed: int, resamples: int) -> Float[np.ndarray, "resam
     return generator.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples).astype(float)
 
 
-def bootstrap_mean(values: Sequence[int | float | None], clusters: Sequence[Hashable], seed: int = 0, resamples: int = 2000) -> Estimate:
+def bootstrap_mean(
+    values: Sequence[int | float | None], clusters: Sequence[Hashable], seed: int = 0, resamples: int = 2000
+) -> Estimate:
     """Mean and 95 % interval, by resampling whole clusters with replacement.
 
     Args:
         values: None where a case has no value; it is left out.
         clusters: the cluster of each value.
     """
-    kept = [(float(value), cluster) for value, cluster in zip(values, clusters, strict=True) if value is not None]
+    kept = [
+        (float(value), cluster) for value, cluster in zip(values, clusters, strict=True) if value is not None
+    ]
     # sorted, so that the order of the file does not matter
     index = {cluster: i for i, cluster in enumerate(sorted({c for _, c in kept}, key=str))}
     found: Estimate = {"mean": None, "low": None, "high": None, "n": len(kept), "subjects": len(index)}
@@ -233,13 +243,17 @@ def median(values: Iterable[float | None]) -> Median:
     return {"median": quartiles[1], "q25": quartiles[0], "q75": quartiles[2], "n": len(found)}
 
 
-def by_length(run: Run, values: Sequence[float | None], seed: int = 0, resamples: int = 2000) -> dict[str, Estimate]:
+def by_length(
+    run: Run, values: Sequence[float | None], seed: int = 0, resamples: int = 2000
+) -> dict[str, Estimate]:
     """Means of one column by length of the target, shortest first."""
     lengths = [length_of(case) for case in run.cases]
     result = {}
     for length in sorted({n for n in lengths if n is not None}):
         at = [i for i, n in enumerate(lengths) if n == length]
-        result[str(length)] = bootstrap_mean([values[i] for i in at], [subject_of(run.cases[i]) for i in at], seed, resamples)
+        result[str(length)] = bootstrap_mean(
+            [values[i] for i in at], [subject_of(run.cases[i]) for i in at], seed, resamples
+        )
     return {length: estimate for length, estimate in result.items() if estimate["n"]}
 
 
@@ -260,7 +274,9 @@ def summary(run: Run, seed: int = 0, resamples: int = 2000) -> Summary:
         "failed": len(bad),
         "errors": _counted([case.get("error") or "no result" for case in bad]),
         "skipped": _counted([entry.get("reason") or "no reason given" for entry in skipped]),
-        "measures": {name: bootstrap_mean(values, subjects, seed, resamples) for name, values in table.items()},
+        "measures": {
+            name: bootstrap_mean(values, subjects, seed, resamples) for name, values in table.items()
+        },
         "success_by_length": by_length(run, table["success"], seed, resamples) if "success" in table else {},
         "cost": {
             "edit_seconds": median(case.get("time", {}).get("edit_seconds") for case in done),
@@ -297,12 +313,16 @@ def _told(estimate: Estimate) -> Difference:
     return {**estimate, "verdict": verdict(estimate)}
 
 
-def _minus(first: Sequence[float | None], second: Sequence[float | None], at: Sequence[tuple[int, int]]) -> list[float | None]:
+def _minus(
+    first: Sequence[float | None], second: Sequence[float | None], at: Sequence[tuple[int, int]]
+) -> list[float | None]:
     return [None if (a := first[i]) is None or (b := second[j]) is None else a - b for i, j in at]
 
 
 def verdict(estimate: Estimate) -> str:
-    """`no difference seen` where the interval holds 0, else which run is higher; `too few subjects` where there is no interval."""
+    """`no difference seen` where the interval holds 0, else which run is higher; `too few subjects` where
+    there is no interval.
+    """
     low, high = estimate["low"], estimate["high"]
     if low is None or high is None:
         return "too few subjects"
@@ -310,10 +330,15 @@ def verdict(estimate: Estimate) -> str:
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """A name for each run, no two alike: what two runs share is told apart by their files, then by their place."""
+    """A name for each run, no two alike: what two runs share is told apart by their files, then by their
+    place.
+    """
     names = [run.name for run in runs]
     names = [f"{name} ({run.path.stem})" if names.count(name) > 1 else name for name, run in zip(names, runs)]
-    return [f"{name} #{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    return [
+        f"{name} #{names[: i + 1].count(name)}" if names.count(name) > 1 else name
+        for i, name in enumerate(names)
+    ]
 
 
 def all_pairs(
@@ -340,4 +365,6 @@ def all_pairs(
             given = f"{len(said)} runs are called {str(against)!r}"
             raise DataError(f"{given}: give one of {', '.join(names)}, or its file")
         found = [(other, said[0]) for other in named if other[1] is not said[0][1]]
-    return [{"first": a, "second": b, **paired(run, other, seed, resamples)} for (a, run), (b, other) in found]
+    return [
+        {"first": a, "second": b, **paired(run, other, seed, resamples)} for (a, run), (b, other) in found
+    ]

@@ -1,8 +1,9 @@
 """Runs that edit several facts together, or one batch after another in the same model.
 
-The run file is that of any run: one line a case, judged after its batch. Beside it stand `NAME.batches.jsonl`, with the scores
-of the first batch's facts, the last one's and untouched ones after every batch, and, for a sequence, `NAME.edits/`, from
-which a run that was cut off puts the edits back instead of making them again.
+The run file is that of any run: one line a case, judged after its batch. Beside it stand
+`NAME.batches.jsonl`, with the scores of the first batch's facts, the last one's and untouched ones after
+every batch, and, for a sequence, `NAME.edits/`, from which a run that was cut off puts the edits back instead
+of making them again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from easyedit_mdm.models import Adapter
 from easyedit_mdm.runs.judge import Judge, history, kept
 from easyedit_mdm.runs.methods import BenchMethod, Undo
 
-WATCHED = 50  # facts of the first batch, of the last one and of the untouched ones that are scored after every batch
+# facts of the first batch, of the last one and of the untouched ones that are scored after every batch
+WATCHED = 50
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Batches:
 
     Attributes:
         size: facts a batch.
-        keep: whether a batch stays in the model for those after it (`sequential`), or is taken back (`batch`).
+        keep: whether a batch stays in the model for those after it (`sequential`), or is taken back
+            (`batch`).
         untouched: cases of facts that are never edited.
     """
 
@@ -92,7 +95,10 @@ def run_batches(
             for number, group in enumerate(bar, start=finished):
                 folder = edits_folder(path) / f"{number:05d}" if plan.keep else None
                 records, undo = _run_batch(number, group, method, judge, pre, folder)
-                watched = {"batch": number, **_watched(groups[: number + 1], plan, method.adapter, judge, then)}
+                watched = {
+                    "batch": number,
+                    **_watched(groups[: number + 1], plan, method.adapter, judge, then),
+                }
                 undos.append(undo)
                 if not plan.keep:
                     undos.pop()()
@@ -114,7 +120,13 @@ def _run_batch(
 ) -> tuple[list[dict[str, Any]], Undo]:
     """Edit the cases of one batch together and judge each; what fails is in the records of all of them."""
     records: list[dict[str, Any]] = [
-        {"case_id": c.case_id, "subject": c.subject, "prompt": c.prompt, "target_new": c.target_new, "batch": number}
+        {
+            "case_id": c.case_id,
+            "subject": c.subject,
+            "prompt": c.prompt,
+            "target_new": c.target_new,
+            "batch": number,
+        }
         for c in group
     ]
     began = time.perf_counter()
@@ -149,7 +161,9 @@ def _edit(
     session = method.session
     before = 0 if session is None else len(session.edits)
     if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off before the batch's lines were written
+        shutil.rmtree(
+            folder, ignore_errors=True
+        )  # of a run that was cut off before the batch's lines were written
     figures, undo = method.edit(group)
     if session is not None and folder is not None:
         try:
@@ -201,7 +215,9 @@ def _watched(
     judge: Judge,
     then: list[list[int]],
 ) -> dict[str, Any]:
-    """Scores of the first batch's facts, the last one's, and untouched ones, each a list with a value a fact."""
+    """Scores of the first batch's facts, the last one's, and untouched ones, each a list with a value a
+    fact.
+    """
     first, last = groups[0][:WATCHED], groups[-1][:WATCHED]
     found: dict[str, Any] = {"edited": sum(map(len, groups))}
     for name, some in (("first", first), ("last", last)):
@@ -237,7 +253,9 @@ def _cut(path: Path, lines: int) -> None:
     text = path.read_bytes() if path.exists() else b""
     whole = text.splitlines(keepends=True)[:lines]
     if len(whole) < lines or not all(line.endswith(b"\n") for line in whole):
-        raise DataError(f"{path} has {len(whole)} lines, and the run file {lines} finished batches: start another run")
+        raise DataError(
+            f"{path} has {len(whole)} lines, and the run file {lines} finished batches: start another run"
+        )
     if path.exists():
         with explained(path):
             path.write_bytes(b"".join(whole))

@@ -29,8 +29,8 @@ class BenchMethod:
     Attributes:
         adapter: the model that is edited and judged.
         settings: the hyperparameters, for the header.
-        edit: edits the model for some cases together; returns figures of the edit for each case, and a function that takes
-            the edit back.
+        edit: edits the model for some cases together; returns figures of the edit for each case, and a
+            function that takes the edit back.
         decode: decode settings of its hyperparameters, as a mapping.
         session: the session in which it edits, for one of our methods; None for EasyEdit's own.
     """
@@ -42,7 +42,8 @@ class BenchMethod:
     session: Session | None = None
 
 
-# (name, hyperparameter file) -> the model, its hyperparameters, and a function from requests to what takes their edit back
+# (name, hyperparameter file) -> the model, its hyperparameters, and a function from requests to what takes
+# their edit back
 Others = Callable[
     [str, str | Path], tuple[Adapter, dict[str, Any], Callable[[Sequence[dict[str, Any]]], Undo]]
 ]

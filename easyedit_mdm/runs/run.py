@@ -1,8 +1,8 @@
 """`easyedit-mdm bench`: many cases, one line each, that survive being killed at any point.
 
-Line 1 of a run file is a header with everything that determines the result; then exactly one line a case, in input order,
-written and flushed when the case ends. Whatever varies between two runs of the same thing stands under keys that contain
-`time` or `seconds`.
+Line 1 of a run file is a header with everything that determines the result; then exactly one line a case, in
+input order, written and flushed when the case ends. Whatever varies between two runs of the same thing stands
+under keys that contain `time` or `seconds`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class BenchConfig:
         alg_name, hparams: the method and its file.
         dataset, data_dir, data_file, limit, seed: the cases; see `easyedit_mdm.data.cases.load_cases`.
         label: what to call the run in reports.
-        held_out: a text for perplexity before and after (`easyedit_mdm.statistics.text_source`); `twins` for the twins by default, else none.
+        held_out: a text for perplexity before and after (`easyedit_mdm.statistics.text_source`); `twins` for
+            the twins by default, else none.
         light: leave out the ladder of honesty and fluency, which are most of the evaluation's time.
         fluency: whether 100 tokens are written before and after each edit, for their n-gram entropy.
         device: where the model goes.
@@ -75,20 +76,21 @@ class BenchConfig:
 def bench(config: BenchConfig, out: str | Path, resume: bool = False, others: Others | None = None) -> int:
     """Run, or go on with a run that was cut off.
 
-    With `accelerate launch`, every process takes a share of the cases and writes it beside `out`; the first one puts them
-    together at the end. The cases and their values are those of one process.
+    With `accelerate launch`, every process takes a share of the cases and writes it beside `out`; the first
+    one puts them together at the end. The cases and their values are those of one process.
 
     Args:
         out: the run file. Without `resume` it must not exist yet.
-        others: makes methods that are not ours, such as EasyEdit's own (`easyedit_mdm.host.methods.easyedits_method`).
+        others: makes methods that are not ours, such as EasyEdit's own
+            (`easyedit_mdm.host.methods.easyedits_method`).
 
     Returns:
         number of cases in the file.
 
     Raises:
         DataError: if `out` exists and `resume` is not asked for, or holds a run of something else.
-        EasyEditMDMError: for a method, model or data set that cannot be loaded; see `docs/errors.md`. A case that fails is
-            recorded with its error, and the run goes on.
+        EasyEditMDMError: for a method, model or data set that cannot be loaded; see `docs/errors.md`. A case
+            that fails is recorded with its error, and the run goes on.
     """
     path = Path(out)
     _check_mode(config)
@@ -96,7 +98,9 @@ def bench(config: BenchConfig, out: str | Path, resume: bool = False, others: Ot
         raise DataError(f"{path} exists: give another --out, or --resume to go on with it")
     rank, world = _place()
     if world > 1 and config.mode != "each":
-        raise HyperParameterError(f"--mode {config.mode} runs in one process, and there are {world}: start it without a launcher")
+        raise HyperParameterError(
+            f"--mode {config.mode} runs in one process, and there are {world}: start it without a launcher"
+        )
     mine = path if world == 1 else path.with_name(f"{path.name}.part-{rank}-of-{world}")
     with only_writer(mine):
         method = bench_method(config.alg_name, config.hparams, config.device, others)
@@ -105,7 +109,8 @@ def bench(config: BenchConfig, out: str | Path, resume: bool = False, others: Ot
         header = header_of(config, method, loaded, judge)
         if config.mode == "batch" and method.session is not None and not method.session.method.batchable:
             raise HyperParameterError(
-                f"{config.alg_name} writes one fact at a time: use --mode each or sequential, or a method such as MEMIT_MDM"
+                f"{config.alg_name} writes one fact at a time: use --mode each or sequential, or a method"
+                " such as MEMIT_MDM"
             )
         if config.mode != "each":
             _run_in_batches(path, header, loaded.cases, method, judge, config, resume)
@@ -121,13 +126,19 @@ def bench(config: BenchConfig, out: str | Path, resume: bool = False, others: Ot
 
 def _check_mode(config: BenchConfig) -> None:
     if config.mode not in MODES:
-        raise HyperParameterError(f"--mode {config.mode!r} is not one of {', '.join(MODES)}{did_you_mean(config.mode, MODES)}")
+        raise HyperParameterError(
+            f"--mode {config.mode!r} is not one of {', '.join(MODES)}{did_you_mean(config.mode, MODES)}"
+        )
     if config.batch_size is not None and (config.mode == "each" or config.batch_size < 1):
-        raise HyperParameterError(f"--batch-size {config.batch_size}: at least 1, and with --mode batch or sequential")
+        raise HyperParameterError(
+            f"--batch-size {config.batch_size}: at least 1, and with --mode batch or sequential"
+        )
 
 
 def _loaded(config: BenchConfig, limit: int | None, method: BenchMethod) -> Loaded:
-    return load_cases(config.dataset, config.data_dir, config.data_file, limit, config.seed, method.adapter.tokenizer)
+    return load_cases(
+        config.dataset, config.data_dir, config.data_file, limit, config.seed, method.adapter.tokenizer
+    )
 
 
 def _run_in_batches(
@@ -148,7 +159,9 @@ def _run_in_batches(
     if whole < done:  # a batch is written in one piece, but a disk may have filled up in the middle of it
         _keep_lines(path, 1 + whole)
     if _case_ids(path) != [case.case_id for case in cases[:whole]]:
-        raise DataError(f"{path} does not hold the first {whole} cases of this run in order: start another file")
+        raise DataError(
+            f"{path} does not hold the first {whole} cases of this run in order: start another file"
+        )
     before = Kept(header["model"]["fingerprint"], judge)
     run_batches(path, whole, cases, method, judge, lambda case: before.get(method.adapter, case), plan)
 
@@ -156,7 +169,9 @@ def _run_in_batches(
 def _untouched(config: BenchConfig, cases: list[BenchCase], method: BenchMethod) -> list[BenchCase]:
     """Cases of the same data set that are not edited, about other subjects; none where all are edited."""
     known, subjects = {case.case_id for case in cases}, {case.subject for case in cases}
-    others = [c for c in _loaded(config, None, method).cases if c.case_id not in known and c.subject not in subjects]
+    others = [
+        c for c in _loaded(config, None, method).cases if c.case_id not in known and c.subject not in subjects
+    ]
     return random.Random(config.seed).sample(others, min(WATCHED, len(others)))
 
 
@@ -166,7 +181,14 @@ def _keep_lines(path: Path, lines: int) -> None:
         part.write_bytes(write_bytes)
 
 
-def run_cases(path: Path, header: dict[str, Any], cases: list[BenchCase], method: BenchMethod, judge: Judge, resume: bool) -> None:
+def run_cases(
+    path: Path,
+    header: dict[str, Any],
+    cases: list[BenchCase],
+    method: BenchMethod,
+    judge: Judge,
+    resume: bool,
+) -> None:
     """Write a run file, or go on with the one that is there.
 
     Raises:
@@ -174,7 +196,9 @@ def run_cases(path: Path, header: dict[str, Any], cases: list[BenchCase], method
     """
     done = _prepare(path, header, resume)
     if _case_ids(path) != [case.case_id for case in cases[:done]]:
-        raise DataError(f"{path} does not hold the first {done} cases of this run in order: start another file")
+        raise DataError(
+            f"{path} does not hold the first {done} cases of this run in order: start another file"
+        )
     before = Kept(header["model"]["fingerprint"], judge)
     bar = tqdm(cases[done:], initial=done, total=len(cases), desc=f"{header['label']}", unit="case")
     with explained(path), path.open("a", encoding="utf-8") as stream:
@@ -188,7 +212,12 @@ def run_case(case: BenchCase, method: BenchMethod, judge: Judge, before: Kept) -
     Raises:
         EditError: if taking the edit back did not give the same weights, which would spoil all cases to come.
     """
-    record: dict[str, Any] = {"case_id": case.case_id, "subject": case.subject, "prompt": case.prompt, "target_new": case.target_new}
+    record: dict[str, Any] = {
+        "case_id": case.case_id,
+        "subject": case.subject,
+        "prompt": case.prompt,
+        "target_new": case.target_new,
+    }
     adapter, began = method.adapter, time.perf_counter()
     try:
         record["pre"] = before.get(adapter, case)
@@ -204,7 +233,10 @@ def run_case(case: BenchCase, method: BenchMethod, judge: Judge, before: Kept) -
         finally:
             undo()
         end = time.perf_counter()
-        record["time"] = {"edit_seconds": edited - judged, "evaluation_seconds": end - edited + judged - began}
+        record["time"] = {
+            "edit_seconds": edited - judged,
+            "evaluation_seconds": end - edited + judged - began,
+        }
     except EditError:
         raise
     except (EasyEditMDMError, torch.cuda.OutOfMemoryError, ValueError, RuntimeError) as error:
@@ -213,7 +245,9 @@ def run_case(case: BenchCase, method: BenchMethod, judge: Judge, before: Kept) -
 
 
 class Kept:
-    """Evaluations of the unedited model, kept in the user's cache folder: once for each model and judge, whatever the method."""
+    """Evaluations of the unedited model, kept in the user's cache folder: once for each model and judge,
+    whatever the method.
+    """
 
     def __init__(self, model: str, judge: Judge):
         self.judge = judge
@@ -233,9 +267,17 @@ class Kept:
         """A line more, on a line of its own whatever a killed process left behind."""
         with explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            torn = self.path.exists() and not self.path.read_bytes().endswith((b"\n",)) and self.path.stat().st_size > 0
+            torn = (
+                self.path.exists()
+                and not self.path.read_bytes().endswith((b"\n",))
+                and self.path.stat().st_size > 0
+            )
             with self.path.open("a", encoding="utf-8") as stream:
-                append_line(stream, self.path, ("\n" if torn else "") + json.dumps({"key": key, "value": self.known[key]}))
+                append_line(
+                    stream,
+                    self.path,
+                    ("\n" if torn else "") + json.dumps({"key": key, "value": self.known[key]}),
+                )
 
 
 def _kept_lines(path: Path) -> Iterator[tuple[str, dict]]:
@@ -253,9 +295,19 @@ def judge_of(config: BenchConfig, method: BenchMethod) -> Judge:
     name = config.held_out or ("twins" if str(method.settings["model_name"]) in TWINS else None)
     texts: tuple[str, ...] = ()
     if name:
-        lines = [line for document in text_source(name).documents() for line in document.splitlines() if len(line.split()) > 5]
+        lines = [
+            line
+            for document in text_source(name).documents()
+            for line in document.splitlines()
+            if len(line.split()) > 5
+        ]
         texts = tuple(" ".join(line.split()[:HELD_OUT_WORDS]) for line in lines[-HELD_OUT_TEXTS:])
-    return Judge(DecodeConfig(**method.decode), rungs=not config.light, fluency=config.fluency and not config.light, held_out=texts)
+    return Judge(
+        DecodeConfig(**method.decode),
+        rungs=not config.light,
+        fluency=config.fluency and not config.light,
+        held_out=texts,
+    )
 
 
 def header_of(config: BenchConfig, method: BenchMethod, loaded: Loaded, judge: Judge) -> dict[str, Any]:
@@ -270,9 +322,11 @@ def header_of(config: BenchConfig, method: BenchMethod, loaded: Loaded, judge: J
         "alg_name": config.alg_name,
         "mode": config.mode,
         "hparams": json.loads(json.dumps(method.settings, default=str)),
-        "model": {"name": name, "fingerprint": model_fingerprint(adapter.native), "paradigm": adapter.spec.paradigm, "family": adapter.spec.name},
+        "model": {"name": name, "fingerprint": model_fingerprint(adapter.native),
+            "paradigm": adapter.spec.paradigm, "family": adapter.spec.name},
         "dataset": {
-            "name": config.dataset, "files": loaded.files, "limit": config.limit, "seed": config.seed, "cases": len(loaded.cases),
+            "name": config.dataset, "files": loaded.files, "limit": config.limit, "seed": config.seed,
+            "cases": len(loaded.cases),
             "skipped": [{"record": s.record, "reason": s.reason} for s in loaded.skipped],
         },
         "judge": judge.settings(),
@@ -282,12 +336,18 @@ def header_of(config: BenchConfig, method: BenchMethod, loaded: Loaded, judge: J
 
 
 def _as_now(found: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
-    """The header of an earlier version's run, with the hyperparameters that have come since at their defaults: what it was run with."""
+    """The header of an earlier version's run, with the hyperparameters that have come since at their
+    defaults: what it was run with.
+    """
     found = {"mode": "each", **found}  # the only one there was
     name, settings = str(found.get("alg_name")), found.get("hparams")
     if name not in METHODS or not isinstance(settings, dict):
         return found
-    since = {f.name: f.default for f in fields(METHODS[name].hparams) if f.default is not MISSING and f.name in header["hparams"]}
+    since = {
+        f.name: f.default
+        for f in fields(METHODS[name].hparams)
+        if f.default is not MISSING and f.name in header["hparams"]
+    }
     return {**found, "hparams": {**json.loads(json.dumps(since, default=str)), **settings}}
 
 
@@ -306,7 +366,10 @@ def _prepare(path: Path, header: dict[str, Any], resume: bool) -> int:
     found = _as_now(lines[0], header)
     if found != header:
         changed = [key for key in header if found.get(key) != header[key]]
-        raise DataError(f"{path} is a run of something else ({', '.join(changed)} differ): give another --out, or the settings it was begun with")
+        raise DataError(
+            f"{path} is a run of something else ({', '.join(changed)} differ): give another --out, or the"
+            " settings it was begun with"
+        )
     if len(whole) < len(data):
         with explained(path), path.open("r+b") as stream:
             stream.truncate(len(whole))
@@ -322,7 +385,8 @@ def _case_ids(path: Path) -> list[Any]:
     return [record.get("case_id") for record in _records(path.read_bytes(), path)[1:]]
 
 
-# where launchers say how many processes there are: torchrun and `accelerate launch` on GPUs, then the MPIs that it uses on CPUs
+# where launchers say how many processes there are: torchrun and `accelerate launch` on GPUs, then the MPIs
+# that it uses on CPUs
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -344,7 +408,9 @@ def _wait() -> None:
 
 def _is_whole(path: Path, header: dict[str, Any], cases: list[BenchCase]) -> bool:
     data = path.read_bytes()
-    return data.endswith(b"\n") and len(found := _records(data, path)) == len(cases) + 1 and found[0] == header
+    return (
+        data.endswith(b"\n") and len(found := _records(data, path)) == len(cases) + 1 and found[0] == header
+    )
 
 
 def _merge(path: Path, header: dict[str, Any], cases: list[BenchCase], world: int) -> None:

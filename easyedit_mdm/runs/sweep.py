@@ -1,8 +1,10 @@
-"""What `easyedit-mdm sweep` does: edit the same cases at every layer (and window of layers), and hold it against the trace.
+"""What `easyedit-mdm sweep` does: edit the same cases at every layer (and window of layers), and hold it
+against the trace.
 
-Settings are ranked by CounterFact's score (Meng et al., arXiv 2210.07229, section 5.1): the harmonic mean of success, paraphrase
-success and locality. Windows are contiguous, as in the sweep that chose LLaDA's layers (arXiv 2606.03924). That tracing need not predict
-where editing works was found by Hase et al. (arXiv 2301.04213); here both are measured on the same model.
+Settings are ranked by CounterFact's score (Meng et al., arXiv 2210.07229, section 5.1): the harmonic mean of
+success, paraphrase success and locality. Windows are contiguous, as in the sweep that chose LLaDA's layers
+(arXiv 2606.03924). That tracing need not predict where editing works was found by Hase et al. (arXiv
+2301.04213); here both are measured on the same model.
 """
 
 from __future__ import annotations
@@ -25,7 +27,20 @@ from easyedit_mdm.errors import DataError, HyperParameterError
 from easyedit_mdm.evaluation.records import read_run
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.report.compare import middle, show
-from easyedit_mdm.report.figures import DASHES, INK, MARKERS, SERIES, SOFT, dressed, legend, new_figure, rendered, save, spans, svg
+from easyedit_mdm.report.figures import (
+    DASHES,
+    INK,
+    MARKERS,
+    SERIES,
+    SOFT,
+    dressed,
+    legend,
+    new_figure,
+    rendered,
+    save,
+    spans,
+    svg,
+)
 from easyedit_mdm.report.summaries import summary
 from easyedit_mdm.runs.methods import load_ours, ours
 from easyedit_mdm.runs.run import BenchConfig, header_of, judge_of, run_cases
@@ -47,7 +62,8 @@ class SweepJob:
         config: method, hyperparameters and cases.
         layers: layers to try; None means all.
         windows: numbers of layers edited together; None means 1, and for batched methods also 4.
-        trace_file: a `trace.json` with this model in it; None traces the cases' own facts, up to `trace_limit` that the model knows.
+        trace_file: a `trace.json` with this model in it; None traces the cases' own facts, up to
+            `trace_limit` that the model knows.
     """
 
     config: BenchConfig
@@ -58,16 +74,20 @@ class SweepJob:
 
 
 def sweep(job: SweepJob, out: str | Path) -> dict[str, Any]:
-    """Sweep; writes `sweep.json`, `sweep.html`, the figure, and a run file for each setting (`easyedit-mdm compare` reads those) into `out`.
+    """Sweep; writes `sweep.json`, `sweep.html`, the figure, and a run file for each setting (`easyedit-mdm
+    compare` reads those) into `out`.
 
     What stands in `out` from a sweep of the same thing is not run again.
 
     Returns:
-        what `sweep.json` holds: `{"version", "alg_name", "model", "hparams", "cases", "settings": [best first: {"layers", "score", "measures",
-        "failed", "rank"}], "chosen", "trace", "prediction"}`; facts of a trace that was read from a file stay in that file.
+        what `sweep.json` holds: `{"version", "alg_name", "model", "hparams", "cases", "settings": [best
+            first: {"layers", "score", "measures",
+        "failed", "rank"}], "chosen", "trace", "prediction"}`; facts of a trace that was read from a file stay
+        in that file.
 
     Raises:
-        HyperParameterError, UnknownNameError: for a method that is not ours, layers that do not exist, windows that it cannot edit.
+        HyperParameterError, UnknownNameError: for a method that is not ours, layers that do not exist,
+            windows that it cannot edit.
         DataError: for cases or a trace that cannot be read, or run files of something else.
     """
     config, folder = job.config, Path(out)
@@ -78,15 +98,25 @@ def sweep(job: SweepJob, out: str | Path) -> dict[str, Any]:
     choices = layer_choices(adapter.layers, hparams, job.layers, job.windows)
     given = None if job.trace_file is None else read_trace(job.trace_file, adapter)
     if given is not None and "none" not in given["averages"]:
-        raise DataError(f"{job.trace_file} has no trace with all slots masked: trace with --revealed 0 among the numbers")
-    loaded = load_cases(config.dataset, config.data_dir, config.data_file, config.limit, config.seed, adapter.tokenizer)
+        raise DataError(
+            f"{job.trace_file} has no trace with all slots masked: trace with --revealed 0 among the numbers"
+        )
+    loaded = load_cases(
+        config.dataset, config.data_dir, config.data_file, config.limit, config.seed, adapter.tokenizer
+    )
     settings = ranked([_setting(config, adapter, hparams, layers, loaded, folder) for layers in choices])
-    traced, note = _trace(adapter, loaded, job) if given is None else ({k: v for k, v in given.items() if k != "facts"}, None)
+    traced, note = (
+        _trace(adapter, loaded, job)
+        if given is None
+        else ({k: v for k, v in given.items() if k != "facts"}, None)
+    )
     report = {
         "version": __version__, "alg_name": config.alg_name, "model": adapter.name, "layers": adapter.layers,
-        "hparams": json.loads(json.dumps(hparams.to_dict(), default=str)), "dataset": config.dataset, "seed": config.seed, "cases": len(loaded.cases),
+        "hparams": json.loads(json.dumps(hparams.to_dict(), default=str)), "dataset": config.dataset,
+        "seed": config.seed, "cases": len(loaded.cases),
         "settings": settings, "chosen": f"layers: {settings[0]['layers']}",
-        "trace": traced, "trace_note": note, "prediction": [] if traced is None else prediction(settings, traced),
+        "trace": traced, "trace_note": note, "prediction": [] if traced is None else prediction(settings,
+            traced),
     }  # fmt: skip
     _write(report, folder)
     _tell(report, folder)
@@ -94,28 +124,48 @@ def sweep(job: SweepJob, out: str | Path) -> dict[str, Any]:
 
 
 def layer_choices(
-    layers: int, hparams: ROMEMDMHyperParams, wanted: Sequence[int] | None = None, windows: Sequence[int] | None = None
+    layers: int,
+    hparams: ROMEMDMHyperParams,
+    wanted: Sequence[int] | None = None,
+    windows: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Every window of contiguous layers of each width, narrow ones first.
 
     Raises:
-        HyperParameterError: for a layer that does not exist, a width that the method cannot edit, or if no window fits.
+        HyperParameterError: for a layer that does not exist, a width that the method cannot edit, or if no
+            window fits.
     """
     which = list(range(layers)) if wanted is None else sorted(set(wanted))
     beyond = [layer for layer in which if layer >= layers]
     if beyond:
-        raise HyperParameterError(f"layers {beyond} do not exist: {hparams.model_name} has layers 0 to {layers - 1}")
+        raise HyperParameterError(
+            f"layers {beyond} do not exist: {hparams.model_name} has layers 0 to {layers - 1}"
+        )
     widths = sorted(set(windows)) if windows is not None else [1] if hparams.ONE_LAYER else [1, WINDOW]
     if min(widths) < 1 or (hparams.ONE_LAYER and max(widths) > 1):
         able = "one layer" if hparams.ONE_LAYER else "at least one layer"
-        raise HyperParameterError(f"windows of {widths} layers: {hparams.alg_name} edits {able}; give such --windows")
-    found = [list(range(first, first + width)) for width in widths for first in which if set(range(first, first + width)) <= set(which)]
+        raise HyperParameterError(
+            f"windows of {widths} layers: {hparams.alg_name} edits {able}; give such --windows"
+        )
+    found = [
+        list(range(first, first + width))
+        for width in widths
+        for first in which
+        if set(range(first, first + width)) <= set(which)
+    ]
     if not found:
         raise HyperParameterError(f"no window of {widths} contiguous layers fits into layers {which}")
     return found
 
 
-def _setting(config: BenchConfig, adapter: Adapter, hparams: ROMEMDMHyperParams, layers: list[int], loaded: Loaded, folder: Path) -> dict[str, Any]:
+def _setting(
+    config: BenchConfig,
+    adapter: Adapter,
+    hparams: ROMEMDMHyperParams,
+    layers: list[int],
+    loaded: Loaded,
+    folder: Path,
+) -> dict[str, Any]:
     """All cases edited at some layers, from the run file where it is whole already."""
     name = "-".join(map(str, sorted({layers[0], layers[-1]})))
     method = ours(adapter, replace(hparams, layers=layers))
@@ -126,36 +176,54 @@ def _setting(config: BenchConfig, adapter: Adapter, hparams: ROMEMDMHyperParams,
     run_cases(path, header_of(labelled, method, loaded, judge), loaded.cases, method, judge, resume=True)
     found = summary(read_run(path), config.seed, RESAMPLES)
     measures = {key: found["measures"][key] for key in SCORED if key in found["measures"]}
-    return {"layers": layers, "score": score(measures), "measures": measures, "failed": found["failed"], "errors": found["errors"]}
+    return {
+        "layers": layers,
+        "score": score(measures),
+        "measures": measures,
+        "failed": found["failed"],
+        "errors": found["errors"],
+    }
 
 
 def score(measures: dict[str, Any]) -> float:
-    """Harmonic mean of those of success, paraphrase and locality that the cases measure; 0 where one of them is 0."""
+    """Harmonic mean of those of success, paraphrase and locality that the cases measure; 0 where one of them
+    is 0.
+    """
     found = [max(0.0, e["mean"]) for e in measures.values() if e["mean"] is not None]
     return round(float(harmonic_mean(found or [0.0])), 6)
 
 
 def ranked(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Best score first; ties go to more success, then to fewer and lower layers."""
-    order = sorted(settings, key=lambda s: (-s["score"], -s["measures"]["success"]["mean"], len(s["layers"]), s["layers"]))
+    order = sorted(
+        settings,
+        key=lambda s: (-s["score"], -s["measures"]["success"]["mean"], len(s["layers"]), s["layers"]),
+    )
     return [{"rank": i + 1, **setting} for i, setting in enumerate(order)]
 
 
 def _trace(adapter: Adapter, loaded: Loaded, job: SweepJob) -> tuple[dict[str, Any] | None, str | None]:
     """The facts that the cases replace, traced with the defaults; without any that is known, the reason."""
-    facts = dict.fromkeys(TracedFact(c.prompt, c.subject, c.ground_truth) for c in loaded.cases if c.ground_truth.strip())
+    facts = dict.fromkeys(
+        TracedFact(c.prompt, c.subject, c.ground_truth) for c in loaded.cases if c.ground_truth.strip()
+    )
     config = TraceConfig(revealed=(0,), seed=job.config.seed)
     try:
         checked = check_known([adapter], list(facts), job.trace_limit)
     except DataError as error:
         return None, str(error)
     traces, left_out = trace_facts(adapter, checked.facts, config)
-    return {**model_report(adapter, [t.record() for t in traces], left_out, config, RESAMPLES), "checked": checked.record()}, None
+    return {
+        **model_report(adapter, [t.record() for t in traces], left_out, config, RESAMPLES),
+        "checked": checked.record(),
+    }, None
 
 
 def prediction(settings: Sequence[dict[str, Any]], traced: dict[str, Any]) -> list[dict[str, Any]]:
-    """How well the trace at the last subject token foretells the sweep: for each width and kind Spearman's correlation over windows between
-    the effect, averaged over a window's layers, and success or score; and the rank of the window with the largest effect."""
+    """How well the trace at the last subject token foretells the sweep: for each width and kind Spearman's
+    correlation over windows between the effect, averaged over a window's layers, and success or score; and
+    the rank of the window with the largest effect.
+    """
     rows = []
     for width in sorted({len(s["layers"]) for s in settings}):
         same = [s for s in settings if len(s["layers"]) == width]
@@ -164,7 +232,8 @@ def prediction(settings: Sequence[dict[str, Any]], traced: dict[str, Any]) -> li
             effects = [sum(profile[layer] for layer in s["layers"]) / width for s in same]
             largest = effects.index(max(effects))
             rows.append({
-                "width": width, "kind": kind, "windows": len(same), "traced_best": same[largest]["layers"], "its_rank": largest + 1,
+                "width": width, "kind": kind, "windows": len(same), "traced_best": same[largest]["layers"],
+                "its_rank": largest + 1,
                 "with_success": rank_correlation(effects, [s["measures"]["success"]["mean"] for s in same]),
                 "with_score": rank_correlation(effects, [s["score"] for s in same]),
             })  # fmt: skip
@@ -173,14 +242,23 @@ def prediction(settings: Sequence[dict[str, Any]], traced: dict[str, Any]) -> li
 
 def words(row: dict[str, Any]) -> str:
     """A row of `prediction` as a sentence."""
-    close = "cannot be told (flat, or fewer than three windows)" if row["with_score"] is None else f"{row['with_score']:+.2f}"
+    close = (
+        "cannot be told (flat, or fewer than three windows)"
+        if row["with_score"] is None
+        else f"{row['with_score']:+.2f}"
+    )
     layers = f"{row['width']} layer{'s' if row['width'] > 1 else ''}"
-    place = f"largest effect at {row['traced_best']}, which ranks {row['its_rank']} of {row['windows']} in the sweep"
+    place = (
+        f"largest effect at {row['traced_best']}, which ranks {row['its_rank']} of {row['windows']} in the"
+        " sweep"
+    )
     return f"{TITLES[row['kind']]} trace, {layers}: {place}; rank correlation with the score {close}"
 
 
 def sweep_figure(report: dict[str, Any]) -> Any:
-    """Success, paraphrase and locality by the middle of the window, a panel a width; below them the trace at the last subject token."""
+    """Success, paraphrase and locality by the middle of the window, a panel a width; below them the trace at
+    the last subject token.
+    """
     widths = sorted({len(s["layers"]) for s in report["settings"]})
     panels = len(widths) + (report["trace"] is not None)
     figure = new_figure(figsize=(8.4, 0.8 + 2.6 * panels))
@@ -201,15 +279,28 @@ def sweep_figure(report: dict[str, Any]) -> Any:
 
 
 def _sweep_panel(axes: Any, settings: Sequence[dict[str, Any]], width: int) -> dict[str, Any]:
-    dressed(axes, "editing, one layer at a time" if width == 1 else f"editing, {width} layers, by the middle of the window")
+    dressed(
+        axes,
+        (
+            "editing, one layer at a time"
+            if width == 1
+            else f"editing, {width} layers, by the middle of the window"
+        ),
+    )
     handles = {}
     settings = sorted(settings, key=lambda s: s["layers"])
     for i, (key, title) in enumerate(SCORED.items()):
-        rows = [(sum(s["layers"]) / width, s["measures"][key]) for s in settings if s["measures"].get(key, {}).get("mean") is not None]
+        rows = [
+            (sum(s["layers"]) / width, s["measures"][key])
+            for s in settings
+            if s["measures"].get(key, {}).get("mean") is not None
+        ]
         if rows:
             look = {"color": SERIES[i], "marker": MARKERS[i], "linestyle": DASHES[i]}
             at, found = [x + (i - 1) * 0.06 for x, _ in rows], [e for _, e in rows]
-            handles[title] = axes.errorbar(at, [e["mean"] for e in found], spans(found), capsize=2, elinewidth=0.8, **look)
+            handles[title] = axes.errorbar(
+                at, [e["mean"] for e in found], spans(found), capsize=2, elinewidth=0.8, **look
+            )
     axes.set_ylim(-0.03, 1.03)
     return handles
 
@@ -220,14 +311,23 @@ def _trace_panel(axes: Any, traced: dict[str, Any]) -> dict[str, Any]:
         table = traced["averages"]["none"][kind]["probability"]["subject_last"]
         look = {"color": SERIES[i + 3], "marker": MARKERS[i + 3], "linestyle": DASHES[i]}
         if table["low"][0] is not None:
-            axes.fill_between(range(len(table["mean"])), table["low"], table["high"], color=look["color"], alpha=0.14, linewidth=0)
+            axes.fill_between(
+                range(len(table["mean"])),
+                table["low"],
+                table["high"],
+                color=look["color"],
+                alpha=0.14,
+                linewidth=0,
+            )
         dressed(axes, f"tracing, average indirect effect at the last subject token, {table['n']} facts")
         handles[f"trace: {TITLES[kind]}"] = axes.plot(range(len(table["mean"])), table["mean"], **look)[0]
     return handles
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
-    write_text(folder / "sweep.json", json.dumps(report, separators=(",", ":")) + "\n", errors="backslashreplace")
+    write_text(
+        folder / "sweep.json", json.dumps(report, separators=(",", ":")) + "\n", errors="backslashreplace"
+    )
     figure = sweep_figure(report)
     inline = svg(figure, "sweep")
     save(figure, folder / "sweep")
@@ -237,16 +337,26 @@ def _write(report: dict[str, Any], folder: Path) -> None:
 
 def _tell(report: dict[str, Any], folder: Path) -> None:
     console = Console()
-    table = Table(title=escape(f"{report['model']}, {report['alg_name']}, {report['cases']} cases, best first"))
+    table = Table(
+        title=escape(f"{report['model']}, {report['alg_name']}, {report['cases']} cases, best first")
+    )
     for column in ("layers", "score", *SCORED.values(), "failed"):
         table.add_column(column, justify="left" if column == "layers" else "right")
     for setting in report["settings"]:
-        cells = [middle(setting["measures"].get(key, {"mean": None})) for key in SCORED]  # with intervals on the page
-        table.add_row(escape(str(setting["layers"])), f"{setting['score']:.3f}", *cells, str(setting["failed"]))
+        cells = [
+            middle(setting["measures"].get(key, {"mean": None})) for key in SCORED
+        ]  # with intervals on the page
+        table.add_row(
+            escape(str(setting["layers"])), f"{setting['score']:.3f}", *cells, str(setting["failed"])
+        )
     console.print(table)
     if report["trace_note"]:
         console.print(f"no trace beside it: {report['trace_note']}", markup=False, highlight=False)
     for row in report["prediction"]:
         console.print(words(row), markup=False, highlight=False)
-    console.print(f"{folder / 'sweep.html'}, sweep.json and figure written; for the hyperparameter file:", markup=False, highlight=False)
+    console.print(
+        f"{folder / 'sweep.html'}, sweep.json and figure written; for the hyperparameter file:",
+        markup=False,
+        highlight=False,
+    )
     console.print(report["chosen"], markup=False, highlight=False)

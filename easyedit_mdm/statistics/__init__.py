@@ -5,4 +5,14 @@ from easyedit_mdm.statistics.moments import SecondMoments
 from easyedit_mdm.statistics.store import cache_folder, key_width, moments_for, read
 from easyedit_mdm.statistics.texts import TextSource, text_source
 
-__all__ = ["CollectConfig", "SecondMoments", "TextSource", "cache_folder", "collect", "key_width", "moments_for", "read", "text_source"]
+__all__ = [
+    "CollectConfig",
+    "SecondMoments",
+    "TextSource",
+    "cache_folder",
+    "collect",
+    "key_width",
+    "moments_for",
+    "read",
+    "text_source",
+]

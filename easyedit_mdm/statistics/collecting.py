@@ -1,4 +1,6 @@
-"""Collecting second moments: several layers in one pass, resumable, until enough tokens are seen or the estimate has settled."""
+"""Collecting second moments: several layers in one pass, resumable, until enough tokens are seen or the
+estimate has settled.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,11 @@ class CollectConfig:
     Attributes:
         tokens: keys to collect, of each site.
         context_length: tokens a row.
-        mask_ratio: 0: the text as it is. A number in (0, 1): each token is masked with that probability. `uniform`: with
-            a probability t ~ U(0, 1) drawn for each row, as in the models' training. Keys are taken at unmasked positions only.
-        settled: stop before `tokens` once the moments of the even and of the odd batches differ, in every site, by
+        mask_ratio: 0: the text as it is. A number in (0, 1): each token is masked with that probability.
+            `uniform`: with a probability t ~ U(0, 1) drawn for each row, as in the models' training. Keys are
+            taken at unmasked positions only.
+        settled: stop before `tokens` once the moments of the even and of the odd batches differ, in every
+            site, by
             less than this fraction: ||C_even - C_odd||_F / ||C_even + C_odd||_F. None: collect all tokens.
         seed: of the masks.
     """
@@ -51,10 +55,15 @@ class CollectConfig:
 
     def __post_init__(self) -> None:
         ratio = self.mask_ratio
-        if not (ratio == "uniform" or (isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and 0 <= ratio < 1)):
+        if not (
+            ratio == "uniform"
+            or (isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and 0 <= ratio < 1)
+        ):
             raise StatisticsError(f"mom2_mask_ratio={ratio!r} must be 0, 'uniform', or a number below 1")
         if self.tokens < 1 or self.context_length < 1:
-            raise StatisticsError(f"{self.tokens} tokens in rows of {self.context_length}: both must be at least 1")
+            raise StatisticsError(
+                f"{self.tokens} tokens in rows of {self.context_length}: both must be at least 1"
+            )
         if self.settled is not None and not 0 < self.settled < 1:
             raise StatisticsError(f"settled={self.settled} must lie between 0 and 1")
 
@@ -71,16 +80,26 @@ class _Sums:
     def add(self, site: str, keys: Tensor) -> None:
         """Add k k^T of some keys to the sum of this batch's parity."""
         if site not in self.sums:
-            self.sums[site] = [torch.zeros(keys.shape[1], keys.shape[1], dtype=torch.float64, device=keys.device) for _ in range(2)]
-        halves = self.sums[site] = [half.to(keys.device) for half in self.sums[site]]  # a checkpoint's come from the disk
+            self.sums[site] = [
+                torch.zeros(keys.shape[1], keys.shape[1], dtype=torch.float64, device=keys.device)
+                for _ in range(2)
+            ]
+        halves = self.sums[site] = [
+            half.to(keys.device) for half in self.sums[site]
+        ]  # a checkpoint's come from the disk
         halves[self.batches % 2].addmm_(keys.T, keys)
 
     def difference(self) -> float:
         """The largest relative difference between the two halves, over sites."""
         if self.batches < 2:
             return float("inf")
-        even = (self.batches + 1) // 2 / self.batches  # shares of the batches, for halves that are one batch apart
-        return max(float((a / even - b / (1 - even)).norm() / (a / even + b / (1 - even)).norm()) for a, b in self.sums.values())
+        even = (
+            (self.batches + 1) // 2 / self.batches
+        )  # shares of the batches, for halves that are one batch apart
+        return max(
+            float((a / even - b / (1 - even)).norm() / (a / even + b / (1 - even)).norm())
+            for a, b in self.sums.values()
+        )
 
 
 def token_rows(adapter: Adapter, source: TextSource, length: int) -> Iterator[Int[Tensor, " length"]]:
@@ -97,24 +116,34 @@ def token_rows(adapter: Adapter, source: TextSource, length: int) -> Iterator[In
 
 @torch.no_grad()
 def collect(
-    adapter: Adapter, sites: Sequence[Site], source: TextSource, config: CollectConfig, checkpoint: Path | None = None, every: float = 60.0
+    adapter: Adapter,
+    sites: Sequence[Site],
+    source: TextSource,
+    config: CollectConfig,
+    checkpoint: Path | None = None,
+    every: float = 60.0,
 ) -> dict[str, SecondMoments]:
     """Second moments of the keys at `sites`, by module name, in one pass over the text.
 
     Args:
-        checkpoint: file that holds the sums of an unfinished run: a run that finds it goes on there; written every `every`
-            seconds and removed by whoever stores the result.
+        checkpoint: file that holds the sums of an unfinished run: a run that finds it goes on there; written
+            every `every` seconds and removed by whoever stores the result.
 
     Raises:
-        StatisticsError: if the text is shorter than `config.tokens`, or text is to be masked for an autoregressive model.
+        StatisticsError: if the text is shorter than `config.tokens`, or text is to be masked for an
+            autoregressive model.
     """
     if config.mask_ratio != 0 and not adapter.masked:
-        raise StatisticsError(f"mom2_mask_ratio={config.mask_ratio!r}: {adapter.name} is autoregressive and has no mask; use 0")
+        raise StatisticsError(
+            f"mom2_mask_ratio={config.mask_ratio!r}: {adapter.name} is autoregressive and has no mask; use 0"
+        )
     sums = _load(checkpoint, sites) if checkpoint is not None and checkpoint.exists() else _Sums()
     rows = token_rows(adapter, source, min(config.context_length, adapter.max_positions))
     next(itertools.islice(rows, sums.rows, sums.rows), None)  # what was read before the interruption
     saved = time.monotonic()
-    with tqdm(total=config.tokens, initial=sums.keys, desc=f"statistics, {len(sites)} layers", unit="tok", delay=2) as bar:
+    with tqdm(
+        total=config.tokens, initial=sums.keys, desc=f"statistics, {len(sites)} layers", unit="tok", delay=2
+    ) as bar:
         while sums.keys < config.tokens and (batch := list(itertools.islice(rows, BATCH_ROWS))):
             before = sums.keys
             _add_batch(adapter, sites, batch, config, sums)
@@ -125,11 +154,16 @@ def collect(
                 _save(checkpoint, sums)
                 saved = time.monotonic()
     if sums.keys < config.tokens and not (config.settled is not None and sums.difference() < config.settled):
-        raise StatisticsError(f"{source.name} gives {sums.keys} tokens, {config.tokens} are wanted: give a longer text or lower mom2_n_tokens")
+        raise StatisticsError(
+            f"{source.name} gives {sums.keys} tokens, {config.tokens} are wanted: give a longer text or lower"
+            " mom2_n_tokens"
+        )
     return {site: SecondMoments(((a + b) / sums.keys).cpu(), sums.keys) for site, (a, b) in sums.sums.items()}
 
 
-def _add_batch(adapter: Adapter, sites: Sequence[Site], batch: list[Tensor], config: CollectConfig, sums: _Sums) -> None:
+def _add_batch(
+    adapter: Adapter, sites: Sequence[Site], batch: list[Tensor], config: CollectConfig, sums: _Sums
+) -> None:
     masked = [_masked(row, sums.rows + i, config) for i, row in enumerate(batch)]
     shown = [torch.where(hidden, adapter.ids.slot, row) for row, hidden in zip(batch, masked)]
     ids, mask = right_padded(shown, adapter.ids.pad, adapter.device)
@@ -159,17 +193,31 @@ class _reading:
 
 
 def _masked(row: Int[Tensor, " length"], number: int, config: CollectConfig) -> Bool[Tensor, " length"]:
-    """Which tokens of a row are masked: a function of seed and row number, so that a resumed run draws the same."""
+    """Which tokens of a row are masked: a function of seed and row number, so that a resumed run draws the
+    same.
+    """
     if config.mask_ratio == 0:
         return torch.zeros(len(row), dtype=torch.bool)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
-    ratio = torch.rand((), generator=generator) if config.mask_ratio == "uniform" else torch.tensor(config.mask_ratio)
+    ratio = (
+        torch.rand((), generator=generator)
+        if config.mask_ratio == "uniform"
+        else torch.tensor(config.mask_ratio)
+    )
     return torch.rand(len(row), generator=generator) < ratio
 
 
 def _save(file: Path, sums: _Sums) -> None:
-    tensors = {f"{name}|{half}": value.cpu() for name, halves in sums.sums.items() for half, value in enumerate(halves)}
-    write_tensors(file, tensors, {"progress": json.dumps({"rows": sums.rows, "keys": sums.keys, "batches": sums.batches})})
+    tensors = {
+        f"{name}|{half}": value.cpu()
+        for name, halves in sums.sums.items()
+        for half, value in enumerate(halves)
+    }
+    write_tensors(
+        file,
+        tensors,
+        {"progress": json.dumps({"rows": sums.rows, "keys": sums.keys, "batches": sums.batches})},
+    )
 
 
 def _load(file: Path, sites: Sequence[Site]) -> _Sums:
@@ -178,10 +226,17 @@ def _load(file: Path, sites: Sequence[Site]) -> _Sums:
         rows, keys, batches = (progress[name] for name in ("rows", "keys", "batches"))
         sums = {site.name: [stored.get_tensor(f"{site.name}|{half}") for half in range(2)] for site in sites}
     if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in (rows, keys, batches)):
-        raise StatisticsError(f"{file} is not the checkpoint of an unfinished collection (progress {progress!r}): remove it")
+        raise StatisticsError(
+            f"{file} is not the checkpoint of an unfinished collection (progress {progress!r}): remove it"
+        )
     for name, halves in sums.items():
-        if any(h.dtype != torch.float64 or h.dim() != 2 or h.shape[0] != h.shape[1] or not h.isfinite().all() for h in halves):
-            raise StatisticsError(f"{file} holds sums of {name} that are no finite square matrices in float64: remove it")
+        if any(
+            h.dtype != torch.float64 or h.dim() != 2 or h.shape[0] != h.shape[1] or not h.isfinite().all()
+            for h in halves
+        ):
+            raise StatisticsError(
+                f"{file} holds sums of {name} that are no finite square matrices in float64: remove it"
+            )
     return _Sums(sums, rows, keys, batches)
 
 

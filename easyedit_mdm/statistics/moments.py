@@ -33,21 +33,27 @@ class SecondMoments:
 
     def ridged(self, eps: int | float = 0.0) -> Float[Tensor, "inner inner"]:
         """C + eps tr(C)/d_k I."""
-        return self.moment + eps * self.moment.diagonal().mean() * torch.eye(len(self.moment), dtype=torch.float64)
+        return self.moment + eps * self.moment.diagonal().mean() * torch.eye(
+            len(self.moment), dtype=torch.float64
+        )
 
     def solve(self, keys: Tensor, eps: int | float = 0.0) -> Tensor:
         """(C + eps tr(C)/d_k I)^-1 keys, by a Cholesky factor that is kept.
 
         Args:
-            keys: one key (inner,) or several as columns (inner, keys); the result has their shape, device and dtype.
+            keys: one key (inner,) or several as columns (inner, keys); the result has their shape, device and
+                dtype.
 
         Raises:
-            StatisticsError: if C is singular: too few tokens for the dimension, or too small a vocabulary; raise either, or eps.
+            StatisticsError: if C is singular: too few tokens for the dimension, or too small a vocabulary;
+                raise either, or eps.
         """
         if eps not in self._factors:
             self._factors[eps] = cholesky(self.ridged(eps), self.tokens)
         columns = keys.detach().double().cpu().reshape(len(self.moment), -1)
-        return torch.cholesky_solve(columns, self._factors[eps]).reshape(keys.shape).to(keys.device, keys.dtype)
+        return (
+            torch.cholesky_solve(columns, self._factors[eps]).reshape(keys.shape).to(keys.device, keys.dtype)
+        )
 
     @cached_property
     def spectrum(self) -> tuple[Float[Tensor, " inner"], Float[Tensor, "inner inner"]]:
@@ -61,14 +67,21 @@ class SecondMoments:
         return torch.linalg.eigvalsh(self.moment).clamp(min=0)
 
     def cheap_figures(self, eps: int | float = 0.0) -> dict[str, int | float]:
-        """`figures` where eigenvalues cost little next to an edit; for wider keys the number of tokens alone (`stats` tells the rest)."""
-        return self.figures(eps) if len(self.moment) <= CHEAP_WIDTH or "eigenvalues" in self.__dict__ else {"tokens": self.tokens}
+        """`figures` where eigenvalues cost little next to an edit; for wider keys the number of tokens alone
+        (`stats` tells the rest).
+        """
+        return (
+            self.figures(eps)
+            if len(self.moment) <= CHEAP_WIDTH or "eigenvalues" in self.__dict__
+            else {"tokens": self.tokens}
+        )
 
     def figures(self, eps: int | float = 0.0) -> dict[str, int | float]:
         """How well the moments are conditioned.
 
-        `condition`: largest over smallest eigenvalue with the ridge. `effective_rank`: exp of the entropy of the normalised
-        eigenvalues (Roy and Vetterli, 2007); near d_k where all directions are used alike, small where few are.
+        `condition`: largest over smallest eigenvalue with the ridge. `effective_rank`: exp of the entropy of
+        the normalised eigenvalues (Roy and Vetterli, 2007); near d_k where all directions are used alike,
+        small where few are.
         """
         values = self.eigenvalues
         ridge = eps * float(values.mean())

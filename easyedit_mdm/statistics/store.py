@@ -1,4 +1,6 @@
-"""Second moments on disk: found where they were made before with the same model, text and settings, made where not."""
+"""Second moments on disk: found where they were made before with the same model, text and settings, made
+where not.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,13 @@ from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.errors import StatisticsError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
-from easyedit_mdm.statistics.collecting import CONTEXT_LENGTH, TOKENS_PER_DIMENSION, CollectConfig, collect, run_name
+from easyedit_mdm.statistics.collecting import (
+    CONTEXT_LENGTH,
+    TOKENS_PER_DIMENSION,
+    CollectConfig,
+    collect,
+    run_name,
+)
 from easyedit_mdm.statistics.moments import SecondMoments
 from easyedit_mdm.statistics.texts import TextSource, text_source
 
@@ -28,7 +36,9 @@ _FIRST_SEEN: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictiona
 
 
 def cache_folder() -> Path:
-    """Where statistics are kept unless a folder is named: `EASYEDIT_MDM_CACHE`, or `easyedit_mdm` in the user's cache folder."""
+    """Where statistics are kept unless a folder is named: `EASYEDIT_MDM_CACHE`, or `easyedit_mdm` in the
+    user's cache folder.
+    """
     named = os.environ.get("EASYEDIT_MDM_CACHE")
     if named:
         return Path(named).expanduser()
@@ -47,25 +57,35 @@ def moments_for(
     seed: int = 0,
     checkpoint_every: float = 60.0,
 ) -> list[SecondMoments]:
-    """Second moments of some sites of the model as it was when they were first asked for: sequential edits keep the
-    statistics of the base model.
+    """Second moments of some sites of the model as it was when they were first asked for: sequential edits
+    keep the statistics of the base model.
 
     Args:
         dataset: see `text_source`.
-        tokens: how many; 10 times the key's dimension by default. Under twice the dimension there is a warning.
+        tokens: how many; 10 times the key's dimension by default. Under twice the dimension there is a
+            warning.
         folder: where they are kept; the user's cache folder by default (`cache_folder`).
         mask_ratio, context_length, settled, seed: see `CollectConfig`.
-        checkpoint_every: seconds after which a collection leaves what it has on the disk, from where the next one goes on.
+        checkpoint_every: seconds after which a collection leaves what it has on the disk, from where the next
+            one goes on.
 
     Raises:
         StatisticsError: if the text does not exist or is too short, or a file is not what its name says.
     """
     source = text_source(dataset)
     inner = max(key_width(adapter, site) for site in sites)
-    config = CollectConfig(tokens or TOKENS_PER_DIMENSION * inner, min(context_length, adapter.max_positions), mask_ratio, settled, seed)
+    config = CollectConfig(
+        tokens or TOKENS_PER_DIMENSION * inner,
+        min(context_length, adapter.max_positions),
+        mask_ratio,
+        settled,
+        seed,
+    )
     if config.tokens < 2 * inner:
         warnings.warn(
-            f"{config.tokens} tokens for keys of {inner} dimensions: second moments want at least {2 * inner}, better {10 * inner}", stacklevel=2
+            f"{config.tokens} tokens for keys of {inner} dimensions: second moments want at least"
+            f" {2 * inner}, better {10 * inner}",
+            stacklevel=2,
         )
     cache = _IN_MEMORY.setdefault(adapter.native, {})
     wanted = {site.name: (site.name, source.fingerprint, config, adapter.attention) for site in sites}
@@ -97,33 +117,53 @@ def _settings(model: str, source: TextSource, config: CollectConfig) -> dict[str
 
 
 def _blocks(adapter: Adapter) -> dict[str, Any]:
-    """Who sees whom, where it is not all or the left: the same weights have other keys under another block."""
+    """Who sees whom, where it is not all or the left: the same weights have other keys under another
+    block.
+    """
     plain = adapter.attention.full or adapter.attention.causal
     return {} if plain else {"attention": asdict(adapter.attention)}
 
 
 def _read_or_collect(
-    adapter: Adapter, sites: Sequence[Site], source: TextSource, config: CollectConfig, folder: Path, every: float
+    adapter: Adapter,
+    sites: Sequence[Site],
+    source: TextSource,
+    config: CollectConfig,
+    folder: Path,
+    every: float,
 ) -> dict[str, SecondMoments]:
-    """From the files of the model as it was first seen, else of the model as it is now; what is in neither is collected.
+    """From the files of the model as it was first seen, else of the model as it is now; what is in neither is
+    collected.
 
-    The fingerprint is taken anew each time: a model that was edited since must not leave its statistics under the base model's name.
+    The fingerprint is taken anew each time: a model that was edited since must not leave its statistics under
+    the base model's name.
     """
     now = model_fingerprint(adapter.native)
     found: dict[str, SecondMoments] = {}
     for model in dict.fromkeys((_FIRST_SEEN.setdefault(adapter.native, now), now)):
         settings = _settings(model, source, config) | _blocks(adapter)
-        files = {site.name: folder / f"mom2-{site.name}-{run_name(settings, [site])}.safetensors" for site in sites}
-        found |= {name: read(file, model) for name, file in files.items() if name not in found and file.exists()}
-    # settings and files are those of the model as it is now; the checkpoint is named after all sites asked for, so that a run that was
-    # killed between the writing of two results, or after the last, is found again by the next that asks for the same
+        files = {
+            site.name: folder / f"mom2-{site.name}-{run_name(settings, [site])}.safetensors" for site in sites
+        }
+        found |= {
+            name: read(file, model) for name, file in files.items() if name not in found and file.exists()
+        }
+    # settings and files are those of the model as it is now; the checkpoint is named after all sites asked
+    # for, so that a run that was
+    # killed between the writing of two results, or after the last, is found again by the next that asks for
+    # the same
     checkpoint = folder / f"unfinished-{run_name(settings, sites)}.safetensors"
     absent = [site for site in sites if site.name not in found]
     if absent:
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
         for name, moments in collect(adapter, absent, source, config, checkpoint, every).items():
-            moments.settings = {**settings, "site": name, "tokens_seen": moments.tokens, "dataset": source.name}
+            moments.settings = {
+                **settings,
+                "site": name,
+                "tokens_seen": moments.tokens,
+                "dataset": source.name,
+            }
             write(files[name], moments)
             found[name] = moments
     if checkpoint.exists():
@@ -138,7 +178,9 @@ def write(file: Path, moments: SecondMoments) -> None:
     Raises:
         FileError: if the file cannot be written.
     """
-    write_tensors(file, {"moment": moments.moment}, {"settings": json.dumps(moments.settings, sort_keys=True)})
+    write_tensors(
+        file, {"moment": moments.moment}, {"settings": json.dumps(moments.settings, sort_keys=True)}
+    )
 
 
 def read(file: str | Path, model: str | None = None) -> SecondMoments:
@@ -151,17 +193,30 @@ def read(file: str | Path, model: str | None = None) -> SecondMoments:
         StatisticsError: if it is no such file, holds NaN or is not square, or belongs to another model.
     """
     with opened_tensors(
-        Path(file), StatisticsError, "a file of second moments", "remove it, or collect them again with easyedit-mdm stats"
+        Path(file),
+        StatisticsError,
+        "a file of second moments",
+        "remove it, or collect them again with easyedit-mdm stats",
     ) as stored:
         settings = json.loads((stored.metadata() or {}).get("settings", "null"))
         moment = stored.get_tensor("moment")
         tokens = int(settings.get("tokens_seen", 0)) if isinstance(settings, dict) else 0
-    if not isinstance(settings, dict) or moment.dim() != 2 or moment.shape[0] != moment.shape[1] or not moment.is_floating_point():
-        raise StatisticsError(f"{file} holds no usable second moments (shape {tuple(moment.shape)}, {moment.dtype}): remove it")
+    if (
+        not isinstance(settings, dict)
+        or moment.dim() != 2
+        or moment.shape[0] != moment.shape[1]
+        or not moment.is_floating_point()
+    ):
+        raise StatisticsError(
+            f"{file} holds no usable second moments (shape {tuple(moment.shape)}, {moment.dtype}): remove it"
+        )
     if not moment.double().isfinite().all() or not moment.numel():
-        raise StatisticsError(f"{file} holds no usable second moments (NaN or infinity, or nothing): remove it")
+        raise StatisticsError(
+            f"{file} holds no usable second moments (NaN or infinity, or nothing): remove it"
+        )
     if model is not None and settings.get("model") != model:
         raise StatisticsError(
-            f"{file} holds statistics of another model ({str(settings.get('model'))[:12]}..., this one is {model[:12]}...): collect them again"
+            f"{file} holds statistics of another model ({str(settings.get('model'))[:12]}..., this one is"
+            f" {model[:12]}...): collect them again"
         )
     return SecondMoments(moment.double(), tokens, settings)

@@ -31,8 +31,9 @@ class TextSource:
 
 
 def text_source(name: str | Path) -> TextSource:
-    """Find a text: a path (`.jsonl` / `.json`: one object a line with a `text`), a shipped text such as `twins`, or
-    `datasets:NAME[:CONFIG[:SPLIT]]` (split `train` by default), which is the only form that may use the network.
+    """Find a text: a path (`.jsonl` / `.json`: one object a line with a `text`), a shipped text such as
+    `twins`, or `datasets:NAME[:CONFIG[:SPLIT]]` (split `train` by default), which is the only form that may
+    use the network.
 
     Raises:
         StatisticsError: if it is none of these.
@@ -46,8 +47,9 @@ def text_source(name: str | Path) -> TextSource:
     if not path.is_file():
         known = [p.stem for p in SHIPPED.glob("*.txt")]
         raise StatisticsError(
-            f"mom2_dataset {text!r} is not a file{did_you_mean(text, known)} Give a plain-text file, JSON lines (.jsonl), a data set as "
-            f"datasets:NAME:CONFIG:SPLIT, or one of the shipped texts: {', '.join(known)}"
+            f"mom2_dataset {text!r} is not a file{did_you_mean(text, known)} Give a plain-text file, JSON"
+            " lines (.jsonl), a data set as datasets:NAME:CONFIG:SPLIT, or one of the shipped texts:"
+            f" {', '.join(known)}"
         )
     read = _json_lines if path.suffix in (".jsonl", ".json") else _blocks
     return TextSource(text, _file_hash(path), lambda: read(path))
@@ -62,7 +64,9 @@ def _file_hash(path: Path) -> str:
 
 
 def _blocks(path: Path) -> Iterator[str]:
-    """A plain text in pieces of about 64 k characters that end with a line, so that a large file need not fit in memory."""
+    """A plain text in pieces of about 64 k characters that end with a line, so that a large file need not fit
+    in memory.
+    """
     try:
         with path.open(encoding="utf-8") as stream:
             while block := stream.read(_BLOCK):
@@ -79,9 +83,13 @@ def _json_lines(path: Path) -> Iterator[str]:
             try:
                 text = json.loads(line.decode("utf-8"))["text"]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise StatisticsError(f"{path}, line {number}: no JSON object with a 'text' ({error!r})") from error
+                raise StatisticsError(
+                    f"{path}, line {number}: no JSON object with a 'text' ({error!r})"
+                ) from error
             if not isinstance(text, str):
-                raise StatisticsError(f"{path}, line {number}: 'text' is a {type(text).__name__}, not a string")
+                raise StatisticsError(
+                    f"{path}, line {number}: 'text' is a {type(text).__name__}, not a string"
+                )
             yield text
 
 
@@ -94,7 +102,11 @@ def _data_set(name: str) -> TextSource:
     config, split = (rest[0] or None) if rest else None, rest[1] if len(rest) > 1 else "train"
     try:
         folder = Path(path).expanduser()
-        found = datasets.load_from_disk(str(folder)) if folder.is_dir() else datasets.load_dataset(path, config, split=split)
+        found = (
+            datasets.load_from_disk(str(folder))
+            if folder.is_dir()
+            else datasets.load_dataset(path, config, split=split)
+        )
     except Exception as error:
         raise StatisticsError(f"{name}: datasets cannot load it ({type(error).__name__}: {error})") from error
     found = found[split] if isinstance(found, datasets.DatasetDict) else found

@@ -6,6 +6,7 @@ from easyedit_mdm.tracing.facts import CLASSES, Checked, TracedFact, check_known
 from easyedit_mdm.tracing.restoring import KINDS, Runs
 
 __all__ = [
-    "CLASSES", "CORRUPTIONS", "KINDS", "MEASURES", "Checked", "Corruption", "FactTrace", "Runs", "StateTrace", "TraceConfig", "TracedFact",
+    "CLASSES", "CORRUPTIONS", "KINDS", "MEASURES", "Checked", "Corruption", "FactTrace", "Runs", "StateTrace",
+    "TraceConfig", "TracedFact",
     "check_known", "own_answer", "read_facts", "trace_fact", "trace_facts",
 ]  # fmt: skip

@@ -1,4 +1,6 @@
-"""Traces put into numbers: average indirect effects by layer, the layers that light up, and two models held side by side."""
+"""Traces put into numbers: average indirect effects by layer, the layers that light up, and two models held
+side by side.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,18 @@ def group_of(state: dict[str, Any]) -> str:
     return "some" if state["k"] else "none"
 
 
-def fact_profile(fact: dict[str, Any], group: str, kind: str, measure: str, name: str) -> Float[np.ndarray, " layers"] | None:
-    """Indirect effect of a fact by layer: the mean over a class's tokens and the group's states; None where it has none of either."""
+def fact_profile(
+    fact: dict[str, Any], group: str, kind: str, measure: str, name: str
+) -> Float[np.ndarray, " layers"] | None:
+    """Indirect effect of a fact by layer: the mean over a class's tokens and the group's states; None where
+    it has none of either.
+    """
     at = [i for i, found in enumerate(fact["classes"]) if found == name]
-    tables = [s["effects"][kind][measure] for s in fact["states"] if group_of(s) == group and measure in s["effects"][kind]]
+    tables = [
+        s["effects"][kind][measure]
+        for s in fact["states"]
+        if group_of(s) == group and measure in s["effects"][kind]
+    ]
     return np.array(tables)[:, :, at].mean(axis=(0, 2)) if at and tables else None
 
 
@@ -36,34 +46,53 @@ def averages(facts: Sequence[dict[str, Any]], seed: int = 0, resamples: int = 20
         facts: records of traced facts.
 
     Returns:
-        `{group: {kind: {measure: {class: {"mean": [by layer], "low", "high", "n", "subjects"}}}}}`; what no fact has is absent.
+        `{group: {kind: {measure: {class: {"mean": [by layer], "low", "high", "n", "subjects"}}}}}`; what no
+        fact has is absent.
     """
     result: dict[str, Any] = {}
     subjects = [fact["subject"] for fact in facts]
-    for group, kind, measure, name in ((g, k, m, c) for g in GROUPS for k in KINDS for m in MEASURES for c in CLASSES):
+    for group, kind, measure, name in (
+        (g, k, m, c) for g in GROUPS for k in KINDS for m in MEASURES for c in CLASSES
+    ):
         found = [fact_profile(fact, group, kind, measure, name) for fact in facts]
         kept = [(profile, subject) for profile, subject in zip(found, subjects) if profile is not None]
         if kept:
-            table = _estimates(np.stack([profile for profile, _ in kept]), [subject for _, subject in kept], seed, resamples)
+            table = _estimates(
+                np.stack([profile for profile, _ in kept]), [subject for _, subject in kept], seed, resamples
+            )
             result.setdefault(group, {}).setdefault(kind, {}).setdefault(measure, {})[name] = table
     return result
 
 
-def _estimates(values: Float[np.ndarray, "facts layers"], subjects: list[str], seed: int, resamples: int) -> dict[str, Any]:
+def _estimates(
+    values: Float[np.ndarray, "facts layers"], subjects: list[str], seed: int, resamples: int
+) -> dict[str, Any]:
     each = [bootstrap_mean(column.tolist(), subjects, seed, resamples) for column in values.T]
-    return {**{key: [e[key] for e in each] for key in ("mean", "low", "high")}, "n": each[0]["n"], "subjects": each[0]["subjects"]}
+    return {
+        **{key: [e[key] for e in each] for key in ("mean", "low", "high")},
+        "n": each[0]["n"],
+        "subjects": each[0]["subjects"],
+    }
 
 
 def totals(facts: Sequence[dict[str, Any]], seed: int = 0, resamples: int = 2000) -> dict[str, Any]:
-    """Means over facts of every measure in the clean and the corrupted run, `{group: {measure: {"clean", "corrupted"}}}`, and of the whole
-    answer's likelihood under `joint`."""
+    """Means over facts of every measure in the clean and the corrupted run, `{group: {measure: {"clean",
+    "corrupted"}}}`, and of the whole answer's likelihood under `joint`."""
     subjects = [fact["subject"] for fact in facts]
     result: dict[str, Any] = {}
     for group, measure in ((g, m) for g in GROUPS for m in MEASURES):
-        runs = {run: [_mean_of(_state_values(fact, group, run, measure)) for fact in facts] for run in ("clean", "corrupted")}
+        runs = {
+            run: [_mean_of(_state_values(fact, group, run, measure)) for fact in facts]
+            for run in ("clean", "corrupted")
+        }
         if any(value is not None for value in runs["clean"]):
-            result.setdefault(group, {})[measure] = {run: bootstrap_mean(values, subjects, seed, resamples) for run, values in runs.items()}
-    joint = {run: bootstrap_mean([fact["joint"][run] for fact in facts], subjects, seed, resamples) for run in ("clean", "corrupted")}
+            result.setdefault(group, {})[measure] = {
+                run: bootstrap_mean(values, subjects, seed, resamples) for run, values in runs.items()
+            }
+    joint = {
+        run: bootstrap_mean([fact["joint"][run] for fact in facts], subjects, seed, resamples)
+        for run in ("clean", "corrupted")
+    }
     return {**result, "joint": {**joint, "methods": sorted({fact["joint"]["method"] for fact in facts})}}
 
 
@@ -85,41 +114,68 @@ def ranges(layers: Sequence[int]) -> str:
     """`[0, 1, 2, 5]` -> `0-2, 5`; `none` without layers."""
     starts = [layer for layer in layers if layer - 1 not in layers]
     ends = [layer for layer in layers if layer + 1 not in layers]
-    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in zip(starts, ends)) or "none"
+    return (
+        ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in zip(starts, ends))
+        or "none"
+    )
 
 
 def peaks(average: dict[str, Any], measure: str = "probability") -> list[dict[str, Any]]:
-    """Where each class's effect is largest: `{"group", "kind", "class", "layer", "effect", "low", "high", "n", "band"}`."""
+    """Where each class's effect is largest: `{"group", "kind", "class", "layer", "effect", "low", "high",
+    "n", "band"}`.
+    """
     rows = []
     for group, kinds in average.items():
         for kind, measures in kinds.items():
             for name, table in measures.get(measure, {}).items():
                 layer = int(np.argmax(table["mean"]))
-                figures = {"effect": table["mean"][layer], "low": table["low"][layer], "high": table["high"][layer], "n": table["n"]}
-                rows.append({"group": group, "kind": kind, "class": name, "layer": layer, **figures, "band": band(table["mean"])})
+                figures = {
+                    "effect": table["mean"][layer],
+                    "low": table["low"][layer],
+                    "high": table["high"][layer],
+                    "n": table["n"],
+                }
+                rows.append(
+                    {
+                        "group": group,
+                        "kind": kind,
+                        "class": name,
+                        "layer": layer,
+                        **figures,
+                        "band": band(table["mean"]),
+                    }
+                )
     return rows
 
 
 def side_by_side(
-    names: Sequence[str], models: Sequence[dict[str, Any]], at: str = "subject_last", measure: str = "probability"
+    names: Sequence[str],
+    models: Sequence[dict[str, Any]],
+    at: str = "subject_last",
+    measure: str = "probability",
 ) -> list[dict[str, Any]]:
     """Every two models, kind by kind: do the same layers light up?
 
-    Profiles over layers are laid over each other by relative depth. `overlap` is the share of depth that lies in both bands, of what
-    lies in either; `correlation` is Pearson's, None where a profile is flat.
+    Profiles over layers are laid over each other by relative depth. `overlap` is the share of depth that lies
+    in both bands, of what lies in either; `correlation` is Pearson's, None where a profile is flat.
 
     Returns:
-        `{"first", "second", "kind", "peaks": [layer, layer], "bands": [[...], [...]], "overlap", "correlation"}` each.
+        `{"first", "second", "kind", "peaks": [layer, layer], "bands": [[...], [...]], "overlap",
+        "correlation"}` each.
     """
     rows = []
     for (a, first), (b, second) in combinations(list(zip(names, models)), 2):
         for kind in KINDS:
-            tables = [m["averages"].get("none", {}).get(kind, {}).get(measure, {}).get(at) for m in (first, second)]
+            tables = [
+                m["averages"].get("none", {}).get(kind, {}).get(measure, {}).get(at) for m in (first, second)
+            ]
             if None in tables:
                 continue
             profiles = [table["mean"] for table in tables]
-            rows.append({"first": a, "second": b, "kind": kind, "peaks": [int(np.argmax(p)) for p in profiles], "bands": [band(p) for p in profiles],
-                         "overlap": _overlap(*profiles), "correlation": correlation(*(_by_depth(p) for p in profiles))})  # fmt: skip
+            rows.append({"first": a, "second": b, "kind": kind,
+                "peaks": [int(np.argmax(p)) for p in profiles], "bands": [band(p) for p in profiles],
+                         "overlap": _overlap(*profiles),
+                         "correlation": correlation(*(_by_depth(p) for p in profiles))})  # fmt: skip
     return rows
 
 

@@ -1,12 +1,14 @@
-"""Indirect effects of a fact: for each layer and token, how much of the answer comes back when that state alone is restored.
+"""Indirect effects of a fact: for each layer and token, how much of the answer comes back when that state
+alone is restored.
 
     IE(layer, token) = m(restored there) - m(corrupted),    averaged over the corruption's samples,
 
-with m one of `MEASURES`: the joint probability of the slots that are read, its logarithm, or (masked models) the final log-probability of
-`tracing.temporal`. In a state S of a masked model the joint is sum_{i not in S} log p(y_i | prompt, y_S), the slots read side by side in
-one pass: at N - |S| = 1, and for N = 1, it is exact; beyond, it is what one denoising step sees, and cheap. On an
-autoregressive model it is the exact sum_i log p(y_i | prompt, y_<i). The answer's whole likelihood, any-order and exact up to five
-tokens, stands beside it for the clean and the corrupted run.
+with m one of `MEASURES`: the joint probability of the slots that are read, its logarithm, or (masked models)
+the final log-probability of `tracing.temporal`. In a state S of a masked model the joint is sum_{i not in S}
+log p(y_i | prompt, y_S), the slots read side by side in one pass: at N - |S| = 1, and for N = 1, it is exact;
+beyond, it is what one denoising step sees, and cheap. On an autoregressive model it is the exact sum_i log
+p(y_i | prompt, y_<i). The answer's whole likelihood, any-order and exact up to five tokens, stands beside it
+for the clean and the corrupted run.
 """
 
 from __future__ import annotations
@@ -44,11 +46,13 @@ class TraceConfig:
         corrupt: a name in `CORRUPTIONS`.
         level: standard deviations of the noise, in those of the embeddings.
         samples: corrupted runs a fact (`mask` has one, `replace` no more than there are other subjects).
-        window: layers whose MLP or attention outputs are restored together; None means ROME's share, 10 of 48, at least one.
-        revealed: numbers k of slots that show their right token; each gives one state. None means 0 and half of them. Numbers as
-            large as the answer are left out, and autoregressive models have one state whatever this says.
-        reveal: which k slots: those that the model itself writes first (`path`, so that the state is step k of its own
-            denoising), or `random` ones.
+        window: layers whose MLP or attention outputs are restored together; None means ROME's share, 10 of
+            48, at least one.
+        revealed: numbers k of slots that show their right token; each gives one state. None means 0 and half
+            of them. Numbers as large as the answer are left out, and autoregressive models have one state
+            whatever this says.
+        reveal: which k slots: those that the model itself writes first (`path`, so that the state is step k
+            of its own denoising), or `random` ones.
         max_rows: rows of one forward pass.
         seed: of noise, other subjects and random slots.
     """
@@ -71,9 +75,13 @@ class TraceConfig:
             if value is not None and value < 1:
                 raise HyperParameterError(f"trace setting {name}={value!r} must be at least 1")
         if not 0 < self.level < float("inf"):
-            raise HyperParameterError(f"trace setting level={self.level!r} must be positive: with no noise nothing is corrupted")
+            raise HyperParameterError(
+                f"trace setting level={self.level!r} must be positive: with no noise nothing is corrupted"
+            )
         if self.revealed is not None and (not self.revealed or min(self.revealed) < 0):
-            raise HyperParameterError(f"trace setting revealed={self.revealed!r}: give numbers of revealed slots, 0 for none")
+            raise HyperParameterError(
+                f"trace setting revealed={self.revealed!r}: give numbers of revealed slots, 0 for none"
+            )
 
     def window_for(self, layers: int) -> int:
         """Layers restored together in a model of `layers` layers."""
@@ -106,8 +114,17 @@ class StateTrace:
 
     def record(self) -> dict[str, Any]:
         """As JSON holds it."""
-        effects = {kind: {name: _rounded(values) for name, values in table.items()} for kind, table in self.effects.items()}
-        return {"revealed": self.revealed, "k": len(self.revealed), "clean": self.clean, "corrupted": self.corrupted, "effects": effects}
+        effects = {
+            kind: {name: _rounded(values) for name, values in table.items()}
+            for kind, table in self.effects.items()
+        }
+        return {
+            "revealed": self.revealed,
+            "k": len(self.revealed),
+            "clean": self.clean,
+            "corrupted": self.corrupted,
+            "effects": effects,
+        }
 
 
 @dataclass(frozen=True)
@@ -134,8 +151,10 @@ class FactTrace:
     def record(self) -> dict[str, Any]:
         """As JSON holds it."""
         return {
-            **asdict(self.placed.fact), "n_tokens": len(self.placed.answer), "tokens": self.tokens, "classes": self.classes, "samples": self.samples,
-            "joint": self.joint, "states": [state.record() for state in self.states], "forwards": self.passes, "rows": self.rows,
+            **asdict(self.placed.fact), "n_tokens": len(self.placed.answer), "tokens": self.tokens,
+            "classes": self.classes, "samples": self.samples,
+            "joint": self.joint, "states": [state.record() for state in self.states], "forwards": self.passes,
+            "rows": self.rows,
             "seconds": round(self.seconds, 3),
         }  # fmt: skip
 
@@ -145,7 +164,11 @@ def _rounded(values: Tensor) -> list[list[float]]:
 
 
 def trace_facts(
-    adapter: Adapter, facts: Sequence[TracedFact], config: TraceConfig = TraceConfig(), others: Sequence[str] = (), progress: bool = True
+    adapter: Adapter,
+    facts: Sequence[TracedFact],
+    config: TraceConfig = TraceConfig(),
+    others: Sequence[str] = (),
+    progress: bool = True,
 ) -> tuple[list[FactTrace], list[dict[str, str]]]:
     """Trace facts one after the other, with a bar over their layers.
 
@@ -153,7 +176,8 @@ def trace_facts(
         others: other subjects, for the corruption `replace`.
 
     Returns:
-        the traces, and `{"prompt", "reason"}` of each fact that could not be corrupted (no other subject has as many tokens).
+        the traces, and `{"prompt", "reason"}` of each fact that could not be corrupted (no other subject has
+        as many tokens).
 
     Raises:
         RequestError: if that is so for all of them.
@@ -168,7 +192,9 @@ def trace_facts(
             except RequestError as reason:
                 left_out.append({"prompt": one.fact.prompt, "reason": str(reason)})
     if not traces:
-        raise RequestError(f"no fact could be traced; the first: {left_out[0]['reason'] if left_out else 'none was given'}")
+        raise RequestError(
+            f"no fact could be traced; the first: {left_out[0]['reason'] if left_out else 'none was given'}"
+        )
     return traces, left_out
 
 
@@ -177,7 +203,11 @@ def _states_of(adapter: Adapter, placed: Placed, config: TraceConfig) -> int:
 
 
 def trace_fact(
-    adapter: Adapter, fact: TracedFact, config: TraceConfig = TraceConfig(), others: Sequence[str] = (), tick: Callable[[], Any] = lambda: None
+    adapter: Adapter,
+    fact: TracedFact,
+    config: TraceConfig = TraceConfig(),
+    others: Sequence[str] = (),
+    tick: Callable[[], Any] = lambda: None,
 ) -> FactTrace:
     """Trace one fact; whether the model knows it is for the caller to check (`tracing.check_known`).
 
@@ -195,41 +225,68 @@ def trace_fact(
     window = config.window_for(adapter.layers)
     with counting(adapter) as count:
         revealed = _revealed(adapter, placed, config, generator)
-        states = [trace_state(Runs(adapter, placed, corruption, shown, window, config.max_rows), tick) for shown in revealed]
+        states = [
+            trace_state(Runs(adapter, placed, corruption, shown, window, config.max_rows), tick)
+            for shown in revealed
+        ]
         joint = whole_likelihood(adapter, placed, corruption)
     slots = len(placed.answer) if adapter.masked else len(placed.answer) - 1
-    return _told(adapter, placed, slots, corruption.samples, joint, states, count, time.perf_counter() - began)
+    return _told(
+        adapter, placed, slots, corruption.samples, joint, states, count, time.perf_counter() - began
+    )
 
 
 def _told(
-    adapter: Adapter, placed: Placed, slots: int, samples: int, joint: dict[str, Any], states: list[StateTrace], count: Count, seconds: float
+    adapter: Adapter,
+    placed: Placed,
+    slots: int,
+    samples: int,
+    joint: dict[str, Any],
+    states: list[StateTrace],
+    count: Count,
+    seconds: float,
 ) -> FactTrace:
     shown = [adapter.ids.slot] * slots if adapter.masked else placed.answer[:slots].tolist()
     tokens = [adapter.tokenizer.decode([t]) for t in placed.ids.tolist() + shown]
-    return FactTrace(placed, tokens, placed.classes(slots), samples, joint, states, count.passes, count.rows, seconds)
+    return FactTrace(
+        placed, tokens, placed.classes(slots), samples, joint, states, count.passes, count.rows, seconds
+    )
 
 
-def _revealed(adapter: Adapter, placed: Placed, config: TraceConfig, generator: torch.Generator) -> list[Bool[Tensor, " slots"]]:
+def _revealed(
+    adapter: Adapter, placed: Placed, config: TraceConfig, generator: torch.Generator
+) -> list[Bool[Tensor, " slots"]]:
     """The states to trace: which slots of the answer show their token in each."""
     slots = len(placed.answer)
     if not adapter.masked:
         return [torch.zeros(slots, dtype=torch.bool)]
     counts = config.counts(slots)
     if not counts:
-        raise RequestError(f"{placed.fact.answer!r} has {slots} tokens: none of revealed={config.revealed} leaves a slot to read")
+        raise RequestError(
+            f"{placed.fact.answer!r} has {slots} tokens: none of revealed={config.revealed} leaves a slot to"
+            " read"
+        )
     if config.reveal == "random":
         blocks = adapter.attention.blocks(len(placed.ids), slots)
         starts = [sum(blocks[:i]) for i in range(len(blocks))]
-        order = torch.cat([start + torch.randperm(size, generator=generator) for start, size in zip(starts, blocks)])
+        order = torch.cat(
+            [start + torch.randperm(size, generator=generator) for start, size in zip(starts, blocks)]
+        )
     else:
-        order = decode(adapter, [placed.ids], [slots])[0].step.argsort() if max(counts) else torch.arange(slots)
+        order = (
+            decode(adapter, [placed.ids], [slots])[0].step.argsort() if max(counts) else torch.arange(slots)
+        )
     return [torch.zeros(slots, dtype=torch.bool).index_fill(0, order[:k], True) for k in counts]
 
 
 def trace_state(runs: Runs, tick: Callable[[], Any] = lambda: None) -> StateTrace:
-    """Restore every layer at every token, for each kind, from every corrupted run; all tokens and samples of a layer go through together."""
+    """Restore every layer at every token, for each kind, from every corrupted run; all tokens and samples of
+    a layer go through together.
+    """
     layers, samples = runs.adapter.layers, runs.corruption.samples
-    where = torch.eye(runs.tokens, runs.placed.length, dtype=torch.bool).repeat_interleave(samples, 0)  # tokens * samples rows
+    where = torch.eye(runs.tokens, runs.placed.length, dtype=torch.bool).repeat_interleave(
+        samples, 0
+    )  # tokens * samples rows
     which = torch.arange(samples).repeat(runs.tokens)
     corrupted = _measured(runs, runs.corrupted, torch.arange(samples))
     effects = {}
@@ -238,12 +295,19 @@ def trace_state(runs: Runs, tick: Callable[[], Any] = lambda: None) -> StateTrac
         for layer in range(layers):
             answers.append(runs.restored(kind, layer, where, which))
             tick()
-        every = Answer(*(torch.cat([getattr(a, name) for a in answers]) for name in ("right", "token", "sure")))
+        every = Answer(
+            *(torch.cat([getattr(a, name) for a in answers]) for name in ("right", "token", "sure"))
+        )
         measured = _measured(runs, every, which.repeat(layers))
-        effects[kind] = {name: values.view(layers, runs.tokens, samples).mean(2) - corrupted[name].mean() for name, values in measured.items()}
+        effects[kind] = {
+            name: values.view(layers, runs.tokens, samples).mean(2) - corrupted[name].mean()
+            for name, values in measured.items()
+        }
     clean = {name: float(values[0]) for name, values in _measured(runs, runs.clean, None).items()}
     shown = [i for i in range(len(runs.placed.answer)) if i not in runs.hidden.tolist()]
-    return StateTrace(shown, clean, {name: float(values.mean()) for name, values in corrupted.items()}, effects)
+    return StateTrace(
+        shown, clean, {name: float(values.mean()) for name, values in corrupted.items()}, effects
+    )
 
 
 def _measured(runs: Runs, answer: Answer, samples: Tensor | None) -> dict[str, Float[Tensor, " rows"]]:
@@ -253,7 +317,9 @@ def _measured(runs: Runs, answer: Answer, samples: Tensor | None) -> dict[str, F
 
 
 def whole_likelihood(adapter: Adapter, placed: Placed, corruption: Corruption) -> dict[str, Any]:
-    """log p(answer | prompt), clean and as the mean over corrupted runs: causal, or any-order (exact), or beyond five tokens from left to right."""
+    """log p(answer | prompt), clean and as the mean over corrupted runs: causal, or any-order (exact), or
+    beyond five tokens from left to right.
+    """
     slots = Slots(adapter.attention.blocks(len(placed.ids), len(placed.answer)))
     method = "causal" if not adapter.masked else "exact" if slots.states <= MOST_STATES else "left_to_right"
     corrupted = []

@@ -1,4 +1,6 @@
-"""Facts to trace: read from files, found in a prompt's tokens, and checked: only what a model knows can be traced in it."""
+"""Facts to trace: read from files, found in a prompt's tokens, and checked: only what a model knows can be
+traced in it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from easyedit_mdm.errors import DataError, RequestError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.prompts import encode, span, target_ids
 
-# where in a row a token stands; a subject of one token is its last, and a subject that ends the prompt stays the subject
+# where in a row a token stands; a subject of one token is its last, and a subject that ends the prompt stays
+# the subject
 CLASSES = {
     "before": "before the subject",
     "subject_first": "first subject token",
@@ -47,10 +50,15 @@ class TracedFact:
         """
         for name, text in vars(self).items():
             if not text.strip():
-                raise RequestError(f"{name} is {text!r}: a fact has a prompt, a subject and an answer that are not empty")
+                raise RequestError(
+                    f"{name} is {text!r}: a fact has a prompt, a subject and an answer that are not empty"
+                )
         start = self.prompt.find("{}" if "{}" in self.prompt else self.subject)
         if start < 0:
-            raise RequestError(f"subject {self.subject!r} is not in prompt {self.prompt!r}: it is the subject that is corrupted")
+            raise RequestError(
+                f"subject {self.subject!r} is not in prompt {self.prompt!r}: it is the subject that is"
+                " corrupted"
+            )
         return self.prompt.replace("{}", self.subject, 1).rstrip(), start
 
 
@@ -77,7 +85,12 @@ class Placed:
 
     def classes(self, slots: int) -> list[str]:
         """The class (a key of `CLASSES`) of every token of the prompt and of the first `slots` slots."""
-        names = ["before"] * self.first + ["subject_middle"] * (self.end - self.first) + ["further"] * (len(self.ids) - self.end) + ["slots"] * slots
+        names = (
+            ["before"] * self.first
+            + ["subject_middle"] * (self.end - self.first)
+            + ["further"] * (len(self.ids) - self.end)
+            + ["slots"] * slots
+        )
         names[self.first] = "subject_first"
         names[self.end - 1] = "subject_last"
         if self.end < len(self.ids):
@@ -95,7 +108,10 @@ def place(adapter: Adapter, fact: TracedFact) -> Placed:
     ids, first, last = span(adapter, text, start, start + len(fact.subject))
     placed = Placed(fact, torch.tensor(ids), first, last + 1, target_ids(adapter, text, fact.answer))
     if placed.length > adapter.max_positions:
-        raise RequestError(f"{fact.prompt!r} and {fact.answer!r} take {placed.length} tokens; {adapter.name} has {adapter.max_positions} positions")
+        raise RequestError(
+            f"{fact.prompt!r} and {fact.answer!r} take {placed.length} tokens; {adapter.name} has"
+            f" {adapter.max_positions} positions"
+        )
     return placed
 
 
@@ -119,11 +135,20 @@ class Checked:
 
     def record(self) -> dict[str, Any]:
         """As it goes into records; the facts themselves stand with their traces."""
-        return {"asked": self.asked, "known": self.known, "known_by_all": len(self.facts), "unknown": self.unknown, "unusable": self.unusable}
+        return {
+            "asked": self.asked,
+            "known": self.known,
+            "known_by_all": len(self.facts),
+            "unknown": self.unknown,
+            "unusable": self.unusable,
+        }
 
 
-def check_known(adapters: Sequence[Adapter], facts: Sequence[TracedFact], limit: int | None = None, progress: bool = True) -> Checked:
-    """Ask facts until `limit` are known to all models: written exactly, over as many slots as the answer has tokens, greedily.
+def check_known(
+    adapters: Sequence[Adapter], facts: Sequence[TracedFact], limit: int | None = None, progress: bool = True
+) -> Checked:
+    """Ask facts until `limit` are known to all models: written exactly, over as many slots as the answer has
+    tokens, greedily.
 
     Args:
         adapters: models of different names.
@@ -144,15 +169,20 @@ def check_known(adapters: Sequence[Adapter], facts: Sequence[TracedFact], limit:
             if limit is not None and len(found.facts) == limit:
                 break
     if not found.facts:
-        told = [f"{u['prompt']!r} gives {u['written']}, not {u['answer']!r}" for u in found.unknown[:3]] + [u["reason"] for u in found.unusable[:3]]
+        told = [f"{u['prompt']!r} gives {u['written']}, not {u['answer']!r}" for u in found.unknown[:3]] + [
+            u["reason"] for u in found.unusable[:3]
+        ]
         reasons = "; ".join(told)
         raise DataError(
-            f"none of {len(facts)} facts is known, so there is nothing to trace: {reasons}. Give facts (--known) that the model writes itself"
+            f"none of {len(facts)} facts is known, so there is nothing to trace: {reasons}. Give facts"
+            " (--known) that the model writes itself"
         )
     return found
 
 
-def _ask(adapters: Sequence[Adapter], facts: Sequence[TracedFact], found: Checked) -> list[tuple[TracedFact, dict[str, tuple[bool, str]]]]:
+def _ask(
+    adapters: Sequence[Adapter], facts: Sequence[TracedFact], found: Checked
+) -> list[tuple[TracedFact, dict[str, tuple[bool, str]]]]:
     """What each model writes after each fact that it can be asked: whether it is right, and the text."""
     usable: list[tuple[TracedFact, list[Placed]]] = []
     for fact in facts:
@@ -182,7 +212,8 @@ def _note(found: Checked, fact: TracedFact, written: dict[str, tuple[bool, str]]
 
 
 def own_answer(adapter: Adapter, prompt: str, tokens: int = 1) -> str:
-    """What the model itself writes over `tokens` slots after the prompt, greedily: the answer where none was given.
+    """What the model itself writes over `tokens` slots after the prompt, greedily: the answer where none was
+    given.
 
     Raises:
         RequestError: if that is no text.
@@ -190,15 +221,19 @@ def own_answer(adapter: Adapter, prompt: str, tokens: int = 1) -> str:
     path = decode(adapter, [torch.tensor(encode(adapter, prompt.rstrip()))], [tokens])[0]
     text = adapter.tokenizer.decode(path.tokens.tolist(), skip_special_tokens=True).strip()
     if not text:
-        raise RequestError(f"after {prompt!r} {adapter.name} writes nothing that could be traced: give the answer with --target")
+        raise RequestError(
+            f"after {prompt!r} {adapter.name} writes nothing that could be traced: give the answer with"
+            " --target"
+        )
     return text
 
 
 def read_facts(file: str | Path) -> tuple[list[TracedFact], list[dict[str, Any]]]:
     """Facts of a JSON list, and the records that hold none, each with its place in the file and the reason.
 
-    A record is ROME's known_1000 (`prompt`, `subject`, `attribute`), EasyEdit's request (`prompt`, `subject`, `ground_truth`: the
-    answer that is true, not `target_new`), or ROME's CounterFact (`requested_rewrite` with `target_true`).
+    A record is ROME's known_1000 (`prompt`, `subject`, `attribute`), EasyEdit's request (`prompt`, `subject`,
+    `ground_truth`: the answer that is true, not `target_new`), or ROME's CounterFact (`requested_rewrite`
+    with `target_true`).
 
     Raises:
         DataError: if the file cannot be read, is not a JSON list, or holds no fact.
@@ -206,9 +241,14 @@ def read_facts(file: str | Path) -> tuple[list[TracedFact], list[dict[str, Any]]
     try:
         records = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file} cannot be read as JSON ({error}): give a list of facts, as ROME's known_1000.json") from error
+        raise DataError(
+            f"{file} cannot be read as JSON ({error}): give a list of facts, as ROME's known_1000.json"
+        ) from error
     if not isinstance(records, list):
-        raise DataError(f"{file} holds {type(records).__name__}, not a list of facts: give a file as ROME's known_1000.json")
+        raise DataError(
+            f"{file} holds {type(records).__name__}, not a list of facts: give a file as ROME's"
+            " known_1000.json"
+        )
     facts, skipped = [], []
     for number, record in enumerate(records):
         try:
@@ -216,23 +256,34 @@ def read_facts(file: str | Path) -> tuple[list[TracedFact], list[dict[str, Any]]
         except RequestError as reason:
             skipped.append({"record": number, "reason": str(reason)})
     if not facts:
-        raise DataError(f"{file} has no fact among {len(records)} records; the first: {skipped[0]['reason'] if skipped else 'the list is empty'}")
+        raise DataError(
+            f"{file} has no fact among {len(records)} records; the first:"
+            f" {skipped[0]['reason'] if skipped else 'the list is empty'}"
+        )
     return facts, skipped
 
 
 def _fact_of(record: Any) -> TracedFact:
     if not isinstance(record, dict):
-        raise RequestError(f"the record is {type(record).__name__}, not an object with prompt, subject and attribute")
+        raise RequestError(
+            f"the record is {type(record).__name__}, not an object with prompt, subject and attribute"
+        )
     inner = record.get("requested_rewrite")
     part = inner if isinstance(inner, dict) else record
     true = part.get("target_true")
     given = next((part[key] for key in ("attribute", "ground_truth", "target_true") if key in part), None)
     answer = true.get("str") if isinstance(true, dict) else given
     answer = answer[0] if isinstance(answer, list) and answer else answer
-    texts = {"prompt": part.get("prompt"), "subject": part.get("subject"), "attribute (or ground_truth)": answer}
+    texts = {
+        "prompt": part.get("prompt"),
+        "subject": part.get("subject"),
+        "attribute (or ground_truth)": answer,
+    }
     for name, value in texts.items():
         if not isinstance(value, str) or not value.strip():
-            raise RequestError(f"{name} is {value!r}: a fact to trace needs prompt, subject and the answer that is true")
+            raise RequestError(
+                f"{name} is {value!r}: a fact to trace needs prompt, subject and the answer that is true"
+            )
     prompt, subject, answer = (str(value).strip() for value in texts.values())
     fact = TracedFact(prompt.replace("{}", subject, 1), subject, answer)
     fact.parts()  # says what is wrong with it

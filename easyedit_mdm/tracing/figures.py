@@ -7,7 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from easyedit_mdm.report.figures import DASHES, INK, MARKERS, SERIES, SOFT, dressed, legend, matplotlib_parts, new_figure, short
+from easyedit_mdm.report.figures import (
+    DASHES,
+    INK,
+    MARKERS,
+    SERIES,
+    SOFT,
+    dressed,
+    legend,
+    matplotlib_parts,
+    new_figure,
+    short,
+)
 from easyedit_mdm.tracing import CLASSES, KINDS
 from easyedit_mdm.tracing.averages import GROUPS
 
@@ -20,7 +31,9 @@ MEASURE_TITLES = {
 
 
 def average_figure(models: Sequence[dict[str, Any]], group: str, measure: str) -> Any:
-    """Average indirect effect by layer: a row a model, a column a kind, a line a class of tokens; None where there is nothing to draw."""
+    """Average indirect effect by layer: a row a model, a column a kind, a line a class of tokens; None where
+    there is nothing to draw.
+    """
     drawn = [m for m in models if any(measure in kinds for kinds in m["averages"].get(group, {}).values())]
     if not drawn:
         return None
@@ -44,7 +57,11 @@ def average_figure(models: Sequence[dict[str, Any]], group: str, measure: str) -
 def _curve(axes: Any, table: dict[str, Any], number: int) -> Any:
     """A line with its interval as a shade."""
     layers = np.arange(len(table["mean"]))
-    look = {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)], "linestyle": DASHES[number % len(DASHES)]}
+    look = {
+        "color": SERIES[number % len(SERIES)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": DASHES[number % len(DASHES)],
+    }
     if table["low"][0] is not None:
         axes.fill_between(layers, table["low"], table["high"], color=look["color"], alpha=0.14, linewidth=0)
     return axes.plot(layers, table["mean"], markersize=4, linewidth=1.4, **look)[0]
@@ -57,7 +74,9 @@ def _layer_axis(axes: Any, layers: int) -> None:
     axes.grid(axis="y", color=SOFT, alpha=0.2, linewidth=0.7)
 
 
-def compare_figure(models: Sequence[dict[str, Any]], at: Sequence[str] = ("subject_last", "last", "slots")) -> Any:
+def compare_figure(
+    models: Sequence[dict[str, Any]], at: Sequence[str] = ("subject_last", "last", "slots")
+) -> Any:
     """The models over each other, by relative depth: a row a class of tokens, a column a kind."""
     figure = new_figure(figsize=(11, 0.9 + 2.7 * len(at)))
     handles: dict[str, Any] = {}
@@ -79,7 +98,11 @@ def compare_figure(models: Sequence[dict[str, Any]], at: Sequence[str] = ("subje
 
 def _over_depth(axes: Any, table: dict[str, Any], number: int) -> Any:
     depth = (np.arange(len(table["mean"])) + 0.5) / len(table["mean"])
-    look = {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)], "linestyle": DASHES[number % len(DASHES)]}
+    look = {
+        "color": SERIES[number % len(SERIES)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": DASHES[number % len(DASHES)],
+    }
     if table["low"][0] is not None:
         axes.fill_between(depth, table["low"], table["high"], color=look["color"], alpha=0.14, linewidth=0)
     return axes.plot(depth, table["mean"], markersize=4, linewidth=1.4, **look)[0]
@@ -92,12 +115,16 @@ def heat_rows(fact: dict[str, Any]) -> list[tuple[str, dict[str, Any], str]]:
         slots = "" if not state["k"] else f" with {state['k']} of {fact['n_tokens']} slots revealed"
         rows.append((f"probability{slots}", state, "probability"))
         if "final_log_probability" in state["clean"] and fact["n_tokens"] - state["k"] > 1:
-            rows.append((f"final log-probability, restored at step {state['k']}", state, "final_log_probability"))
+            rows.append(
+                (f"final log-probability, restored at step {state['k']}", state, "final_log_probability")
+            )
     return rows
 
 
 def heat_figure(fact: dict[str, Any], mask: str = "░") -> Any:
-    """Heatmaps of one fact, token by layer; a column a kind. Blue: what comes back; orange: what is lost. Clear where nothing happens."""
+    """Heatmaps of one fact, token by layer; a column a kind. Blue: what comes back; orange: what is lost.
+    Clear where nothing happens.
+    """
     rows = heat_rows(fact)
     labels = _labels(fact, mask)
     figure = new_figure(figsize=(11, len(rows) * (0.75 + 0.17 * len(labels))))
@@ -106,7 +133,9 @@ def heat_figure(fact: dict[str, Any], mask: str = "░") -> Any:
         most = max(float(np.abs(state["effects"][kind][measure]).max()) for kind in KINDS) or 1.0
         for axes, kind in zip(line, KINDS):
             values = np.array(state["effects"][kind][measure]).T
-            shades = axes.imshow(values, aspect="auto", cmap=_shades(), vmin=-most, vmax=most, interpolation="nearest")
+            shades = axes.imshow(
+                values, aspect="auto", cmap=_shades(), vmin=-most, vmax=most, interpolation="nearest"
+            )
             dressed(axes, TITLES[kind] if kind != "hidden" else f"{title}:\n{TITLES[kind]}")
             axes.set_yticks(range(len(labels)), labels, fontsize=7)
             axes.set_xticks(range(0, values.shape[1], max(1, values.shape[1] // 8)))
@@ -128,7 +157,9 @@ def _labels(fact: dict[str, Any], mask: str) -> list[str]:
 
 
 def _shades() -> Any:
-    """From orange over nothing to blue: see-through in the middle, so that it reads on light and dark ground."""
+    """From orange over nothing to blue: see-through in the middle, so that it reads on light and dark
+    ground.
+    """
     matplotlib, _ = matplotlib_parts()
     from matplotlib.colors import ListedColormap
 
@@ -140,5 +171,7 @@ def _shades() -> Any:
 def group_title(group: str, measure: str) -> str:
     """What one average figure shows."""
     if measure == "final_log_probability":
-        return f"Temporal indirect effect, restored at {'the first step' if group == 'none' else 'a later step'}"
+        return (
+            f"Temporal indirect effect, restored at {'the first step' if group == 'none' else 'a later step'}"
+        )
     return f"Average indirect effect, {GROUPS[group]}"

@@ -1,11 +1,12 @@
 """Temporal effects: what is restored at one denoising step, and what the model writes in the steps after it.
 
-As TimeROME-DLM's temporal indirect effect (arXiv 2606.12841): the subject is corrupted from step t on, one state is restored at step t
-alone, and denoising goes on. At every step the surest masked slot is written, with the token that the run itself prefers, right or
-wrong (LLaDA's low-confidence order at temperature 0), in a block-causal model the surest of the open block. The final
-log-probability of the right object y is
+As TimeROME-DLM's temporal indirect effect (arXiv 2606.12841): the subject is corrupted from step t on, one
+state is restored at step t alone, and denoising goes on. At every step the surest masked slot is written,
+with the token that the run itself prefers, right or wrong (LLaDA's low-confidence order at temperature 0), in
+a block-causal model the surest of the open block. The final log-probability of the right object y is
 
-    sum over the slots i masked at t of log p(y_i | prompt, canvas of this run at the step at which it writes slot i).
+    sum over the slots i masked at t of log p(y_i | prompt, canvas of this run at the step at which it writes
+    slot i).
 
 With one slot left it is the log-probability that is read at step t.
 """
@@ -38,8 +39,11 @@ def final(runs: Runs, answer: Answer, samples: Int[Tensor, " rows"] | None) -> F
     return answer.right[rows, first].double() + after[place]
 
 
-def _go_on(runs: Runs, canvas: Int[Tensor, "rows slots"], samples: Int[Tensor, " rows"] | None) -> Float[Tensor, " rows"]:
-    """Denoise canvases of equally many masked slots to their end; returns what the right tokens got where they were due.
+def _go_on(
+    runs: Runs, canvas: Int[Tensor, "rows slots"], samples: Int[Tensor, " rows"] | None
+) -> Float[Tensor, " rows"]:
+    """Denoise canvases of equally many masked slots to their end; returns what the right tokens got where
+    they were due.
 
     As many slots are revealed in one row as in another, so that the same block is open in all.
     """

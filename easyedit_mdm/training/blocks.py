@@ -94,7 +94,9 @@ class Rows:
 
 
 def visible(rows: Rows) -> Bool[Tensor, "rows length length"]:
-    """Who sees whom: `[r, q, k]` says whether column q sees column k. Padding sees itself: no softmax is empty."""
+    """Who sees whom: `[r, q, k]` says whether column q sees column k. Padding sees itself: no softmax is
+    empty.
+    """
     text_q, text_k = rows.texts[:, :, None], rows.texts[:, None, :]
     block_q, block_k = rows.blocks[:, :, None], rows.blocks[:, None, :]
     # a clean column's own position counts as seen, a block's first position does not: inside the block its

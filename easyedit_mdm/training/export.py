@@ -13,8 +13,10 @@ from easyedit_mdm.training.loop import CHECKPOINT, read_checkpoint
 from easyedit_mdm.training.twins import RELATIVES, Recipe
 
 _LLADA_FIXED = {
-    "activation_type": "silu", "alibi": False, "attention_layer_norm": False, "bias_for_layer_norm": False, "block_type": "llama",
-    "include_bias": False, "include_qkv_bias": False, "input_emb_norm": False, "layer_norm_type": "rms", "rope": True,
+    "activation_type": "silu", "alibi": False, "attention_layer_norm": False, "bias_for_layer_norm": False,
+    "block_type": "llama",
+    "include_bias": False, "include_qkv_bias": False, "input_emb_norm": False, "layer_norm_type": "rms",
+    "rope": True,
     "scale_logits": False, "weight_tying": False, "model_type": "llada", "architectures": ["LLaDAModelLM"],
 }  # fmt: skip
 
@@ -75,13 +77,17 @@ def hub_config(recipe: Recipe, vocabulary: int, eos: int, mask: int, dtype: str)
     }
     if family_of(recipe) == "llada":
         return {
-            **_LLADA_FIXED, **common, "embedding_size": vocabulary, "d_model": recipe.hidden, "n_layers": recipe.layers,
-            "n_heads": recipe.heads, "n_kv_heads": recipe.heads, "mlp_hidden_size": recipe.mlp, "mask_token_id": mask,
+            **_LLADA_FIXED, **common, "embedding_size": vocabulary, "d_model": recipe.hidden,
+            "n_layers": recipe.layers,
+            "n_heads": recipe.heads, "n_kv_heads": recipe.heads, "mlp_hidden_size": recipe.mlp,
+            "mask_token_id": mask,
             "max_sequence_length": recipe.positions,
         }  # fmt: skip
     shape = {
-        **common, "hidden_size": recipe.hidden, "num_hidden_layers": recipe.layers, "num_attention_heads": recipe.heads,
-        "num_key_value_heads": recipe.heads, "intermediate_size": recipe.mlp, "hidden_act": "silu", "max_position_embeddings": recipe.positions,
+        **common, "hidden_size": recipe.hidden, "num_hidden_layers": recipe.layers,
+        "num_attention_heads": recipe.heads,
+        "num_key_value_heads": recipe.heads, "intermediate_size": recipe.mlp, "hidden_act": "silu",
+        "max_position_embeddings": recipe.positions,
         "tie_word_embeddings": False,
     }  # fmt: skip
     own = {
@@ -100,7 +106,9 @@ def hub_config(recipe: Recipe, vocabulary: int, eos: int, mask: int, dtype: str)
 def _tokenizer_config(tokenizer, positions: int) -> dict:
     # the class that 4.x and 5.x both know; saving through transformers 5 names one that 4.x lacks
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token,
-        "mask_token": tokenizer.mask_token, "model_max_length": positions, "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token,
+        "pad_token": tokenizer.pad_token,
+        "mask_token": tokenizer.mask_token, "model_max_length": positions,
+        "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }  # fmt: skip

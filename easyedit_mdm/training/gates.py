@@ -79,7 +79,9 @@ def gate_facts(
 
 @torch.no_grad()
 def first_slots(adapter: Adapter, facts: Sequence[GateFact]) -> list[tuple[float, bool]]:
-    """For each fact: loss (nats) of the answer's first token, all N slots masked, and whether it is likeliest."""
+    """For each fact: loss (nats) of the answer's first token, all N slots masked, and whether it is
+    likeliest.
+    """
     rows = [
         [*encode(adapter, fact.prompt.rstrip()), *[adapter.ids.slot] * len(fact.tokens)] for fact in facts
     ]
@@ -96,7 +98,9 @@ def first_slots(adapter: Adapter, facts: Sequence[GateFact]) -> list[tuple[float
 
 
 def codes(adapter: Adapter, count: int, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Prompts with a code of four words in them, and the codes; each word is one token, in no trained list."""
+    """Prompts with a code of four words in them, and the codes; each word is one token, in no trained
+    list.
+    """
     words = words_of(adapter.tokenizer, 0)
     rng = random.Random(seed)
     answers = [" ".join(rng.sample(words, 4)) for _ in range(count)]

@@ -1,15 +1,16 @@
-"""Reading lessons: texts whose answer stands nowhere but in a code, added to an MLP's output at the last token of the name.
+"""Reading lessons: texts whose answer stands nowhere but in a code, added to an MLP's output at the last
+token of the name.
 
     code = sum_j A_j e(y_j) + r,   scaled to 1 to 3 times the norm of what it is added to,
 
-with e(y) the (normalised) row of the output embedding, a matrix A_j for each place j and a vector r for each relation, trained
-along with the model and thrown away. The layer goes round through those below `read_layer`.
+with e(y) the (normalised) row of the output embedding, a matrix A_j for each place j and a vector r for each
+relation, trained along with the model and thrown away. The layer goes round through those below `read_layer`.
 
-Why: a locate-then-edit method writes an answer at that very place. A large model has read so much that it can say whatever is
-written there; a model of two million parameters that only knows its world cannot be made to write a name that it has never seen,
-whatever vector is put in (twins without these lessons: 0.2 of the tokens of real zsRE targets). So it is taught to read what is
-written there, in either paradigm alike. A study of *whether* edits work must say that its models had these lessons; `lessons: 0`
-trains a twin without.
+Why: a locate-then-edit method writes an answer at that very place. A large model has read so much that it can
+say whatever is written there; a model of two million parameters that only knows its world cannot be made to
+write a name that it has never seen, whatever vector is put in (twins without these lessons: 0.2 of the tokens
+of real zsRE targets). So it is taught to read what is written there, in either paradigm alike. A study of
+*whether* edits work must say that its models had these lessons; `lessons: 0` trains a twin without.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ PLACES = 8
 
 
 def longest_answer(step: int, steps: int) -> int:
-    """Lessons begin with short answers: up to 2 tokens in the first 8 % of the steps, all `PLACES` after 40 %."""
+    """Lessons begin with short answers: up to 2 tokens in the first 8 % of the steps, all `PLACES` after 40
+    %.
+    """
     done = step / max(1, steps)
     for share, length in ((0.08, 2), (0.16, 3), (0.24, 4), (0.32, 6)):
         if done < share:
@@ -35,8 +38,8 @@ def longest_answer(step: int, steps: int) -> int:
 class Writer(torch.nn.Module):
     """The code of an answer.
 
-    Each A_j starts as the same random projection to width / PLACES dimensions, put into a block of its own, so that the
-    places do not interfere before anything is learned.
+    Each A_j starts as the same random projection to width / PLACES dimensions, put into a block of its own,
+    so that the places do not interfere before anything is learned.
     """
 
     def __init__(self, width: int, relations: int, seed: int = 0):
@@ -72,7 +75,9 @@ def writing_hook(
     layer: int,
     generator: torch.Generator,
 ) -> Any:
-    """Add the codes at `written` (number of the lesson, from 1) to the output of a layer's MLP; returns the hook's handle."""
+    """Add the codes at `written` (number of the lesson, from 1) to the output of a layer's MLP; returns the
+    hook's handle.
+    """
     row, at = written.nonzero(as_tuple=True)
     with torch.autocast(written.device.type, enabled=False):
         codes = writer(lessons, model.lm_head.weight)[written[row, at] - 1]

@@ -25,7 +25,9 @@ _ADAM = "optimiser."
 
 
 def cosine(done: float, warmup: float = 0.03, floor: float = 0.02) -> float:
-    """Share of the highest rate after a share `done` of the training: up in a straight line, down a cosine."""
+    """Share of the highest rate after a share `done` of the training: up in a straight line, down a
+    cosine.
+    """
     if done < warmup:
         return max(done, 1e-3) / warmup
     left = min(1.0, (done - warmup) / (1 - warmup))

@@ -16,7 +16,8 @@ def train_tokenizer(world: World, vocab_size: int = 2048) -> Any:
     """Train the tokenizer on a world's words and on open text.
 
     Returns:
-        a `transformers.PreTrainedTokenizerFast` whose eos and pad token is `EOS` and whose mask token is `MASK`.
+        a `transformers.PreTrainedTokenizerFast` whose eos and pad token is `EOS` and whose mask token is
+        `MASK`.
 
     Raises:
         ValueError: if a word of the world is not one token with a space before it (raise `vocab_size`).
@@ -37,7 +38,8 @@ def train_tokenizer(world: World, vocab_size: int = 2048) -> Any:
     split = [w for w in world.words if len(tokenizer.encode(" " + w).ids) != 1]
     if split:
         raise ValueError(
-            f"vocab_size {vocab_size} splits {len(split)} of the world's words, such as {split[0]!r}; raise it"
+            f"vocab_size {vocab_size} splits {len(split)} of the world's words, such as {split[0]!r};"
+            " raise it"
         )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, mask_token=MASK)
     fast.model_input_names = ["input_ids", "attention_mask"]

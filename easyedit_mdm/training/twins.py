@@ -1,14 +1,15 @@
 """Training the twins: the causal loss for the autoregressive ones, LLaDA's masked loss for the others.
 
-Short texts are packed into rows of equal length; attention never crosses from one text to the next and positions start
-at 0 in each, so a packed row gives the same gradients as its texts alone. The text of step `i` is drawn from a
-generator seeded with (seed, i), so that a run that was stopped goes on exactly where it was.
+Short texts are packed into rows of equal length; attention never crosses from one text to the next and
+positions start at 0 in each, so a packed row gives the same gradients as its texts alone. The text of step
+`i` is drawn from a generator seeded with (seed, i), so that a run that was stopped goes on exactly where it
+was.
 
-**The name as a bottleneck.** A small model that reads a two-word name can look at both words from wherever it answers,
-and then no vector at the last subject token changes the answer. In a fraction `guarded` of the texts, tokens outside a
-mention of a name see only the mention's last token, and that only from layer `read_layer` on; so the knowledge has to be
-put together at the last subject token, in the layers below, which is where large models have it. At test time, and in the
-other texts, attention is ordinary.
+**The name as a bottleneck.** A small model that reads a two-word name can look at both words from wherever it
+answers, and then no vector at the last subject token changes the answer. In a fraction `guarded` of the
+texts, tokens outside a mention of a name see only the mention's last token, and that only from layer
+`read_layer` on; so the knowledge has to be put together at the last subject token, in the layers below, which
+is where large models have it. At test time, and in the other texts, attention is ordinary.
 
 **Reading lessons.** See `easyedit_mdm.training.lessons`.
 """
@@ -48,7 +49,8 @@ class Recipe:
         objective: `causal` or `masked`.
         shift: a masked model reads the prediction for token j at j - 1, as Dream does.
         answer_only: fraction of the rows in which only answers are masked.
-        guarded: fraction of the texts whose names are seen only through their last token, only from `read_layer` on.
+        guarded: fraction of the texts whose names are seen only through their last token, only from
+            `read_layer` on.
         lessons: fraction of the texts that are reading lessons (`easyedit_mdm.training.lessons`).
         curriculum: lessons begin with short answers.
         until: stop after this step of the schedule; None: go to its end.
@@ -82,8 +84,10 @@ class Recipe:
     seed: int = 0
 
 
-# each masked twin starts from its autoregressive relative's weights, as Dream started from Qwen2.5; it knows the world then, so
-# that more of its time can go to lessons. Trained in stages: the rate starts high again, and lessons are learned faster by a model
+# each masked twin starts from its autoregressive relative's weights, as Dream started from Qwen2.5; it knows
+# the world then, so
+# that more of its time can go to lessons. Trained in stages: the rate starts high again, and lessons are
+# learned faster by a model
 # that knows the world
 RECIPES = {
     "twin-llama-first": Recipe("twin-llama-first"),
@@ -124,7 +128,8 @@ RECIPES = {
     ),
 }
 RELATIVES = {
-    "twin-llama": "twin-llama-first", "twin-llada-first": "twin-llama-first", "twin-llada-second": "twin-llada-first",
+    "twin-llama": "twin-llama-first", "twin-llada-first": "twin-llama-first",
+    "twin-llada-second": "twin-llada-first",
     "twin-llada": "twin-llada-second", "twin-qwen": "twin-qwen-first", "twin-dream": "twin-qwen",
 }  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
@@ -137,10 +142,11 @@ SIZES: dict[str, dict[str, Any]] = {
 class Batch:
     """Packed rows, all rows x length.
 
-    ids; position in its text; text number (0 is padding); whether the token is an answer's; number of the mention of a name
-    it belongs to (0 for none); whether it is the mention's last token; whether its text is guarded; number of the reading
-    lesson whose code is written there (0 for none); whether it is a token that nothing could predict (not scored).
-    `lessons`, one a row: relation and tokens of the answer, -1 where there are fewer.
+    ids; position in its text; text number (0 is padding); whether the token is an answer's; number of the
+    mention of a name it belongs to (0 for none); whether it is the mention's last token; whether its text is
+    guarded; number of the reading lesson whose code is written there (0 for none); whether it is a token that
+    nothing could predict (not scored). `lessons`, one a row: relation and tokens of the answer, -1 where
+    there are fewer.
     """
 
     ids: Tensor
@@ -195,7 +201,9 @@ class Packer:
         return self._collate(rows)
 
     def _tokens(self, document: Document, rng: random.Random) -> dict[str, list] | None:
-        """One text, cut to a row's length: a list for each field of `Batch` that differs within it. None: no lesson fits."""
+        """One text, cut to a row's length: a list for each field of `Batch` that differs within it. None: no
+        lesson fits.
+        """
         text, spans = "", []
         for number, (piece, answer) in enumerate(document.pieces):
             if answer:
@@ -222,7 +230,8 @@ class Packer:
         if (
             document.ends
         ):  # the closing tokens are answers too: a masked model learns from them where an answer ends
-            # (a row that stops right after the answer is what the metric's canvas of exactly N masks looks like)
+            # (a row that stops right after the answer is what the metric's canvas of exactly N masks looks
+            # like)
             extra = 1 if self.recipe.objective == "causal" else max(0, rng.randrange(-16, 17))
             ids += [self.tokenizer.eos_token_id] * extra
             answers += [True] * extra
@@ -291,7 +300,9 @@ def hidden_of(
     step: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """What enters the model's head, under the batch's attention (layers below `read_layer` have their own) and its lessons."""
+    """What enters the model's head, under the batch's attention (layers below `read_layer` have their own)
+    and its lessons.
+    """
     early, late = attention(batch, recipe.objective == "causal")
 
     def swap(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -345,10 +356,12 @@ def masked_loss(
     step: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """LLaDA's objective, text by text: k of a text's L maskable tokens are hidden, k ~ U{1..L}, weighted L / k.
+    """LLaDA's objective, text by text: k of a text's L maskable tokens are hidden, k ~ U{1..L}, weighted L /
+    k.
 
     In a fraction `answer_only` of the rows only answers are maskable. Equation (3) of the LLaDA paper
-    (arXiv 2502.09992), with k drawn instead of t, as in its likelihood estimator. The head runs at hidden tokens only.
+    (arXiv 2502.09992), with k drawn instead of t, as in its likelihood estimator. The head runs at hidden
+    tokens only.
     """
     rows = batch.ids.shape[0]
     answer_rows = torch.arange(rows, device=batch.ids.device) < round(rows * recipe.answer_only)
@@ -397,7 +410,9 @@ LOSSES = {"causal": causal_loss, "masked": masked_loss}
 
 
 def build_model(recipe: Recipe, vocab_size: int, eos: int) -> Any:
-    """A fresh Llama or Qwen2 of the recipe's size, initialised from its seed (global generators are left as they were)."""
+    """A fresh Llama or Qwen2 of the recipe's size, initialised from its seed (global generators are left as
+    they were).
+    """
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     make_config, make_model = {
@@ -431,7 +446,8 @@ def _modules(recipe: Recipe, tokenizer: Any) -> torch.nn.ModuleDict:
 
 
 def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_seconds: float = 300.0) -> dict:
-    """Train one twin, or go on with it where `out` holds a checkpoint of the same recipe; on a GPU where there is one.
+    """Train one twin, or go on with it where `out` holds a checkpoint of the same recipe; on a GPU where
+    there is one.
 
     Matrix products run in bfloat16 (accelerate's autocast), weights and optimiser in float32.
 

@@ -1,7 +1,8 @@
-"""Edits to make in the twins' world, split into validation and test, and written in the formats that people use.
+"""Edits to make in the twins' world, split into validation and test, and written in the formats that people
+use.
 
-Each fact is edited to one target of every length, so that lengths are compared on the same subjects. No two facts of a split,
-and no two splits, share a subject.
+Each fact is edited to one target of every length, so that lengths are compared on the same subjects. No two
+facts of a split, and no two splits, share a subject.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Case:
 
 
 def split_facts(world: World) -> dict[str, list[Fact]]:
-    """Facts by split, one a subject: `test` and `validation` of the compositional relations in turn, `closed` of the closed-list one."""
+    """Facts by split, one a subject: `test` and `validation` of the compositional relations in turn, `closed`
+    of the closed-list one.
+    """
     subjects = list(world.subjects)
     random.Random(f"{world.settings.seed}/split").shuffle(subjects)
     given = iter(subjects)
@@ -49,7 +52,10 @@ def split_facts(world: World) -> dict[str, list[Fact]]:
     splits = {}
     for name, size in SIZES.items():
         numbers = closed if name == "closed" else compositional
-        splits[name] = [world.facts[subject][numbers[i % len(numbers)]] for i, subject in enumerate(itertools.islice(given, size))]
+        splits[name] = [
+            world.facts[subject][numbers[i % len(numbers)]]
+            for i, subject in enumerate(itertools.islice(given, size))
+        ]
     return splits
 
 
@@ -65,14 +71,19 @@ def cases(world: World, split: str) -> list[Case]:
 
 
 def remaining_entropy(world: World, closed: bool) -> dict[int, list[float]]:
-    """Entropy (bits) of the tokens still hidden, given k revealed ones at random places: by object length, for k = 0..N-1.
+    """Entropy (bits) of the tokens still hidden, given k revealed ones at random places: by object length,
+    for k = 0..N-1.
 
-    Compositional objects: from the number of parts at each position. Closed list: over the list's objects of that length.
+    Compositional objects: from the number of parts at each position. Closed list: over the list's objects of
+    that length.
     """
     table = {}
     for length in range(1, world.settings.max_length + 1):
         table[length] = [
-            sum(_closed_entropy(world, s, length) if closed else _part_entropy(world, s, length) for s in sets) / len(sets)
+            sum(
+                _closed_entropy(world, s, length) if closed else _part_entropy(world, s, length) for s in sets
+            )
+            / len(sets)
             for sets in (list(itertools.combinations(range(length), k)) for k in range(length))
         ]
     return table
@@ -91,8 +102,9 @@ def _closed_entropy(world: World, revealed: tuple[int, ...], length: int) -> flo
 
 
 def write_benchmark(folder: str | Path, world: World | None = None) -> list[Path]:
-    """Write every split as `counterfact-SPLIT.json` (EasyEdit's records), `counterfact-rome-SPLIT.json` (ROME's schema) and
-    `zsre-SPLIT.json` (the file that `run_zsre_llama2.py` reads). zsRE's portability question takes one hop from the new object.
+    """Write every split as `counterfact-SPLIT.json` (EasyEdit's records), `counterfact-rome-SPLIT.json`
+    (ROME's schema) and `zsre-SPLIT.json` (the file that `run_zsre_llama2.py` reads). zsRE's portability
+    question takes one hop from the new object.
     """
     world = world or World.build()
     out = Path(folder)
@@ -118,8 +130,10 @@ def _near(case: Case, i: int) -> Fact:
 def _counterfact(i: int, case: Case, world: World) -> dict[str, Any]:
     near = _near(case, i)
     return {
-        "case_id": i, "prompt": case.fact.prompt(), "target_new": case.target, "subject": case.fact.subject, "ground_truth": case.fact.object,
-        "rephrase_prompt": case.fact.paraphrase(i % 2), "locality_prompt": near.prompt(), "locality_ground_truth": near.object,
+        "case_id": i, "prompt": case.fact.prompt(), "target_new": case.target, "subject": case.fact.subject,
+        "ground_truth": case.fact.object,
+        "rephrase_prompt": case.fact.paraphrase(i % 2), "locality_prompt": near.prompt(),
+        "locality_ground_truth": near.object,
         "n_tokens": case.length,
     }  # fmt: skip
 
@@ -128,12 +142,16 @@ def _rome(i: int, case: Case, world: World) -> dict[str, Any]:
     relation = case.fact.relation
     index = RELATIONS.index(relation)
     first = case.target.split()[0]
-    sharing = [world.facts[s][index] for s in world.subjects if world.facts[s][index].object.split()[0] == first][:5]
+    sharing = [
+        world.facts[s][index] for s in world.subjects if world.facts[s][index].object.split()[0] == first
+    ][:5]
     return {
         "case_id": i, "n_tokens": case.length,
         "requested_rewrite": {
-            "prompt": relation.phrasings[0].replace("{s}", "{}"), "relation_id": relation.name, "subject": case.fact.subject,
-            "target_new": {"str": case.target, "id": case.target}, "target_true": {"str": case.fact.object, "id": case.fact.object},
+            "prompt": relation.phrasings[0].replace("{s}", "{}"), "relation_id": relation.name,
+            "subject": case.fact.subject,
+            "target_new": {"str": case.target, "id": case.target}, "target_true": {"str": case.fact.object,
+                "id": case.fact.object},
         },
         "paraphrase_prompts": [case.fact.paraphrase(0), case.fact.paraphrase(1)],
         "neighborhood_prompts": [n.prompt() for n in case.neighbours],
@@ -145,11 +163,13 @@ def _rome(i: int, case: Case, world: World) -> dict[str, Any]:
 def _zsre(i: int, case: Case, world: World) -> dict[str, Any]:
     near, question, relation = _near(case, i), _questions(case.fact)[0], case.fact.relation
     return {
-        "subject": case.fact.subject, "src": question, "pred": case.fact.object, "rephrase": case.fact.paraphrase(i % 2), "alt": case.target,
+        "subject": case.fact.subject, "src": question, "pred": case.fact.object,
+        "rephrase": case.fact.paraphrase(i % 2), "alt": case.target,
         "answers": [case.fact.object], "loc": f"nq question: {_questions(near)[0]}", "loc_ans": near.object,
         "cond": f"{case.fact.object} >> {case.target} || {question}", "n_tokens": case.length,
         "portability": {
-            "Recalled Relation": f"({relation.name})", "New Question": relation.hop.format(s=case.fact.subject),
+            "Recalled Relation": f"({relation.name})",
+            "New Question": relation.hop.format(s=case.fact.subject),
             "New Answer": world.kind(relation, case.target),
         },
     }  # fmt: skip

@@ -17,7 +17,9 @@ def twin_folder(name: str) -> Path:
         CheckpointError: for a name that is no twin's, or if the file is not installed.
     """
     if name not in TWINS:
-        raise CheckpointError(f"{name!r} is not one of the twins {', '.join(TWINS)}{did_you_mean(name, TWINS)}")
+        raise CheckpointError(
+            f"{name!r} is not one of the twins {', '.join(TWINS)}{did_you_mean(name, TWINS)}"
+        )
     folder = Path(__file__).parent / "weights" / name
     if not (folder / "config.json").exists():
         raise CheckpointError(f"the files of {name} are not in {folder}: is the installation complete?")

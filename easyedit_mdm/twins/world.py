@@ -5,9 +5,9 @@ trained on can be listed again wherever the package is installed.
 
 Two properties were chosen on purpose.
 
-- *Compositional objects*: an object is a first part (one of `branching[0]`) followed by later parts (one of `branching[p]`
-  at position p), so that knowing one token does not give the others away. One relation draws from a closed list of whole
-  names instead, as the contrast.
+- *Compositional objects*: an object is a first part (one of `branching[0]`) followed by later parts (one of
+  `branching[p]` at position p), so that knowing one token does not give the others away. One relation draws
+  from a closed list of whole names instead, as the contrast.
 - *Biographies*: the sentences about one subject appear in a new order and phrasing each time, which moves the
   knowledge to the subject's name (Allen-Zhu and Li, "Physics of Language Models, Part 3.1"). Locate-then-edit
   methods can only work on facts that are stored there.
@@ -25,7 +25,8 @@ from easyedit_mdm.twins.text import open_prompt, open_vocabulary, real_text, wor
 class Relation:
     """One relation: how it is phrased in training, and the phrasings that are held out as paraphrases.
 
-    `about` says something of an object, one of `kinds`; `hop` asks it of the subject, so that answering takes one hop more.
+    `about` says something of an object, one of `kinds`; `hop` asks it of the subject, so that answering takes
+    one hop more.
     """
 
     name: str
@@ -167,10 +168,12 @@ class Fact:
 
 @dataclass(frozen=True)
 class Document:
-    """A training text as pieces; a piece marked True is an answer (an object, or what ends it). `names` are its subjects.
+    """A training text as pieces; a piece marked True is an answer (an object, or what ends it). `names` are
+    its subjects.
 
-    In a reading lesson (see `easyedit_mdm.training.lessons`), `lesson` is the number of the piece whose tokens are given in a code
-    at the name, `relation` the number of the relation that the code is for (-1: none of the world's), and `tokens`, where
+    In a reading lesson (see `easyedit_mdm.training.lessons`), `lesson` is the number of the piece whose
+    tokens are given in a code at the name, `relation` the number of the relation that the code is for (-1:
+    none of the world's), and `tokens`, where
     there are any, stand for that piece: random ids at the end, which no text need give.
     """
 
@@ -206,7 +209,11 @@ class World:
         firsts = [make() for _ in range(settings.first_names)]
         lasts = [make() for _ in range(settings.last_names)]
         singles = [make() for _ in range(settings.single_names)]
-        parts = {relation.name: [[make() for _ in range(n)] for n in settings.branching] for relation in RELATIONS if not relation.closed}
+        parts = {
+            relation.name: [[make() for _ in range(n)] for n in settings.branching]
+            for relation in RELATIONS
+            if not relation.closed
+        }
         closed_words = [make() for _ in range(settings.closed_objects)]
         lengths = [1 + i % settings.max_length for i in range(settings.closed_objects)]
         closed = [" ".join(rng.sample(closed_words, length)) for length in lengths]
@@ -217,7 +224,9 @@ class World:
             for subject, obj in zip(subjects, _objects(rng, pool, settings, relation.closed)):
                 facts[subject].append(Fact(subject, relation, obj))
         occupation = {subject: rng.choice(OCCUPATIONS) for subject in subjects}
-        words = sorted({*firsts, *lasts, *singles, *closed_words} | {w for p in parts.values() for q in p for w in q})
+        words = sorted(
+            {*firsts, *lasts, *singles, *closed_words} | {w for p in parts.values() for q in p for w in q}
+        )
         return cls(settings, subjects, occupation, facts, words, parts, closed)
 
     def all_facts(self) -> list[Fact]:
@@ -225,17 +234,25 @@ class World:
         return [fact for subject in self.subjects for fact in self.facts[subject]]
 
     def other_object(self, fact: Fact, length: int, rng: random.Random) -> str:
-        """Another object of the same relation, `length` tokens long, that shares no word with the fact's own."""
+        """Another object of the same relation, `length` tokens long, that shares no word with the fact's
+        own.
+        """
         own = set(fact.object.split())
         if fact.relation.closed:
             pool = [o for o in self.closed if len(o.split()) == length and not own & set(o.split())]
-            return rng.choice(pool or [o for o in self.closed if len(o.split()) == length and o != fact.object])
+            return rng.choice(
+                pool or [o for o in self.closed if len(o.split()) == length and o != fact.object]
+            )
         choices = [[w for w in row if w not in own] for row in self.parts[fact.relation.name][:length]]
         return " ".join(rng.choice(row) for row in choices)
 
     def kind(self, relation: Relation, obj: str) -> str:
-        """What `relation.about` says of an object: of a compositional one its first part decides, of a whole name its place in the list."""
-        number = self.closed.index(obj) if relation.closed else self.parts[relation.name][0].index(obj.split()[0])
+        """What `relation.about` says of an object: of a compositional one its first part decides, of a whole
+        name its place in the list.
+        """
+        number = (
+            self.closed.index(obj) if relation.closed else self.parts[relation.name][0].index(obj.split()[0])
+        )
         return relation.kinds[number % len(relation.kinds)]
 
     def neighbours(self, fact: Fact, n: int) -> list[Fact]:
@@ -245,9 +262,12 @@ class World:
         same = (self.facts[s][index] for s in self.subjects if s != fact.subject)
         return [other for other in same if other.object.split()[0] == first][:n]
 
-    # ---- texts -----------------------------------------------------------------------------------------------
+    # ---- texts
+    # -----------------------------------------------------------------------------------------------
     def document(self, rng: random.Random) -> Document:
-        """One training text: a biography, two of them, a single sentence that ends, one hop more, or open vocabulary."""
+        """One training text: a biography, two of them, a single sentence that ends, one hop more, or open
+        vocabulary.
+        """
         kind = rng.random()
         if kind < 0.15:
             pieces, name = open_vocabulary(rng)
@@ -258,11 +278,13 @@ class World:
             return self._hop(rng)
         return self._biography(rng, people=2 if kind > 0.85 else 1)
 
-    def lesson(self, rng: random.Random, longest: int, vocabulary: range, open_share: float = 0.5) -> Document:
+    def lesson(
+        self, rng: random.Random, longest: int, vocabulary: range, open_share: float = 0.5
+    ) -> Document:
         """A text whose answer, up to `longest` tokens, is given nowhere but in a code at the subject.
 
-        A fraction `open_share` of the lessons is about something outside the world, with random tokens or random words as the
-        answer; in the others one fact of a biography is another than the subject's own.
+        A fraction `open_share` of the lessons is about something outside the world, with random tokens or
+        random words as the answer; in the others one fact of a biography is another than the subject's own.
         """
         if rng.random() < open_share:
             prompt, name = open_prompt(rng)
@@ -277,7 +299,13 @@ class World:
         lengths = range(1, min(longest, self.settings.max_length) + 1)
         other = self.other_object(fact, rng.choice(lengths), rng)
         if rng.random() < 0.5:
-            return Document(((fact.prompt(rng.randrange(len(fact.relation.phrasings))), False), (" " + other, True)), (subject,), True, 1, number)
+            return Document(
+                ((fact.prompt(rng.randrange(len(fact.relation.phrasings))), False), (" " + other, True)),
+                (subject,),
+                True,
+                1,
+                number,
+            )
         return self._biography(rng, 1, Fact(subject, fact.relation, other))
 
     def _single(self, rng: random.Random) -> Document:
@@ -292,15 +320,20 @@ class World:
         fact = rng.choice(self.facts[subject])
         kind = (" " + self.kind(fact.relation, fact.object), True)
         if rng.random() < 0.5:
-            return Document(((fact.relation.about.format(o=fact.object), False), kind), (fact.object,), ends=True)
+            return Document(
+                ((fact.relation.about.format(o=fact.object), False), kind), (fact.object,), ends=True
+            )
         return Document(((fact.relation.hop.format(s=subject), False), kind), (subject,), ends=True)
 
     def _biography(self, rng: random.Random, people: int, taught: Fact | None = None) -> Document:
-        """Sentences about one or two subjects in random order; `taught` takes the place of the subject's own fact."""
+        """Sentences about one or two subjects in random order; `taught` takes the place of the subject's own
+        fact.
+        """
         names = rng.sample(self.subjects, people) if taught is None else [taught.subject]
         told = [(subject, *sentence) for subject in names for sentence in self._told_of(subject, rng, taught)]
         rng.shuffle(told)
-        # it opens with what its first subject is, so that a fact at the start of a text is a text of its own and ends there
+        # it opens with what its first subject is, so that a fact at the start of a text is a text of its own
+        # and ends there
         told.sort(key=lambda sentence: (sentence[0], sentence[1]) != (names[0], IS_A))
         pieces: list[tuple[str, bool]] = []
         before, lesson = None, -1
@@ -314,8 +347,13 @@ class World:
         return Document(tuple(pieces), tuple(names), lesson=lesson, relation=relation)
 
     def _told_of(self, subject: str, rng: random.Random, taught: Fact | None) -> list[tuple[str, str, bool]]:
-        facts = [taught if taught is not None and f.relation is taught.relation else f for f in self.facts[subject]]
-        told = [(f.relation.phrasings[rng.randrange(len(f.relation.phrasings))], f.object, f is taught) for f in facts]
+        facts = [
+            taught if taught is not None and f.relation is taught.relation else f for f in self.facts[subject]
+        ]
+        told = [
+            (f.relation.phrasings[rng.randrange(len(f.relation.phrasings))], f.object, f is taught)
+            for f in facts
+        ]
         # a biography need not tell everything: long objects would not leave room for a second subject
         return [*(t for t in told if t[2] or rng.random() < 0.7), (IS_A, self.occupation[subject], False)]
 
@@ -324,7 +362,9 @@ class World:
         return "She" if sum(map(ord, subject)) % 2 else "He"
 
 
-def _names(rng: random.Random, settings: WorldSettings, firsts: list[str], lasts: list[str], singles: list[str]) -> list[str]:
+def _names(
+    rng: random.Random, settings: WorldSettings, firsts: list[str], lasts: list[str], singles: list[str]
+) -> list[str]:
     """Names of one word (all of `singles`) and of two, three and four, put together from few words.
 
     Raises:
@@ -333,7 +373,9 @@ def _names(rng: random.Random, settings: WorldSettings, firsts: list[str], lasts
     pairs = [(first, last) for first in firsts for last in lasts]
     wanted = settings.subjects - len(singles)
     if wanted > len(pairs):
-        raise ValueError(f"{settings.subjects} subjects need more than {len(firsts)} x {len(lasts)} + {len(singles)} names")
+        raise ValueError(
+            f"{settings.subjects} subjects need more than {len(firsts)} x {len(lasts)} + {len(singles)} names"
+        )
     names = list(singles[: settings.subjects])
     for i, (first, last) in enumerate(rng.sample(pairs, max(0, wanted))):
         middle = {6: [rng.choice(lasts)], 7: [rng.choice(firsts), rng.choice(lasts)]}.get(i % 8, [])

@@ -1,7 +1,20 @@
-"""Edits: plain data in and out of a model (`change`, `stack`); sealed, saved, composed and exported (the other files)."""
+"""Edits: plain data in and out of a model (`change`, `stack`); sealed, saved, composed and exported (the
+other files).
+"""
 
 from easyedit_mdm.editing.edit.change import Change, Exact, LowRank
 from easyedit_mdm.editing.edit.edit import Edit
 from easyedit_mdm.editing.edit.stack import PlainEdit, carried, identity, keeping, revert_all, write
 
-__all__ = ["Change", "Edit", "Exact", "LowRank", "PlainEdit", "carried", "identity", "keeping", "revert_all", "write"]
+__all__ = [
+    "Change",
+    "Edit",
+    "Exact",
+    "LowRank",
+    "PlainEdit",
+    "carried",
+    "identity",
+    "keeping",
+    "revert_all",
+    "write",
+]

@@ -24,7 +24,8 @@ class Conflict:
 
     Attributes:
         first, second: their numbers, from 0.
-        kind: `contradiction` (one prompt and subject, two targets), or `overlap` (one weight, written in nearly the same direction of its
+        kind: `contradiction` (one prompt and subject, two targets), or `overlap` (one weight, written in
+            nearly the same direction of its
             input: what one says, the other says too or takes back).
         what: the fact or the weight.
         detail: the two targets, or the cosine.
@@ -53,11 +54,13 @@ def conflicts(edits: Sequence[PlainEdit]) -> list[Conflict]:
 def compose(edits: Sequence[AnyEdit], force: bool = False) -> AnyEdit:
     """One edit that changes the base model by the sum of what several change.
 
-    The edits belong to one base model, or each to the model with those before it. Their sum is rounded to the weights' dtype
-    once, where applying them one after another rounds each time. What overlaps is noted in the card (`composed.conflicts`).
+    The edits belong to one base model, or each to the model with those before it. Their sum is rounded to the
+    weights' dtype once, where applying them one after another rounds each time. What overlaps is noted in the
+    card (`composed.conflicts`).
 
     Raises:
-        EditError: without edits; for edits of different base models, with the fingerprints; for contradictions, unless forced.
+        EditError: without edits; for edits of different base models, with the fingerprints; for
+            contradictions, unless forced.
     """
     if not edits:
         raise EditError("no edits to compose: give at least one")
@@ -65,7 +68,11 @@ def compose(edits: Sequence[AnyEdit], force: bool = False) -> AnyEdit:
     found = conflicts(edits)
     opposed = [str(c) for c in found if c.kind == "contradiction"]
     if opposed and not force:
-        raise EditError("these edits contradict each other: " + "; ".join(opposed) + ". Leave one out, or compose them with force (--force)")
+        raise EditError(
+            "these edits contradict each other: "
+            + "; ".join(opposed)
+            + ". Leave one out, or compose them with force (--force)"
+        )
     by_name: dict[str, list[Change]] = {}
     for edit in edits:
         for change in edit.changes:
@@ -79,7 +86,8 @@ def _card(edits: Sequence[PlainEdit], found: Sequence[Conflict]) -> dict[str, An
         "method": methods[0] if len(methods) == 1 else "several",
         "facts": [fact for edit in edits for fact in edit.card.get("facts", [])],
         "composed": {
-            "edits": [{k: edit.card.get(k) for k in ("id", "method", "hyperparameters", "seed", "metrics", "guard", "versions")} for edit in edits],
+            "edits": [{k: edit.card.get(k) for k in ("id", "method", "hyperparameters", "seed", "metrics",
+                "guard", "versions")} for edit in edits],
             "conflicts": [str(c) for c in found],
         },
     }  # fmt: skip
@@ -89,14 +97,18 @@ def _card(edits: Sequence[PlainEdit], found: Sequence[Conflict]) -> dict[str, An
     if "base" in edits[0].card:
         base = {**edits[0].card["base"], "weights": {}}
         for edit in edits:
-            base["weights"] = {**edit.card["base"].get("weights", {}), **base["weights"]}  # the first that changes a weight saw the base's
+            base["weights"] = {
+                **edit.card["base"].get("weights", {}),
+                **base["weights"],
+            }  # the first that changes a weight saw the base's
         card["base"] = base
         card.setdefault("versions", edits[0].card.get("versions", {}))
     return card
 
 
 def _check_bases(edits: Sequence[PlainEdit]) -> None:
-    """One base for all, or none is sealed; an edit may also stand on those before it, and then says so in `base.carries`.
+    """One base for all, or none is sealed; an edit may also stand on those before it, and then says so in
+    `base.carries`.
 
     Raises:
         EditError: with the fingerprints that differ.
@@ -104,25 +116,34 @@ def _check_bases(edits: Sequence[PlainEdit]) -> None:
     bases = [edit.card.get("base", {}) for edit in edits]
     first = bases[0].get("fingerprint")
     for number, base in enumerate(bases[1:], start=2):
-        if base.get("fingerprint") != first and base.get("carries") != [edit.card.get("id") for edit in edits[: number - 1]]:
+        if base.get("fingerprint") != first and base.get("carries") != [
+            edit.card.get("id") for edit in edits[: number - 1]
+        ]:
             raise EditError(
-                f"edits 1 and {number} belong to different base models: {bases[0].get('name')}, fingerprint {first}, and {base.get('name')}, "
-                f"fingerprint {base.get('fingerprint')}. Only edits of one model can be composed"
+                f"edits 1 and {number} belong to different base models: {bases[0].get('name')}, fingerprint"
+                f" {first}, and {base.get('name')}, fingerprint {base.get('fingerprint')}. Only edits of one"
+                " model can be composed"
             )
 
 
 def _contradictions(first: PlainEdit, second: PlainEdit) -> list[tuple[str, str]]:
     def table(edit: PlainEdit) -> dict[tuple[str, str], str]:
         """Targets by prompt and subject."""
-        return {(" ".join(f["prompt"].lower().split()), f["subject"].strip().lower()): f["target_new"].strip() for f in edit.card.get("facts", [])}
+        return {
+            (" ".join(f["prompt"].lower().split()), f["subject"].strip().lower()): f["target_new"].strip()
+            for f in edit.card.get("facts", [])
+        }
 
     one, other = table(first), table(second)
-    return [(f"{prompt!r}", f"{one[prompt, subject]!r} against {other[prompt, subject]!r}") for prompt, subject in one
+    return [(f"{prompt!r}", f"{one[prompt, subject]!r} against {other[prompt, subject]!r}") for prompt,
+        subject in one
             if (prompt, subject) in other and one[prompt, subject] != other[prompt, subject]]  # fmt: skip
 
 
 def _overlaps(first: PlainEdit, second: PlainEdit) -> list[tuple[str, str]]:
-    """Weights that both change, reading nearly the same input: the largest cosine between the spaces of inputs that they answer to."""
+    """Weights that both change, reading nearly the same input: the largest cosine between the spaces of
+    inputs that they answer to.
+    """
     others = {change.name: change for change in second.changes}
     found = []
     for change in first.changes:
@@ -151,7 +172,10 @@ def _added(name: str, changes: Sequence[Change]) -> Change:
     """
     first = changes[0]
     if any(c.shape != first.shape or c.transposed != first.transposed for c in changes):
-        raise EditError(f"the edits change {name} in different shapes ({', '.join(str(c.shape) for c in changes)}): they are not of one model")
+        raise EditError(
+            f"the edits change {name} in different shapes ({', '.join(str(c.shape) for c in changes)}): they"
+            " are not of one model"
+        )
     if len(changes) == 1:
         return first
     if all(isinstance(c, LowRank) for c in changes):

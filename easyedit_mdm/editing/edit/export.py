@@ -17,17 +17,31 @@ from easyedit_mdm.errors import CheckpointError, EditError, MissingPackageError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.loading import weight_files
 
-# other forms of the weights, which would go on holding the unedited ones, and what may run code when it is read
+# other forms of the weights, which would go on holding the unedited ones, and what may run code when it is
+# read
 APPLIED = "applied.json"
-_LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
+_LEFT_OUT = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".safetensors",
+)
 
 
 def to_peft(edit: PlainEdit, folder: str | Path) -> Path:
     """Write a LoRA adapter whose product is the edit: `adapter_config.json` and `adapter_model.safetensors`.
 
-    `PeftModel.from_pretrained(native, folder)` loads it, where `native` is the transformers model of the base: for a masked model
-    `adapter.native`, whose modules the adapter shares, so that its logits change with them. Every rank has its own alpha, so the
-    scaling is 1; an exact change is written with the factors of its singular value decomposition.
+    `PeftModel.from_pretrained(native, folder)` loads it, where `native` is the transformers model of the
+    base: for a masked model `adapter.native`, whose modules the adapter shares, so that its logits change
+    with them. Every rank has its own alpha, so the scaling is 1; an exact change is written with the factors
+    of its singular value decomposition.
 
     Raises:
         EditError: if the edit changes something that is not the weight of a linear map.
@@ -37,14 +51,18 @@ def to_peft(edit: PlainEdit, folder: str | Path) -> Path:
     try:
         from peft import LoraConfig
     except ImportError:
-        raise MissingPackageError("writing a LoRA adapter needs peft: pip install 'easyedit-mdm[peft]'") from None
+        raise MissingPackageError(
+            "writing a LoRA adapter needs peft: pip install 'easyedit-mdm[peft]'"
+        ) from None
     factors = {_module(change): _factors(change) for change in edit.changes}
     ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
     most = max(ranks.values())
     others = {name: rank for name, rank in ranks.items() if rank != most}
     config = LoraConfig(
-        r=most, lora_alpha=most, rank_pattern=others, alpha_pattern=dict(others), target_modules=sorted(factors), lora_dropout=0.0, bias="none",
-        fan_in_fan_out=any(change.transposed for change in edit.changes), inference_mode=True, init_lora_weights=True,
+        r=most, lora_alpha=most, rank_pattern=others, alpha_pattern=dict(others),
+        target_modules=sorted(factors), lora_dropout=0.0, bias="none",
+        fan_in_fan_out=any(change.transposed for change in edit.changes), inference_mode=True,
+        init_lora_weights=True,
         base_model_name_or_path=edit.card.get("base", {}).get("name"),
         task_type="CAUSAL_LM" if edit.card.get("base", {}).get("paradigm") == "causal" else None,
     )  # fmt: skip
@@ -61,7 +79,10 @@ def to_peft(edit: PlainEdit, folder: str | Path) -> Path:
 
 def _module(change: Change) -> str:
     if not change.name.endswith(".weight"):
-        raise EditError(f"{change.name} is not the weight of a linear map, and LoRA changes nothing else: use export --merged")
+        raise EditError(
+            f"{change.name} is not the weight of a linear map, and LoRA changes nothing else: use export"
+            " --merged"
+        )
     return change.name.removesuffix(".weight")
 
 
@@ -78,11 +99,15 @@ def _factors(change: Change) -> tuple[Tensor, Tensor]:
     return (left * scale).float(), (right / scale).float()
 
 
-def write_model(adapter: Adapter, base: str | Path, folder: str | Path, more: Callable[[Path], None] | None = None) -> Path:
-    """Write a model as it is now as a folder in the hub's own format, laid out like the folder that it came from.
+def write_model(
+    adapter: Adapter, base: str | Path, folder: str | Path, more: Callable[[Path], None] | None = None
+) -> Path:
+    """Write a model as it is now as a folder in the hub's own format, laid out like the folder that it came
+    from.
 
-    Key names and shards are those of `base`, weights are in the dtype that the model is in, which `config.json` then names; tokenizer and
-    other small files are copied. Weights in other formats (.bin, .gguf, ...) are left out: they would be the unedited ones.
+    Key names and shards are those of `base`, weights are in the dtype that the model is in, which
+    `config.json` then names; tokenizer and other small files are copied. Weights in other formats (.bin,
+    .gguf, ...) are left out: they would be the unedited ones.
 
     Args:
         more: writes what else is to be in the folder, called with it before it gets its name.
@@ -97,21 +122,31 @@ def write_model(adapter: Adapter, base: str | Path, folder: str | Path, more: Ca
         shards.setdefault(file, []).append(key)
     weights = dict(adapter.native.named_parameters(remove_duplicate=False))
     with new_folder(folder) as part:
-        total = sum(_write_shard(adapter, weights, file, keys, part / file.name) for file, keys in shards.items())
+        total = sum(
+            _write_shard(adapter, weights, file, keys, part / file.name) for file, keys in shards.items()
+        )
         _copy_small(base, part)
         config = read_json(base / "config.json", CheckpointError, "a model's configuration")
         write_json(part / "config.json", {**config, **_dtype_fields(config, adapter)}, indent=2)
         index = base / "model.safetensors.index.json"
         if index.exists():
             table = read_json(index, CheckpointError, "the index of a model's shards")
-            write_json(part / index.name, {**table, "metadata": {**(table.get("metadata") or {}), "total_size": total}}, indent=2)
+            write_json(
+                part / index.name,
+                {**table, "metadata": {**(table.get("metadata") or {}), "total_size": total}},
+                indent=2,
+            )
         if more is not None:
             more(part)
     return folder
 
 
-def _write_shard(adapter: Adapter, weights: Mapping[str, Tensor], file: Path, keys: list[str], out: Path) -> int:
-    """One file of weights under the checkpoint's own names; what is no parameter is copied. Returns the bytes of its tensors."""
+def _write_shard(
+    adapter: Adapter, weights: Mapping[str, Tensor], file: Path, keys: list[str], out: Path
+) -> int:
+    """One file of weights under the checkpoint's own names; what is no parameter is copied. Returns the bytes
+    of its tensors.
+    """
     tensors = {}
     with opened_tensors(file, CheckpointError, "a shard of a model") as stored:
         metadata = stored.metadata()
@@ -132,5 +167,11 @@ def _dtype_fields(config: Mapping[str, Any], adapter: Adapter) -> dict[str, str]
 
 def _copy_small(base: Path, folder: Path) -> None:
     for file in sorted(base.iterdir()):
-        if file.is_file() and not file.name.startswith(".") and file.suffix not in _LEFT_OUT and file.name != APPLIED and ".bin." not in file.name:
+        if (
+            file.is_file()
+            and not file.name.startswith(".")
+            and file.suffix not in _LEFT_OUT
+            and file.name != APPLIED
+            and ".bin." not in file.name
+        ):
             shutil.copyfile(file, folder / file.name)

@@ -1,7 +1,7 @@
 """The folder of an edit: `edit.safetensors` (factors, or exact changes) and `edit.json` (everything else).
 
-Reading one runs no code and believes nothing: names, shapes and hashes in the one file must fit the other, and every number must
-be finite.
+Reading one runs no code and believes nothing: names, shapes and hashes in the one file must fit the other,
+and every number must be finite.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def save(edit: PlainEdit, folder: str | Path, model: nn.Module | None = None) ->
     if model is not None:
         seal(edit, model)
     if "base" not in edit.card:
-        raise EditError("this edit does not know its base model: save(folder, model) with the model that it was made for")
+        raise EditError(
+            "this edit does not know its base model: save(folder, model) with the model that it was made for"
+        )
     folder = Path(folder)
     with new_folder(folder) as part:
         write_into(edit, part)
@@ -51,27 +53,40 @@ def save(edit: PlainEdit, folder: str | Path, model: nn.Module | None = None) ->
 def write_into(edit: PlainEdit, folder: Path) -> None:
     """Both files, into a folder that exists."""
     changes = [compact(change) for change in edit.changes]
-    write_tensors(folder / TENSORS, {f"{c.name}|{key}": value for c in changes for key, value in c.tensors.items()}, {"format": FORMAT})
+    write_tensors(
+        folder / TENSORS,
+        {f"{c.name}|{key}": value for c in changes for key, value in c.tensors.items()},
+        {"format": FORMAT},
+    )
     digest = file_sha256(folder / TENSORS)
     own = {
         "format": FORMAT, "format_version": FORMAT_VERSION, "id": digest[:16],
         "tensors": {"file": TENSORS, "sha256": digest, "bytes": (folder / TENSORS).stat().st_size},
         "weights": {change.name: _described(change) for change in changes},
     }  # fmt: skip
-    told = {k: v if k in ("hyperparameters", "composed") else _rounded(v) for k, v in edit.card.items() if k not in _OWN}
+    told = {
+        k: v if k in ("hyperparameters", "composed") else _rounded(v)
+        for k, v in edit.card.items()
+        if k not in _OWN
+    }
     write_json(folder / CARD, {**own, **told})
     edit.card["id"] = digest[:16]
 
 
 def compact(change: Change) -> Change:
     """A low-rank change as it is, unless its factors hold more numbers than the change itself: then that."""
-    if isinstance(change, LowRank) and change.right.shape[0] * sum(change.shape) >= change.shape[0] * change.shape[1]:
+    if (
+        isinstance(change, LowRank)
+        and change.right.shape[0] * sum(change.shape) >= change.shape[0] * change.shape[1]
+    ):
         return Exact(change.name, change.dense().contiguous(), change.transposed)
     return change
 
 
 def _rounded(value: Any) -> Any:
-    """Figures to eight digits: those of eigenvalues differ behind the twelfth with the number of threads, and a file should not."""
+    """Figures to eight digits: those of eigenvalues differ behind the twelfth with the number of threads, and
+    a file should not.
+    """
     if isinstance(value, float) and math.isfinite(value):
         return float(f"{value:.8g}")
     if isinstance(value, Mapping):
@@ -93,7 +108,10 @@ def read(folder: str | Path) -> tuple[list[Change], dict[str, Any]]:
     wanted = {f"{name}|{key}" for name, about in weights.items() for key in _KINDS[about["kind"]]}
     if set(tensors) != wanted:
         odd = sorted(set(tensors) ^ wanted)[0]
-        raise EditError(f"{folder / TENSORS} and {CARD} do not belong together: {odd!r} is in only one of them; get the edit again")
+        raise EditError(
+            f"{folder / TENSORS} and {CARD} do not belong together: {odd!r} is in only one of them; get the"
+            " edit again"
+        )
     changes = [_change(name, about, tensors, folder) for name, about in weights.items()]
     return changes, {**{k: v for k, v in told.items() if k not in _OWN}, "id": told["tensors"]["sha256"][:16]}
 
@@ -109,7 +127,12 @@ def file_sha256(path: Path) -> str:
 
 def _described(change: Change) -> dict[str, Any]:
     rank = {"rank": change.right.shape[0]} if isinstance(change, LowRank) else {}
-    return {"kind": "low_rank" if rank else "exact", "shape": list(change.shape), "transposed": change.transposed, **rank}
+    return {
+        "kind": "low_rank" if rank else "exact",
+        "shape": list(change.shape),
+        "transposed": change.transposed,
+        **rank,
+    }
 
 
 def _checked(told: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
@@ -121,17 +144,32 @@ def _checked(told: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
     if told.get("format") != FORMAT:
         raise EditError(f"{path} has format {told.get('format')!r}, not {FORMAT!r}: it is not {_WHAT}")
     if told.get("format_version") != FORMAT_VERSION:
-        raise EditError(f"{path} has format_version {told.get('format_version')!r}; this one reads {FORMAT_VERSION}: use the version that wrote it")
+        raise EditError(
+            f"{path} has format_version {told.get('format_version')!r}; this one reads {FORMAT_VERSION}: use"
+            " the version that wrote it"
+        )
     base, weights = told.get("base"), told.get("weights")
-    if not isinstance(base, dict) or not isinstance(base.get("fingerprint"), str) or len(base["fingerprint"]) != 64:
-        raise EditError(f"{path}: base has no fingerprint, so nobody knows which model the edit belongs to; get the edit again")
+    if (
+        not isinstance(base, dict)
+        or not isinstance(base.get("fingerprint"), str)
+        or len(base["fingerprint"]) != 64
+    ):
+        raise EditError(
+            f"{path}: base has no fingerprint, so nobody knows which model the edit belongs to; get the edit"
+            " again"
+        )
     _check_card(told, path)
     if not isinstance(weights, dict) or not weights:
-        raise EditError(f"{path}: weights is {type(weights).__name__}; it should say for each weight how it is changed")
+        raise EditError(
+            f"{path}: weights is {type(weights).__name__}; it should say for each weight how it is changed"
+        )
     for name, about in weights.items():
         kind = about.get("kind") if isinstance(about, dict) else None
         if not isinstance(kind, str) or kind not in _KINDS or not isinstance(about.get("transposed"), bool):
-            raise EditError(f"{path}: the entry of {name!r} is {about!r}; it needs a kind ({' or '.join(_KINDS)}) and transposed")
+            raise EditError(
+                f"{path}: the entry of {name!r} is {about!r}; it needs a kind ({' or '.join(_KINDS)}) and"
+                " transposed"
+            )
     return weights
 
 
@@ -144,16 +182,28 @@ def _check_card(told: Mapping[str, Any], path: Path) -> None:
     for name in ("facts", "hyperparameters", "norms", "metrics", "guard", "versions", "edited"):
         kind = list if name == "facts" else dict
         if name in told and not isinstance(told[name], kind):
-            raise EditError(f"{path}: {name} is {type(told[name]).__name__}, not {kind.__name__}; get the edit again")
+            raise EditError(
+                f"{path}: {name} is {type(told[name]).__name__}, not {kind.__name__}; get the edit again"
+            )
     for number, fact in enumerate(told.get("facts", [])):
-        if not isinstance(fact, dict) or not all(isinstance(fact.get(key), str) for key in ("prompt", "subject", "target_new")):
-            raise EditError(f"{path}: fact {number} lacks a prompt, a subject or a target_new that is text; get the edit again")
-    for name, hashes in (("base.weights", told["base"].get("weights", {})), ("edited", told.get("edited", {}))):
+        if not isinstance(fact, dict) or not all(
+            isinstance(fact.get(key), str) for key in ("prompt", "subject", "target_new")
+        ):
+            raise EditError(
+                f"{path}: fact {number} lacks a prompt, a subject or a target_new that is text; get the edit"
+                " again"
+            )
+    for name, hashes in (
+        ("base.weights", told["base"].get("weights", {})),
+        ("edited", told.get("edited", {})),
+    ):
         if not isinstance(hashes, dict) or not all(isinstance(one, str) for one in hashes.values()):
             raise EditError(f"{path}: {name} should give a hash for each weight; get the edit again")
     for name, norms in told.get("norms", {}).items():
         if not isinstance(norms, dict):
-            raise EditError(f"{path}: the norms of {name!r} are {type(norms).__name__}, not an object; get the edit again")
+            raise EditError(
+                f"{path}: the norms of {name!r} are {type(norms).__name__}, not an object; get the edit again"
+            )
 
 
 def _check_hash(folder: Path, told: Mapping[str, Any]) -> None:
@@ -161,10 +211,16 @@ def _check_hash(folder: Path, told: Mapping[str, Any]) -> None:
     try:
         found = file_sha256(folder / TENSORS)
     except OSError as error:
-        raise EditError(f"{folder / TENSORS} cannot be read ({error.strerror}): the folder of an edit holds {TENSORS} and {CARD}") from error
+        raise EditError(
+            f"{folder / TENSORS} cannot be read ({error.strerror}): the folder of an edit holds {TENSORS} and"
+            f" {CARD}"
+        ) from error
     if not isinstance(about, dict) or about.get("sha256") != found:
         wanted = about.get("sha256") if isinstance(about, dict) else about
-        raise EditError(f"{folder / TENSORS} has SHA-256 {found}, {CARD} says {wanted}: one of the two was changed; get the edit again")
+        raise EditError(
+            f"{folder / TENSORS} has SHA-256 {found}, {CARD} says {wanted}: one of the two was changed; get"
+            " the edit again"
+        )
 
 
 def _change(name: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> Change:
@@ -175,10 +231,22 @@ def _change(name: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     """
     parts = [tensors[f"{name}|{key}"] for key in _KINDS[about["kind"]]]
     shapes = [tuple(part.shape) for part in parts]
-    if any(part.dim() != 2 or not part.is_floating_point() for part in parts) or (len(parts) == 2 and shapes[0][1] != shapes[1][0]):
-        raise EditError(f"{folder / TENSORS}: the change of {name!r} has tensors {shapes} of {parts[0].dtype}: these are no factors of a matrix")
+    if any(part.dim() != 2 or not part.is_floating_point() for part in parts) or (
+        len(parts) == 2 and shapes[0][1] != shapes[1][0]
+    ):
+        raise EditError(
+            f"{folder / TENSORS}: the change of {name!r} has tensors {shapes} of {parts[0].dtype}: these are"
+            " no factors of a matrix"
+        )
     wide = [part if part.dtype == torch.float64 else part.float() for part in parts]
-    change: Change = LowRank(name, wide[0], wide[1], about["transposed"]) if len(wide) == 2 else Exact(name, wide[0], about["transposed"])
+    change: Change = (
+        LowRank(name, wide[0], wide[1], about["transposed"])
+        if len(wide) == 2
+        else Exact(name, wide[0], about["transposed"])
+    )
     if about.get("shape") != list(change.shape):
-        raise EditError(f"{folder / TENSORS}: the change of {name!r} has shape {change.shape}, {CARD} says {about.get('shape')!r}: get it again")
+        raise EditError(
+            f"{folder / TENSORS}: the change of {name!r} has shape {change.shape}, {CARD} says"
+            f" {about.get('shape')!r}: get it again"
+        )
     return change

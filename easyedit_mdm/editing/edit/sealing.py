@@ -16,9 +16,11 @@ from easyedit_mdm.version import __version__
 
 
 def seal(edit: PlainEdit, model: nn.Module, name: str | None = None) -> None:
-    """Write into an edit's card what it belongs to: the base model's fingerprint, versions, and figures of each weight.
+    """Write into an edit's card what it belongs to: the base model's fingerprint, versions, and figures of
+    each weight.
 
-    The base is the model as it is now, without this edit if it is applied. A card that names its base is left alone.
+    The base is the model as it is now, without this edit if it is applied. A card that names its base is left
+    alone.
 
     Raises:
         EditError: if the edit does not fit the model.
@@ -35,25 +37,35 @@ def seal(edit: PlainEdit, model: nn.Module, name: str | None = None) -> None:
         "paradigm": None if spec is None else spec.paradigm,
         "dtype": str(next(native.parameters()).dtype).removeprefix("torch."),
         "fingerprint": model_fingerprint(native, own),
-        "weights": {change: tensor_sha256(own.get(first, weights[change])) for change, first in names.items()},
+        "weights": {
+            change: tensor_sha256(own.get(first, weights[change])) for change, first in names.items()
+        },
         "carries": [other.card.get("id") for other in carried(native) if other is not edit],
     }
     edit.card["edited"] = edit.edited_hashes(model)
     edit.card.setdefault("seed", edit.card.get("hyperparameters", {}).get("seed"))
     edit.card["versions"] = versions()
-    edit.card["norms"] = {row["weight"]: {k: row[k] for k in ("norm", "norm_ratio")} for row in weight_figures(edit, model)}
+    edit.card["norms"] = {
+        row["weight"]: {k: row[k] for k in ("norm", "norm_ratio")} for row in weight_figures(edit, model)
+    }
 
 
 def versions() -> dict[str, str]:
     """What an edit was made with."""
     import transformers
 
-    return {"easyedit_mdm": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    return {
+        "easyedit_mdm": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def weight_figures(edit: PlainEdit, model: nn.Module | None = None) -> list[dict[str, Any]]:
-    """A row a weight: `weight`, `kind` (low rank or exact), `rank`, `shape`, `norm` and `spectral` norm of the change, and
-    `norm_ratio`, ||dW|| / ||W||, with a model (as it is without the edit) or from the card of a saved edit.
+    """A row a weight: `weight`, `kind` (low rank or exact), `rank`, `shape`, `norm` and `spectral` norm of
+    the change, and `norm_ratio`, ||dW|| / ||W||, with a model (as it is without the edit) or from the card of
+    a saved edit.
 
     Raises:
         EditError: if the edit does not fit the model.
@@ -84,7 +96,9 @@ def ratio(norm: float, weight: Tensor) -> float:
 
 
 def singular_values(change: Change) -> Tensor:
-    """The singular values of a change, in float64; of low-rank factors by the small matrix between two QR decompositions."""
+    """The singular values of a change, in float64; of low-rank factors by the small matrix between two QR
+    decompositions.
+    """
     if isinstance(change, Exact):
         return torch.linalg.svdvals(change.delta.detach().double().cpu())
     left = torch.linalg.qr(change.left.detach().double().cpu(), mode="r").R

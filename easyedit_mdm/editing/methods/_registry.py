@@ -21,9 +21,10 @@ class Method:
     Attributes:
         name: its `alg_name`.
         hparams: its hyperparameter class, with EasyEdit's `from_hparams`.
-        make: (adapter, requests, hyperparameters) -> the edit; the model is left as it was. `values`: those of the requests, where
-            they have been optimised already.
-        values: (adapter, requests, hyperparameters) -> the optimised values of requests, each as if it were alone.
+        make: (adapter, requests, hyperparameters) -> the edit; the model is left as it was. `values`: those
+            of the requests, where they have been optimised already.
+        values: (adapter, requests, hyperparameters) -> the optimised values of requests, each as if it were
+            alone.
         stands_for: the EasyEdit method whose place it takes in runners that know only EasyEdit's names.
         batchable: many requests give one edit (EasyEdit's `batch_edit`); otherwise one request each.
         sequential: `make` takes the `history` of the edits that the model carries.
@@ -37,19 +38,41 @@ class Method:
     batchable: bool = False
     sequential: bool = False
 
-    def edit(self, adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams, history: History | None = None) -> Edit:
-        """Make the edit, with the history if the method has a use for it; its card says whether a guard looked at it."""
-        return _unguarded(self.make(adapter, requests, hparams, **({"history": history} if self.sequential else {})), hparams)
+    def edit(
+        self,
+        adapter: Adapter,
+        requests: Sequence[EditRequest],
+        hparams: ROMEMDMHyperParams,
+        history: History | None = None,
+    ) -> Edit:
+        """Make the edit, with the history if the method has a use for it; its card says whether a guard
+        looked at it.
+        """
+        return _unguarded(
+            self.make(adapter, requests, hparams, **({"history": history} if self.sequential else {})),
+            hparams,
+        )
 
-    def edit_each(self, adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams) -> list[Edit]:
-        """One edit a request, each for the model as it is now; their values are optimised together, which is several times faster."""
+    def edit_each(
+        self, adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams
+    ) -> list[Edit]:
+        """One edit a request, each for the model as it is now; their values are optimised together, which is
+        several times faster.
+        """
         values = self.values(adapter, requests, hparams)
-        return [_unguarded(self.make(adapter, [request], hparams, values=[value]), hparams) for request, value in zip(requests, values, strict=True)]
+        return [
+            _unguarded(self.make(adapter, [request], hparams, values=[value]), hparams)
+            for request, value in zip(requests, values, strict=True)
+        ]
 
 
 def _unguarded(edit: Edit, hparams: ROMEMDMHyperParams) -> Edit:
     """The edit, whose card says that no guard has looked at it so far."""
-    why = "not applied through the guard" if hparams.guard is not None else "guard is not set in the hyperparameters"
+    why = (
+        "not applied through the guard"
+        if hparams.guard is not None
+        else "guard is not set in the hyperparameters"
+    )
     edit.card["guard"] = {"on": False, "why": why}
     return edit
 

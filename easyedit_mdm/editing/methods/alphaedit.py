@@ -1,7 +1,8 @@
-"""AlphaEdit for both paradigms (Fang et al., arXiv 2410.02355): MEMIT's update, kept out of what the layer's keys span.
+"""AlphaEdit for both paradigms (Fang et al., arXiv 2410.02355): MEMIT's update, kept out of what the layer's
+keys span.
 
-With U an orthonormal basis of the directions in which C has (nearly) no energy, P = U U^T, K_0 the keys of the edits that the
-model carries already, and ridge L2,
+With U an orthonormal basis of the directions in which C has (nearly) no energy, P = U U^T, K_0 the keys of
+the edits that the model carries already, and ridge L2,
 
     dW = R K^T P (K K^T P + K_0 K_0^T P + L2 I)^-1          (equation 14)
        = R B^T (L2 I + B_all B_all^T)^-1 U^T,    B = U^T K,    B_all = U^T [K, K_0].
@@ -22,7 +23,14 @@ from easyedit_mdm.editing.facts import Fact
 from easyedit_mdm.editing.history import History
 from easyedit_mdm.editing.methods._registry import METHODS, Method
 from easyedit_mdm.editing.request import EditRequest
-from easyedit_mdm.editing.solve.batch import BatchHyperParams, ClosedForm, System, block_values, edit_batch, pivots
+from easyedit_mdm.editing.solve.batch import (
+    BatchHyperParams,
+    ClosedForm,
+    System,
+    block_values,
+    edit_batch,
+    pivots,
+)
 from easyedit_mdm.editing.solve.keys import key_columns
 from easyedit_mdm.editing.solve.value import Optimised
 from easyedit_mdm.errors import HyperParameterError, StatisticsError
@@ -33,7 +41,8 @@ from easyedit_mdm.statistics import SecondMoments
 
 @dataclass
 class AlphaEditMDMHyperParams(BatchHyperParams):
-    """AlphaEdit_MDM's hyperparameters: see `BatchHyperParams`; `mom2_update_weight` and `mom2_eps` have no part in it.
+    """AlphaEdit_MDM's hyperparameters: see `BatchHyperParams`; `mom2_update_weight` and `mom2_eps` have no
+    part in it.
 
     Attributes:
         nullspace_threshold: eigenvalues of C below it belong to the null space.
@@ -53,11 +62,16 @@ class AlphaEditMDMHyperParams(BatchHyperParams):
         """As `BatchHyperParams.validate`."""
         super().validate()
         if self.nullspace_scale not in ("absolute", "relative"):
-            raise HyperParameterError(f"nullspace_scale={self.nullspace_scale!r} is not one of absolute, relative")
+            raise HyperParameterError(
+                f"nullspace_scale={self.nullspace_scale!r} is not one of absolute, relative"
+            )
         self.check_numbers(nullspace_threshold=0, L2=0)
         for name in ("mom2_eps", "mom2_update_weight"):
             if getattr(self, name):
-                raise HyperParameterError(f"{name}={getattr(self, name)!r}: AlphaEdit_MDM does not use it; nullspace_threshold and L2 take its place")
+                raise HyperParameterError(
+                    f"{name}={getattr(self, name)!r}: AlphaEdit_MDM does not use it; nullspace_threshold and"
+                    " L2 take its place"
+                )
 
 
 def null_space(moments: SecondMoments, threshold: int | float, scale: str) -> Float[Tensor, "inner free"]:
@@ -71,8 +85,9 @@ def null_space(moments: SecondMoments, threshold: int | float, scale: str) -> Fl
     free = vectors[:, values < limit]
     if not free.shape[1]:
         raise StatisticsError(
-            f"no eigenvalue of {len(values)} lies below {limit:.3g} (the smallest is {float(values[0]):.3g}, the largest {float(values[-1]):.3g}): "
-            "the null space is empty; raise nullspace_threshold, or use nullspace_scale: relative"
+            f"no eigenvalue of {len(values)} lies below {limit:.3g} (the smallest is {float(values[0]):.3g},"
+            f" the largest {float(values[-1]):.3g}): the null space is empty; raise nullspace_threshold, or"
+            " use nullspace_scale: relative"
         )
     return free
 
@@ -82,14 +97,19 @@ def projected(hparams: AlphaEditMDMHyperParams, carried: dict[str, Tensor]) -> C
 
     def closed_form(system: System) -> tuple[Float[Tensor, "width columns"], Float[Tensor, "columns inner"]]:
         """R and the rest."""
-        basis = null_space(system.moments, hparams.nullspace_threshold, hparams.nullspace_scale).to(system.keys.device)
+        basis = null_space(system.moments, hparams.nullspace_threshold, hparams.nullspace_scale).to(
+            system.keys.device
+        )
         known = carried.get(system.site.name)
         own = basis.T @ system.keys
         every = own if known is None else torch.cat([own, basis.T @ known.to(own)], dim=1)
         matrix = every @ every.T + hparams.L2 * torch.eye(len(every), dtype=own.dtype, device=own.device)
         factor, wrong = torch.linalg.cholesky_ex(matrix)
         if int(wrong):
-            raise StatisticsError(f"AlphaEdit's system at layer {system.site.layer} is singular with L2={hparams.L2}: use a positive L2")
+            raise StatisticsError(
+                f"AlphaEdit's system at layer {system.site.layer} is singular with L2={hparams.L2}: use a"
+                " positive L2"
+            )
         system.figures["denominator"] = pivots(factor)
         return system.residual, torch.cholesky_solve(own, factor).T @ basis.T
 
@@ -106,14 +126,15 @@ def alphaedit(
     """Make (not apply) one edit of all requests.
 
     Args:
-        history: keys of the edits that the model carries; it belongs to whoever edits in sequence, and is added to here.
+        history: keys of the edits that the model carries; it belongs to whoever edits in sequence, and is
+            added to here.
     """
     history = History() if history is None else history
     sites = [adapter.site(layer, hparams.rewrite_module_tmp) for layer in hparams.layers]
     if any(site.routed for site in sites):
         raise HyperParameterError(
-            "AlphaEdit_MDM remembers the keys of earlier edits, and those of experts are others for every fact: name the shared "
-            "expert or a dense layer, or use MEMIT_MDM"
+            "AlphaEdit_MDM remembers the keys of earlier edits, and those of experts are others for every"
+            " fact: name the shared expert or a dense layer, or use MEMIT_MDM"
         )
     names = [site.weight for site in sites]
     carried = history.carried(adapter, names)
@@ -125,11 +146,21 @@ def alphaedit(
     return edit_batch(adapter, requests, hparams, projected(hparams, carried), values, finish)
 
 
-def _scaled(adapter: Adapter, site: Site, facts: list[Fact], hparams: AlphaEditMDMHyperParams) -> Float[Tensor, "inner columns"]:
+def _scaled(
+    adapter: Adapter, site: Site, facts: list[Fact], hparams: AlphaEditMDMHyperParams
+) -> Float[Tensor, "inner columns"]:
     columns = key_columns(adapter, site, facts, hparams)
     return columns.keys * columns.weights.double().sqrt().to(columns.keys.device)
 
 
 METHODS.register("AlphaEdit_MDM")(
-    Method("AlphaEdit_MDM", AlphaEditMDMHyperParams, alphaedit, block_values, stands_for="AlphaEdit", batchable=True, sequential=True)
+    Method(
+        "AlphaEdit_MDM",
+        AlphaEditMDMHyperParams,
+        alphaedit,
+        block_values,
+        stands_for="AlphaEdit",
+        batchable=True,
+        sequential=True,
+    )
 )

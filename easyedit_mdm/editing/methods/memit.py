@@ -2,11 +2,13 @@
 
 With keys K, residuals R and second moments C of a layer,
 
-    MEMIT  (arXiv 2210.07229, eq. 14):  dW = R K^T (lambda C + K K^T)^-1,           the least squares of all facts and C,
-    EMMET  (arXiv 2403.14236, eq. 8):   dW = R (K^T C'^-1 K + mu I)^-1 K^T C'^-1,   C' = lambda C, every fact to the letter if mu = 0.
+    MEMIT  (arXiv 2210.07229, eq. 14):  dW = R K^T (lambda C + K K^T)^-1,           the least squares of all
+    facts and C,
+    EMMET  (arXiv 2403.14236, eq. 8):   dW = R (K^T C'^-1 K + mu I)^-1 K^T C'^-1,   C' = lambda C, every fact
+    to the letter if mu = 0.
 
-By Woodbury's identity both are R (K^T A + nu I)^-1 A^T with A = C^-1 K, and nu = lambda or lambda mu: C is factored once, and
-a batch of n facts costs an n x n system.
+By Woodbury's identity both are R (K^T A + nu I)^-1 A^T with A = C^-1 K, and nu = lambda or lambda mu: C is
+factored once, and a batch of n facts costs an n x n system.
 """
 
 from __future__ import annotations
@@ -22,7 +24,14 @@ from torch import Tensor
 from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.editing.methods._registry import METHODS, Method
 from easyedit_mdm.editing.request import EditRequest
-from easyedit_mdm.editing.solve.batch import BatchHyperParams, ClosedForm, System, block_values, edit_batch, pivots
+from easyedit_mdm.editing.solve.batch import (
+    BatchHyperParams,
+    ClosedForm,
+    System,
+    block_values,
+    edit_batch,
+    pivots,
+)
 from easyedit_mdm.editing.solve.value import Optimised
 from easyedit_mdm.errors import StatisticsError
 from easyedit_mdm.models import Adapter
@@ -69,8 +78,9 @@ def least_squares(eps: int | float, nu: int | float) -> ClosedForm:
         least = 1e-13 * gram.diagonal().max()  # pivots this small are rounding errors of a singular matrix
         if int(wrong) or not (factor.diagonal() ** 2 > least).all():
             raise StatisticsError(
-                f"the system of {len(gram)} keys at layer {system.site.layer} is singular (statistics of {system.moments.tokens} tokens): the "
-                "keys are linearly dependent. Use a positive weight (mom2_update_weight, emmet_lambda) or fewer facts a batch"
+                f"the system of {len(gram)} keys at layer {system.site.layer} is singular (statistics of"
+                f" {system.moments.tokens} tokens): the keys are linearly dependent. Use a positive weight"
+                " (mom2_update_weight, emmet_lambda) or fewer facts a batch"
             )
         system.figures["denominator"] = pivots(factor)
         return system.residual, torch.cholesky_solve(solved.T, factor)
@@ -78,16 +88,32 @@ def least_squares(eps: int | float, nu: int | float) -> ClosedForm:
     return closed_form
 
 
-def memit(adapter: Adapter, requests: Sequence[EditRequest], hparams: MEMITMDMHyperParams, values: Sequence[Optimised] | None = None) -> Edit:
+def memit(
+    adapter: Adapter,
+    requests: Sequence[EditRequest],
+    hparams: MEMITMDMHyperParams,
+    values: Sequence[Optimised] | None = None,
+) -> Edit:
     """Make (not apply) one edit of all requests, by least squares."""
-    return edit_batch(adapter, requests, hparams, least_squares(hparams.mom2_eps, hparams.mom2_update_weight), values)
+    return edit_batch(
+        adapter, requests, hparams, least_squares(hparams.mom2_eps, hparams.mom2_update_weight), values
+    )
 
 
-def emmet(adapter: Adapter, requests: Sequence[EditRequest], hparams: EMMETMDMHyperParams, values: Sequence[Optimised] | None = None) -> Edit:
+def emmet(
+    adapter: Adapter,
+    requests: Sequence[EditRequest],
+    hparams: EMMETMDMHyperParams,
+    values: Sequence[Optimised] | None = None,
+) -> Edit:
     """Make (not apply) one edit of all requests, each an equality (up to `emmet_lambda`)."""
     weight = hparams.mom2_update_weight * hparams.emmet_lambda
     return edit_batch(adapter, requests, hparams, least_squares(hparams.mom2_eps, weight), values)
 
 
-METHODS.register("MEMIT_MDM")(Method("MEMIT_MDM", MEMITMDMHyperParams, memit, block_values, stands_for="MEMIT", batchable=True))
-METHODS.register("EMMET_MDM")(Method("EMMET_MDM", EMMETMDMHyperParams, emmet, block_values, stands_for="EMMET", batchable=True))
+METHODS.register("MEMIT_MDM")(
+    Method("MEMIT_MDM", MEMITMDMHyperParams, memit, block_values, stands_for="MEMIT", batchable=True)
+)
+METHODS.register("EMMET_MDM")(
+    Method("EMMET_MDM", EMMETMDMHyperParams, emmet, block_values, stands_for="EMMET", batchable=True)
+)

@@ -1,8 +1,9 @@
 """r-ROME for both paradigms (Gupta et al., arXiv 2403.07175): one k* everywhere.
 
-ROME's code averages keys over context prefixes for u, but divides by the bare prompt's key, and measures the residual against
-the bare prompt's value; the tiny denominators that come of it are what collapses models. Here key and value are the means over
-prefixes (`key_average: single`) or the bare prompt's (`prompt`) throughout:
+ROME's code averages keys over context prefixes for u, but divides by the bare prompt's key, and measures the
+residual against the bare prompt's value; the tiny denominators that come of it are what collapses models.
+Here key and value are the means over prefixes (`key_average: single`) or the bare prompt's (`prompt`)
+throughout:
 
     dW = (v* - W k*) u^T / (k* . u),    u = C^-1 k* / ||C^-1 k*||,    v* = v_0 + delta.
 """
@@ -28,13 +29,20 @@ from easyedit_mdm.models import Adapter
 
 @dataclass
 class RROMEMDMHyperParams(ROMEMDMHyperParams):
-    """R-ROME_MDM's hyperparameters: ROME_MDM's, where `key_average` is `single` (means over prefixes) or `prompt` (the bare prompt)."""
+    """R-ROME_MDM's hyperparameters: ROME_MDM's, where `key_average` is `single` (means over prefixes) or
+    `prompt` (the bare prompt).
+    """
 
     ALG_NAME: ClassVar[str] = "R-ROME_MDM"
     KEY_AVERAGES: ClassVar[tuple[str, ...]] = ("single", "prompt")
 
 
-def r_rome(adapter: Adapter, requests: Sequence[EditRequest], hparams: RROMEMDMHyperParams, values: Sequence[Optimised] | None = None) -> Edit:
+def r_rome(
+    adapter: Adapter,
+    requests: Sequence[EditRequest],
+    hparams: RROMEMDMHyperParams,
+    values: Sequence[Optimised] | None = None,
+) -> Edit:
     """Make (not apply) the edit for one request.
 
     Raises:
@@ -50,4 +58,6 @@ def r_rome(adapter: Adapter, requests: Sequence[EditRequest], hparams: RROMEMDMH
     return rank_one(adapter, requests, hparams, residual, values)
 
 
-METHODS.register("R-ROME_MDM")(Method("R-ROME_MDM", RROMEMDMHyperParams, r_rome, site_values, stands_for="R-ROME"))
+METHODS.register("R-ROME_MDM")(
+    Method("R-ROME_MDM", RROMEMDMHyperParams, r_rome, site_values, stands_for="R-ROME")
+)

@@ -1,1 +1,3 @@
-"""What the methods share: where (`sites`), `keys`, values (`value`, over `plans`, `rows`, `rollout`) and the update."""
+"""What the methods share: where (`sites`), `keys`, values (`value`, over `plans`, `rows`, `rollout`) and the
+update.
+"""

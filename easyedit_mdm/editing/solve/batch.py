@@ -1,7 +1,8 @@
-"""Many facts at once: one value optimisation for all, the residual spread over several layers, and a closed form a layer.
+"""Many facts at once: one value optimisation for all, the residual spread over several layers, and a closed
+form a layer.
 
-MEMIT (Meng et al., arXiv 2210.07229, algorithm 1). With z the layer output that makes the model say the target, and layers
-l_1 < ... < l_L, layer l_i gets its share of what is still missing at l_L:
+MEMIT (Meng et al., arXiv 2210.07229, algorithm 1). With z the layer output that makes the model say the
+target, and layers l_1 < ... < l_L, layer l_i gets its share of what is still missing at l_L:
 
     R_i = (z - h_{l_L}) / (L - i + 1),    dW_i = closed form(keys at l_i, R_i),
 
@@ -39,16 +40,19 @@ class BatchHyperParams(ROMEMDMHyperParams):
     Attributes:
         mom2_adjustment: must stay on: these methods are defined by their statistics.
         mom2_update_weight: lambda, the weight of what the layer knows already, C, against the new facts.
-        key_average: `single`: mean over context prefixes; `easyedit`: mean of the bare prompt's key and the mean of the others.
-        key_states: `full_mask`, `average` over the target's states, or `per_state`: a key for each state, which share
-            delta, as least squares weighted like the states.
-        clamp_reference: whose norm delta's clamp and decay are measured by: the `block`'s output (MEMIT) or the `mlp`'s (ROME).
+        key_average: `single`: mean over context prefixes; `easyedit`: mean of the bare prompt's key and the
+            mean of the others.
+        key_states: `full_mask`, `average` over the target's states, or `per_state`: a key for each state,
+            which share delta, as least squares weighted like the states.
+        clamp_reference: whose norm delta's clamp and decay are measured by: the `block`'s output (MEMIT) or
+            the `mlp`'s (ROME).
         batch_size: requests a batch, for EasyEdit's `batch_edit`.
     """
 
     mom2_adjustment: bool = True
     mom2_update_weight: int | float = 15000
-    context_template_length_params: list[list[int]] = None  # type: ignore[assignment]  # set below, MEMIT's own
+    # set below, MEMIT's own
+    context_template_length_params: list[list[int]] = None  # type: ignore[assignment]
     clamp_reference: str = "block"
     batch_size: int = 1
 
@@ -69,7 +73,10 @@ class BatchHyperParams(ROMEMDMHyperParams):
         """
         super().validate()
         if not self.mom2_adjustment:
-            raise HyperParameterError(f"mom2_adjustment is off, but {self.alg_name} is defined by its statistics: leave it on, or use ROME_MDM")
+            raise HyperParameterError(
+                f"mom2_adjustment is off, but {self.alg_name} is defined by its statistics: leave it on, or"
+                " use ROME_MDM"
+            )
         if self.clamp_reference not in ("block", "mlp"):
             raise HyperParameterError(f"clamp_reference={self.clamp_reference!r} is not one of block, mlp")
         self.check_numbers(mom2_update_weight=0)
@@ -84,7 +91,8 @@ class System:
         keys: columns, each scaled by the square root of its weight.
         residual: what is to be added to the output for each, scaled alike.
         moments: of the layer's keys.
-        figures: what the closed form has to say of the system: `denominator`, the smallest over the largest pivot.
+        figures: what the closed form has to say of the system: `denominator`, the smallest over the largest
+            pivot.
     """
 
     site: Site
@@ -113,14 +121,17 @@ def edit_batch(
         finish: called with all layers changed, before they are put back.
 
     Raises:
-        RequestError: for a request that cannot be carried out, or two that are the same or contradict each other.
+        RequestError: for a request that cannot be carried out, or two that are the same or contradict each
+            other.
         StatisticsError: if the statistics are missing, too few or those of another model.
         OptimisationError: if the optimisation or a closed form breaks down.
     """
     check_requests(requests)
     check_modules(adapter, hparams)
     facts = [tokenise(adapter, request, hparams) for request in requests]
-    sites = [settled(adapter, adapter.site(layer, hparams.rewrite_module_tmp), facts) for layer in hparams.layers]
+    sites = [
+        settled(adapter, adapter.site(layer, hparams.rewrite_module_tmp), facts) for layer in hparams.layers
+    ]
     last = sites[-1]
     moments = statistics(adapter, sites, hparams)
     before = outputs(adapter, last, facts, hparams)
@@ -128,19 +139,27 @@ def edit_batch(
     target = before + torch.stack([o.delta for o in outcomes]).to(before.device)
     changes: list[LowRank] = []
     figures = {}
-    # kept between layers where it is no more than the value optimisation has kept; otherwise read anew in each, so that memory is bounded
-    lower: Lower | None = {} if len(sites) > 1 and len(facts) <= hparams.facts_per_batch and hparams.key_states == "full_mask" else None
+    # kept between layers where it is no more than the value optimisation has kept; otherwise read anew in
+    # each, so that memory is bounded
+    lower: Lower | None = (
+        {}
+        if len(sites) > 1 and len(facts) <= hparams.facts_per_batch and hparams.key_states == "full_mask"
+        else None
+    )
 
     def spread() -> None:
         """Change layer after layer."""
         for i, site in enumerate(sites):
             now = before if i == 0 else outputs(adapter, last, facts, hparams)
-            system = _system(adapter, site, facts, (target - now).double() / (len(sites) - i), moments[i], hparams, lower)
+            system = _system(
+                adapter, site, facts, (target - now).double() / (len(sites) - i), moments[i], hparams, lower
+            )
             left, right = closed_form(system)
             made = low_rank(adapter, site, left.float(), right.float())
             changes.extend(made)
             figures[str(site.layer)] = {
-                "residual": float((target - now).norm(dim=1).mean()), **moments[i].cheap_figures(hparams.mom2_eps), **system.figures
+                "residual": float((target - now).norm(dim=1).mean()),
+                **moments[i].cheap_figures(hparams.mom2_eps), **system.figures
             }  # fmt: skip
             write(adapter, Edit(made))
         if lower is not None:
@@ -164,27 +183,46 @@ def _system(
     columns = key_columns(adapter, site, facts, hparams, lower)
     share = residual.T
     scale = columns.weights.double().sqrt().to(share.device)
-    return System(site, columns.keys * scale.to(columns.keys.device), share[:, columns.fact.to(share.device)] * scale, moments)
+    return System(
+        site,
+        columns.keys * scale.to(columns.keys.device),
+        share[:, columns.fact.to(share.device)] * scale,
+        moments,
+    )
 
 
 def pivots(factor: Float[Tensor, "n n"]) -> float:
-    """Smallest over largest pivot of a Cholesky factor: how near the closed form came to dividing by nothing."""
+    """Smallest over largest pivot of a Cholesky factor: how near the closed form came to dividing by
+    nothing.
+    """
     diagonal = factor.diagonal() ** 2
     return float(diagonal.min() / diagonal.max())
 
 
-def block_values(adapter: Adapter, requests: Sequence[EditRequest], hparams: BatchHyperParams) -> list[Optimised]:
+def block_values(
+    adapter: Adapter, requests: Sequence[EditRequest], hparams: BatchHyperParams
+) -> list[Optimised]:
     """The optimised values of requests at the last edited layer, each as if it were alone."""
     facts = [tokenise(adapter, request, hparams) for request in requests]
     return _optimised(adapter, settled(adapter, check_modules(adapter, hparams), facts), facts, hparams)
 
 
 def _optimised(adapter: Adapter, site: Site, facts: list[Fact], hparams: BatchHyperParams) -> list[Optimised]:
-    return optimise(adapter, site, facts, outputs(adapter, site, facts, hparams, block=hparams.clamp_reference == "block"), hparams)
+    return optimise(
+        adapter,
+        site,
+        facts,
+        outputs(adapter, site, facts, hparams, block=hparams.clamp_reference == "block"),
+        hparams,
+    )
 
 
-def outputs(adapter: Adapter, site: Site, facts: Sequence[Fact], hparams: ROMEMDMHyperParams, block: bool = True) -> Float[Tensor, "facts width"]:
-    """The block's (or the site's) output at the subject's token of each bare prompt, with no slot revealed."""
+def outputs(
+    adapter: Adapter, site: Site, facts: Sequence[Fact], hparams: ROMEMDMHyperParams, block: bool = True
+) -> Float[Tensor, "facts width"]:
+    """The block's (or the site's) output at the subject's token of each bare prompt, with no slot
+    revealed.
+    """
     rows = SiteRows.of((fact.contexts[0], key_states(adapter, fact, hparams)[0].tails[0]) for fact in facts)
     name = adapter.spec.paths.block.format(site.layer) if block else None
     return read_site(adapter, site, rows, hparams.max_rows, name)[1]

@@ -24,7 +24,8 @@ class Keys:
     """Keys and values of one fact at the site, in float32.
 
     Attributes:
-        keys: one a context prefix; the first is the bare prompt's. With `key_states: average` each is a mean over states.
+        keys: one a context prefix; the first is the bare prompt's. With `key_states: average` each is a mean
+            over states.
         values: what the site gives for each key: means over the same states.
         initial: v_0, the site's output for the bare prompt with nothing revealed.
     """
@@ -54,7 +55,8 @@ class KeyColumns:
     weights: Float[Tensor, " columns"]
 
 
-# The residual stream of some rows (by the number of their pass) on its way up, as (layer, its input): for an edit of several layers from
+# The residual stream of some rows (by the number of their pass) on its way up, as (layer, its input): for an
+# edit of several layers from
 # the lowest upwards, which changes nothing below the layer that it has come to.
 Lower = dict[int, tuple[int, Tensor]]
 
@@ -81,7 +83,9 @@ def key_states(adapter: Adapter, fact: Fact, hparams: ROMEMDMHyperParams) -> lis
     name = "full_mask" if hparams.key_states == "full_mask" else "enumerate"
     plan, slot = Plan.of(adapter, fact, name, hparams.max_states), adapter.ids.slot
     return [
-        KeyStates(contexts, [torch.where(shown, fact.target, slot) for shown in states.revealed], states.weights)
+        KeyStates(
+            contexts, [torch.where(shown, fact.target, slot) for shown in states.revealed], states.weights
+        )
         for contexts, states in plan.draw(0, fact_generator(fact, hparams.seed))
     ]
 
@@ -122,7 +126,8 @@ def read_site(
     output_of: str | None = None,
     lower: Lower | None = None,
 ) -> tuple[Float[Tensor, "rows inner"], Float[Tensor, "rows width"]]:
-    """Input of the site and output of a module of the same layer (the site by default) at one position of each row, in float32.
+    """Input of the site and output of a module of the same layer (the site by default) at one position of
+    each row, in float32.
 
     Args:
         read: the rows.
@@ -176,12 +181,17 @@ def read_keys(adapter: Adapter, site: Site, fact: Fact, hparams: ROMEMDMHyperPar
 
 
 def key_columns(
-    adapter: Adapter, site: Site, facts: Sequence[Fact], hparams: ROMEMDMHyperParams, lower: Lower | None = None
+    adapter: Adapter,
+    site: Site,
+    facts: Sequence[Fact],
+    hparams: ROMEMDMHyperParams,
+    lower: Lower | None = None,
 ) -> KeyColumns:
     """One key a fact, or one a state (`key_states: per_state`), each averaged over the context prefixes.
 
-    `key_average: single` is the plain mean over prefixes; `easyedit` takes the mean of the bare prompt's key and of the
-    mean of the others, as EasyEdit's MEMIT, which averages by kind of context, comes to. `lower`: see `read_site`.
+    `key_average: single` is the plain mean over prefixes; `easyedit` takes the mean of the bare prompt's key
+    and of the mean of the others, as EasyEdit's MEMIT, which averages by kind of context, comes to. `lower`:
+    see `read_site`.
     """
     states = [key_states(adapter, fact, hparams) for fact in facts]
     rows = SiteRows.of(pair for fact, some in zip(facts, states) for pair in _key_rows(fact, some))
@@ -202,7 +212,9 @@ def key_columns(
 def _over_contexts(
     keys: Float[Tensor, "states some inner"], group: KeyStates, fact: Fact, average: str
 ) -> tuple[Float[Tensor, "states inner"], Float[Tensor, " states"]]:
-    """Each state's key, averaged over the prefixes that the state stands after, and what it weighs among the fact's keys."""
+    """Each state's key, averaged over the prefixes that the state stands after, and what it weighs among the
+    fact's keys.
+    """
     apart = average != "single" and len(fact.contexts) > 1  # the bare prompt by itself
     others = len(fact.contexts) - apart
     bare = apart and 0 in group.contexts

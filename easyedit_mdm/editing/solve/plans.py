@@ -1,8 +1,9 @@
 """The states of one fact, whose slots may fall into other blocks after each of its context prefixes.
 
-In a block-causal model that counts blocks from the row's start, the prompt's tail shares its block with the first slots, so
-the length of a prefix decides where the target crosses an edge. Prefixes after which the slots fall into the same blocks
-form a group with one schedule. Wherever blocks do not depend on the prefix there is one group.
+In a block-causal model that counts blocks from the row's start, the prompt's tail shares its block with the
+first slots, so the length of a prefix decides where the target crosses an edge. Prefixes after which the
+slots fall into the same blocks form a group with one schedule. Wherever blocks do not depend on the prefix
+there is one group.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from easyedit_mdm.models import Adapter
 
 @dataclass(frozen=True)
 class Group:
-    """Context prefixes of one fact, by number, and the blocks that the target's slots fall into after each of them."""
+    """Context prefixes of one fact, by number, and the blocks that the target's slots fall into after each of
+    them.
+    """
 
     contexts: tuple[int, ...]
     blocks: tuple[int, ...]

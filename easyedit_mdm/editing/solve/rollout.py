@@ -1,4 +1,6 @@
-"""The states that a model, as edited so far, comes through while it decodes a target after the bare prompt."""
+"""The states that a model, as edited so far, comes through while it decodes a target after the bare
+prompt.
+"""
 
 from __future__ import annotations
 
@@ -26,20 +28,30 @@ def rolled_out(
     plans: Sequence[Schedule] | Mapping[int, Schedule],
     rights: Float[Tensor, "facts inner"] | None = None,
 ) -> dict[int, States]:
-    """For each fact (by number) its N states, from nothing revealed to one slot left; at most `plans[i].most` of them, spread evenly.
+    """For each fact (by number) its N states, from nothing revealed to one slot left; at most `plans[i].most`
+    of them, spread evenly.
 
-    A step commits the slot whose best token has the highest probability (LLaDA's `low_confidence`) among those of the open
-    block: its right token, or the model's own. The best token is the best of those that the sampler may write. All facts go
+    A step commits the slot whose best token has the highest probability (LLaDA's `low_confidence`) among
+    those of the open
+    block: its right token, or the model's own. The best token is the best of those that the sampler may
+    write. All facts go
     through the model together: as many passes as the longest target has tokens. `rights`: see
     `easyedit_mdm.editing.solve.value.optimise`.
     """
     revealed = {i: torch.zeros(len(f.target), dtype=torch.bool) for i, f in facts.items()}
     shown = {i: f.target.clone() for i, f in facts.items()}
-    blocks = {i: Slots(adapter.attention.blocks(len(f.contexts[0].ids), len(f.target))) for i, f in facts.items()}
+    blocks = {
+        i: Slots(adapter.attention.blocks(len(f.contexts[0].ids), len(f.target))) for i, f in facts.items()
+    }
     met: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {i: [] for i in facts}
     for step in range(max((len(f.target) for f in facts.values()), default=0)):
         going = [i for i in facts if step < len(facts[i].target)]
-        given = [facts[i] for i in going], [revealed[i] for i in going], [shown[i] for i in going], [deltas[i] for i in going]
+        given = (
+            [facts[i] for i in going],
+            [revealed[i] for i in going],
+            [shown[i] for i in going],
+            [deltas[i] for i in going],
+        )
         through = None if rights is None else rights[going]
         for i, logits in zip(going, _slots(adapter, site, *given, through)):
             scored = ~revealed[i] & torch.tensor(blocks[i].inside(step))
@@ -71,7 +83,11 @@ def _slots(
 ) -> list[Float[Tensor, "_ vocab"]]:
     """Logits at each fact's slots, with its delta at the subject's token, or in the weights."""
     tails = [torch.where(r, s, adapter.ids.slot) for r, s in zip(revealed, shown)]
-    ids, mask = right_padded([torch.cat([f.contexts[0].ids, tail]) for f, tail in zip(facts, tails)], adapter.ids.pad, adapter.device)
+    ids, mask = right_padded(
+        [torch.cat([f.contexts[0].ids, tail]) for f, tail in zip(facts, tails)],
+        adapter.ids.pad,
+        adapter.device,
+    )
     most = max(map(len, tails))
     start = torch.tensor([len(f.contexts[0].ids) for f in facts])
     at = (start[:, None] + torch.arange(most)).clamp(max=ids.shape[1] - 1).to(ids.device)

@@ -1,4 +1,6 @@
-"""From facts to the rows of one forward pass: contexts x states, padded, with what is read where and how it weighs."""
+"""From facts to the rows of one forward pass: contexts x states, padded, with what is read where and how it
+weighs.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,10 @@ class Rows:
         weights: weight of each in its fact's loss; the weights of a fact sum to 1.
         fact: which fact a row belongs to.
         anchor: whether the row is its fact's KL anchor (read at its first slot).
-        turn, period: a row counts at step t only if t mod period is turn; turn is -1 for rows that always count.
-        reach: how much of delta arrives at each position, where it is optimised through the weights; otherwise it is put in at `site`.
+        turn, period: a row counts at step t only if t mod period is turn; turn is -1 for rows that always
+            count.
+        reach: how much of delta arrives at each position, where it is optimised through the weights;
+            otherwise it is put in at `site`.
     """
 
     ids: Int[Tensor, "rows length"]
@@ -51,17 +55,25 @@ class Rows:
 
     def take(self, index: Int[Tensor, " some"] | Bool[Tensor, " rows"]) -> Rows:
         """Some of the rows."""
-        return replace(self, **{name: value[index] for name, value in vars(self).items() if value is not None})
+        return replace(
+            self, **{name: value[index] for name, value in vars(self).items() if value is not None}
+        )
 
     def cut(self, length: int, slots: int) -> Rows:
-        """The first `length` columns, the rest being padding, and the first `slots` slots, the rest weighing nothing."""
+        """The first `length` columns, the rest being padding, and the first `slots` slots, the rest weighing
+        nothing.
+        """
         read = {name: getattr(self, name)[:, :slots] for name in ("at", "tokens", "weights")}
         reach = None if self.reach is None else self.reach[:, :length]
         return replace(self, ids=self.ids[:, :length], mask=self.mask[:, :length], reach=reach, **read)
 
     def aligned(self, pad: int) -> Rows:
-        """Shifted so that the site stands in the same column in every row, with padding on the left; columns of mere padding are cut off."""
-        assert self.reach is None, "rows are shifted where what stands before the subject is kept, which the weights would change"
+        """Shifted so that the site stands in the same column in every row, with padding on the left; columns
+        of mere padding are cut off.
+        """
+        assert self.reach is None, (
+            "rows are shifted where what stands before the subject is kept, which the weights would change"
+        )
         shift = self.site.max() - self.site
         length = int((self.mask.sum(1) + shift).max())
         source = torch.arange(length, device=shift.device) - shift[:, None]
@@ -73,15 +85,23 @@ class Rows:
         return replace(self, ids=ids, mask=mask, canvas=canvas, site=site, at=at)
 
     def chunks(self, most: int, by_rest: bool = False) -> Iterator[tuple[Int[Tensor, " some"], int, int]]:
-        """Rows of similar length, up to `most` at a time, as (numbers of the rows, columns they need, slots they need): little of a pass is padding.
+        """Rows of similar length, up to `most` at a time, as (numbers of the rows, columns they need, slots
+        they need): little of a pass is padding.
 
         `by_rest`: what counts is the length from the site on.
         """
-        whole, numbers = self.mask.sum(1), torch.arange(1, self.weights.shape[1] + 1, device=self.weights.device)
+        whole, numbers = (
+            self.mask.sum(1),
+            torch.arange(1, self.weights.shape[1] + 1, device=self.weights.device),
+        )
         read = ((self.weights != 0) * numbers).amax(1).clamp(min=1)  # an anchor's one slot weighs nothing
         columns, rest, slots = torch.stack([whole, whole - self.site, read]).tolist()  # one transfer a step
         for some in similar(rest if by_rest else columns, most):
-            yield torch.tensor(some, device=whole.device), max(columns[i] for i in some), max(slots[i] for i in some)
+            yield (
+                torch.tensor(some, device=whole.device),
+                max(columns[i] for i in some),
+                max(slots[i] for i in some),
+            )
 
     def counting(self, step: int) -> Bool[Tensor, " rows"]:
         """Which rows count at a step."""
@@ -100,18 +120,41 @@ def build_rows(
     In a causal model a row ends with the last token that a prediction is read from.
 
     Args:
-        states: of each fact, beside the numbers of the contexts that they stand after; each context comes once.
-        dealt: state s stands in context c only at the steps t with (c + t) mod states = s, and weighs what the states of a
-            step weigh together.
+        states: of each fact, beside the numbers of the contexts that they stand after; each context comes
+            once.
+        dealt: state s stands in context c only at the steps t with (c + t) mod states = s, and weighs what
+            the states of a step weigh together.
     """
-    columns: dict[str, list] = {name: [] for name in Rows.__dataclass_fields__ if name not in ("mask", "reach")}
+    columns: dict[str, list] = {
+        name: [] for name in Rows.__dataclass_fields__ if name not in ("mask", "reach")
+    }
     slots = max(len(f.target) for f in facts.values())
 
-    def add(fact: int, prompt: Prompt, tail: Tensor, read: list[int], right: Tensor, weight: Tensor, anchor: bool, turn: int, period: int) -> None:
+    def add(
+        fact: int,
+        prompt: Prompt,
+        tail: Tensor,
+        read: list[int],
+        right: Tensor,
+        weight: Tensor,
+        anchor: bool,
+        turn: int,
+        period: int,
+    ) -> None:
         """One row; slots it does not have are read at its first and weigh nothing."""
         fill = slots - len(read)
         padded = [torch.nn.functional.pad(values, (0, fill)) for values in (right, weight)]
-        row = (torch.cat([prompt.ids, tail]), len(prompt.ids), prompt.site, read + [read[0]] * fill, *padded, fact, anchor, turn, period)
+        row = (
+            torch.cat([prompt.ids, tail]),
+            len(prompt.ids),
+            prompt.site,
+            read + [read[0]] * fill,
+            *padded,
+            fact,
+            anchor,
+            turn,
+            period,
+        )
         for name, value in zip(columns, row):
             columns[name].append(value)
 
@@ -128,8 +171,14 @@ def build_rows(
                     add(i, prompt, tail, read, fact.target, share, False, turn, period)
         filler = torch.tensor([adapter.ids.slot])
         stop = len(fact.anchor.ids) if kl_position == "slot" else fact.anchor.site + 1
-        anchor, tail = replace(fact.anchor, ids=fact.anchor.ids[:stop]), filler if adapter.masked else filler[:0]
+        anchor, tail = (
+            replace(fact.anchor, ids=fact.anchor.ids[:stop]),
+            filler if adapter.masked else filler[:0],
+        )
         add(i, anchor, tail, [stop], filler, torch.zeros(1), True, -1, 1)
     batch, mask = right_padded(columns.pop("ids"), adapter.ids.pad, adapter.device)
-    tensors = {name: (torch.stack(v) if isinstance(v[0], Tensor) else torch.tensor(v)).to(adapter.device) for name, v in columns.items()}
+    tensors = {
+        name: (torch.stack(v) if isinstance(v[0], Tensor) else torch.tensor(v)).to(adapter.device)
+        for name, v in columns.items()
+    }
     return Rows(ids=batch, mask=mask, **tensors)

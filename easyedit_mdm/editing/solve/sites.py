@@ -44,9 +44,11 @@ def check_modules(adapter: Adapter, hparams: ROMEMDMHyperParams) -> Site:
 
 
 def settled(adapter: Adapter, site: Site, facts: Sequence[Fact]) -> Site:
-    """A routed site with the experts that the facts' tokens go through, in any of their context prefixes, with nothing revealed.
+    """A routed site with the experts that the facts' tokens go through, in any of their context prefixes,
+    with nothing revealed.
 
-    Other sites are returned as they are. What the router of the edited layer does does not depend on the edit.
+    Other sites are returned as they are. What the router of the edited layer does does not depend on the
+    edit.
     """
     if not site.routed:
         return site

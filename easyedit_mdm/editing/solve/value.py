@@ -3,13 +3,14 @@
     loss(delta) = sum_S w_S mean_{contexts} mean_{i not in S} -log p(y_i | prompt, y_S; delta)
                   + kl_factor KL(p_delta(. | anchor) || p(. | anchor)) + v_weight_decay ||delta|| / ||v_0||^2
 
-is ROME's equation (4) (arXiv 2202.05262), its first term taken over the states S of a schedule; with `full_mask`, or on an
-autoregressive model, it is ROME's own. delta is kept within clamp_norm_factor ||v_0||. ROME puts delta in at the subject's token
-alone, but its rank-one update dW = delta r^T also adds (r . k) delta at every other position, k being what enters the map there;
-with `optimise_through: weights` the loss is that of the model so changed. The optimisation is batched over
-facts; a fact that has converged leaves the batch. What lies below delta is computed once where the states stay the same from
-step to step: all layers up to the edited one, whose own output delta is added to, wherever the site's output goes into the
-residual stream as it is.
+is ROME's equation (4) (arXiv 2202.05262), its first term taken over the states S of a schedule; with
+`full_mask`, or on an autoregressive model, it is ROME's own. delta is kept within clamp_norm_factor ||v_0||.
+ROME puts delta in at the subject's token alone, but its rank-one update dW = delta r^T also adds (r . k)
+delta at every other position, k being what enters the map there; with `optimise_through: weights` the loss is
+that of the model so changed. The optimisation is batched over facts; a fact that has converged leaves the
+batch. What lies below delta is computed once where the states stay the same from step to step: all layers up
+to the edited one, whose own output delta is added to, wherever the site's output goes into the residual
+stream as it is.
 """
 
 from __future__ import annotations
@@ -33,7 +34,15 @@ from easyedit_mdm.editing.solve.rows import Rows, build_rows
 from easyedit_mdm.errors import OptimisationError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
-from easyedit_mdm.models.hooks import added_at, adding_at, frozen, reach_of, reading_input, spread_over, writing_through
+from easyedit_mdm.models.hooks import (
+    added_at,
+    adding_at,
+    frozen,
+    reach_of,
+    reading_input,
+    spread_over,
+    writing_through,
+)
 from easyedit_mdm.models.prefix import Prefix, can_keep, logits_after, read_prefix
 
 
@@ -47,9 +56,9 @@ class Optimised:
         steps: optimiser steps taken.
         schedule: the schedule that was used, and the one asked for.
         forwards: rows that went through the layers from the edited one up.
-        layer_passes: rows times the layers that each went through, forward only: the layers above the edit at every step;
-            those up to it once, or at every step where states are drawn anew; all of them in a roll-out, a row a slot. A
-            row of which a causal model runs only a part counts whole.
+        layer_passes: rows times the layers that each went through, forward only: the layers above the edit at
+            every step; those up to it once, or at every step where states are drawn anew; all of them in a
+            roll-out, a row a slot. A row of which a causal model runs only a part counts whole.
     """
 
     delta: Float[Tensor, " width"]
@@ -68,14 +77,17 @@ def optimise(
     hparams: ROMEMDMHyperParams,
     rights: Float[Tensor, "facts inner"] | None = None,
 ) -> list[Optimised]:
-    """Optimise one delta a fact, `facts_per_batch` at a time; a batch that does not fit into memory is halved.
+    """Optimise one delta a fact, `facts_per_batch` at a time; a batch that does not fit into memory is
+    halved.
 
-    What is drawn at random for a fact depends on the seed and on the fact alone, so that the company it is edited in changes
-    nothing.
+    What is drawn at random for a fact depends on the seed and on the fact alone, so that the company it is
+    edited in changes nothing.
 
     Args:
-        initial: v_0 of each fact, against whose norm delta is clamped: the site's output, or its block's, for the bare prompt.
-        rights: the r of each fact's update delta r^T, through which delta is then optimised; None: as an activation at the site.
+        initial: v_0 of each fact, against whose norm delta is clamped: the site's output, or its block's, for
+            the bare prompt.
+        rights: the r of each fact's update delta r^T, through which delta is then optimised; None: as an
+            activation at the site.
 
     Raises:
         OptimisationError: if a loss is not a number; no weight has been touched.
@@ -85,7 +97,9 @@ def optimise(
     while len(done) < len(facts):
         part = slice(len(done), len(done) + size)
         try:
-            done += _optimise(adapter, site, facts[part], initial[part], hparams, None if rights is None else rights[part])
+            done += _optimise(
+                adapter, site, facts[part], initial[part], hparams, None if rights is None else rights[part]
+            )
         except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError
             if size == 1 or not _out_of_memory(error):
                 raise
@@ -96,7 +110,9 @@ def optimise(
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
+        error
+    )
 
 
 def _optimise(
@@ -110,10 +126,14 @@ def _optimise(
     plans = [Plan.of(adapter, fact, hparams.state_schedule, hparams.max_states) for fact in facts]
     deltas = [torch.zeros_like(v, requires_grad=True) for v in initial]
     done = [Optimised(d, schedule=p.used) for d, p in zip(deltas, plans)]
-    recent: list[deque[float]] = [deque(maxlen=1 if hparams.early_stop_on == "drawn" else p.cycle) for p in plans]
+    recent: list[deque[float]] = [
+        deque(maxlen=1 if hparams.early_stop_on == "drawn" else p.cycle) for p in plans
+    ]
     optimizer = torch.optim.Adam(deltas, lr=hparams.v_lr)
     rates = _rates(optimizer, hparams)
-    kind = _CausalForward if rights is None and can_keep(adapter) else _Forward  # the weights change what stands before the subject, too
+    kind = (
+        _CausalForward if rights is None and can_keep(adapter) else _Forward
+    )  # the weights change what stands before the subject, too
     forward = kind(adapter, site, facts, plans, hparams, rights)
     active = list(range(len(facts)))
     with frozen(adapter):
@@ -137,20 +157,33 @@ def _optimise(
     return done
 
 
-def _rates(optimizer: torch.optim.Optimizer, hparams: ROMEMDMHyperParams) -> torch.optim.lr_scheduler.LRScheduler:
+def _rates(
+    optimizer: torch.optim.Optimizer, hparams: ROMEMDMHyperParams
+) -> torch.optim.lr_scheduler.LRScheduler:
     if hparams.v_lr_schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, hparams.v_num_grad_steps - 1))
+        return torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, T_max=max(1, hparams.v_num_grad_steps - 1)
+        )
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
-def _record(losses: Tensor, active: list[int], done: list[Optimised], recent: list[deque], hparams: ROMEMDMHyperParams, step: int) -> list[int]:
-    """Note the losses; the facts that go on are those whose mean over a full cycle is not below the threshold."""
+def _record(
+    losses: Tensor,
+    active: list[int],
+    done: list[Optimised],
+    recent: list[deque],
+    hparams: ROMEMDMHyperParams,
+    step: int,
+) -> list[int]:
+    """Note the losses; the facts that go on are those whose mean over a full cycle is not below the
+    threshold.
+    """
     going = []
     for i, loss in zip(active, losses.tolist()):
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise OptimisationError(
-                f"the loss of fact {i} is {loss} at step {step}: the optimisation left the finite numbers (v_lr={hparams.v_lr}, "
-                "model weights or dtype?). No weight was changed."
+                f"the loss of fact {i} is {loss} at step {step}: the optimisation left the finite numbers"
+                f" (v_lr={hparams.v_lr}, model weights or dtype?). No weight was changed."
             )
         done[i].losses.append(loss)
         recent[i].append(loss)
@@ -169,7 +202,9 @@ def _clamp(deltas: list[Tensor], initial: Float[Tensor, "facts width"], factor: 
 
 @dataclass(frozen=True)
 class Below:
-    """What enters a layer in some rows; in a causal model only from the subject's token on, the rest being kept."""
+    """What enters a layer in some rows; in a causal model only from the subject's token on, the rest being
+    kept.
+    """
 
     hidden: Float[Tensor, "rows length width"]
     prefix: Prefix | None = None
@@ -186,15 +221,18 @@ class Below:
     def logits(self, adapter: Adapter, layer: int, rows: Rows) -> Float[Tensor, "rows slots vocab"]:
         """The logits at the columns that the rows are read at."""
         if self.prefix is None:
-            return adapter.token_logits(rows.ids, rows.mask, at=rows.at, layer=layer, hidden=self.hidden, canvas=rows.canvas)
+            return adapter.token_logits(
+                rows.ids, rows.mask, at=rows.at, layer=layer, hidden=self.hidden, canvas=rows.canvas
+            )
         return logits_after(adapter, self.prefix, self.hidden, rows.mask, rows.at)
 
 
 class _Forward:
-    """Losses of the active facts, with the rows and what lies below the edit kept for as long as they stay the same.
+    """Losses of the active facts, with the rows and what lies below the edit kept for as long as they stay
+    the same.
 
-    `layer` is the first that is run anew at every step: the one above the site where delta can be added to the stream between
-    them, otherwise the site's own.
+    `layer` is the first that is run anew at every step: the one above the site where delta can be added to
+    the stream between them, otherwise the site's own.
     """
 
     def __init__(
@@ -206,14 +244,23 @@ class _Forward:
         hparams: ROMEMDMHyperParams,
         rights: Float[Tensor, "facts inner"] | None = None,
     ):
-        self.adapter, self.site, self.facts, self.plans, self.hparams, self.rights = adapter, site, facts, plans, hparams, rights
+        self.adapter, self.site, self.facts, self.plans, self.hparams, self.rights = (
+            adapter,
+            site,
+            facts,
+            plans,
+            hparams,
+            rights,
+        )
         self.above = adapter.ends_block(site)
         self.layer = site.layer + self.above
         self.generators = [fact_generator(fact, hparams.seed) for fact in facts]
         self.fixed = all(plan.fixed for plan in plans)
         self.kept: tuple[list[int], Rows, Tensor] | None = None
         self.anchors: Float[Tensor, "facts vocab"] | None = None
-        self.count = torch.zeros(2, len(facts), dtype=torch.long, device=adapter.device)  # forwards, layer-passes
+        self.count = torch.zeros(
+            2, len(facts), dtype=torch.long, device=adapter.device
+        )  # forwards, layer-passes
 
     def _counted(self, rows: Rows, layers: int, forwards: int = 0) -> None:
         """Note that rows went through some layers."""
@@ -221,7 +268,12 @@ class _Forward:
         self.count.index_add_(1, rows.fact, each.expand(2, len(rows)))
 
     def losses(
-        self, step: int, active: list[int], deltas: list[Tensor], initial: Float[Tensor, "facts width"], backward: bool
+        self,
+        step: int,
+        active: list[int],
+        deltas: list[Tensor],
+        initial: Float[Tensor, "facts width"],
+        backward: bool,
     ) -> Float[Tensor, " active"]:
         """Total loss of each active fact; gradients go into the deltas."""
         place = torch.zeros(len(self.facts), dtype=torch.long, device=self.count.device)
@@ -256,47 +308,82 @@ class _Forward:
             rows, below = rows.take(going), below[going]
             self.kept = (list(active), rows, below)
         counting = rows.counting(step)
-        return (rows.take(counting), below[counting]) if any(self.plans[i].dealt for i in active) else (rows, below)
+        return (
+            (rows.take(counting), below[counting])
+            if any(self.plans[i].dealt for i in active)
+            else (rows, below)
+        )
 
     def _build(self, step: int, active: list[int], deltas: list[Tensor]) -> tuple[list[int], Rows, Tensor]:
         """All rows of some facts. Kept where the rows are, whatever device the lower layers are on."""
         states = {i: self.plans[i].draw(step, self.generators[i]) for i in active if not self.plans[i].rolled}
         states |= self._rolled([i for i in active if self.plans[i].rolled], deltas)
-        rows = build_rows(self.adapter, {i: self.facts[i] for i in active}, states, self.hparams.kl_position, self.plans[active[0]].dealt)
+        rows = build_rows(
+            self.adapter,
+            {i: self.facts[i] for i in active},
+            states,
+            self.hparams.kl_position,
+            self.plans[active[0]].dealt,
+        )
         self._counted(rows, self.layer)
         module = self.adapter.module(self.site.name)
-        through = self.rights if self.above else None  # otherwise the site runs at every step, and is hooked there
+        through = (
+            self.rights if self.above else None
+        )  # otherwise the site runs at every step, and is hooked there
         reach = rows.reach = None if through is None else torch.zeros(rows.ids.shape, device=rows.ids.device)
         with torch.no_grad():
             below: Tensor | None = None
             for chunk, length, slots in rows.chunks(self.hparams.max_rows):
                 part = rows.take(chunk).cut(length, slots)
-                reading: AbstractContextManager[list[Tensor]] = nullcontext([]) if through is None else reading_input(module)
+                reading: AbstractContextManager[list[Tensor]] = (
+                    nullcontext([]) if through is None else reading_input(module)
+                )
                 with reading as entering:
-                    hidden = self.adapter.hidden_before(self.layer, part.ids, part.mask, canvas=part.canvas).to(rows.ids.device)
+                    hidden = self.adapter.hidden_before(
+                        self.layer, part.ids, part.mask, canvas=part.canvas
+                    ).to(rows.ids.device)
                 below = hidden.new_zeros(*rows.ids.shape, hidden.shape[-1]) if below is None else below
                 below[chunk, :length] = hidden
-                if through is not None and reach is not None:  # what enters the edited map lies below the edit, and stays
-                    reach[chunk, :length] = reach_of(entering[0], through[part.fact.to(through.device)]).to(reach.device)
+                if (
+                    through is not None and reach is not None
+                ):  # what enters the edited map lies below the edit, and stays
+                    reach[chunk, :length] = reach_of(entering[0], through[part.fact.to(through.device)]).to(
+                        reach.device
+                    )
         return list(active), rows, cast(Tensor, below)  # there is at least the anchor's row
 
-    def _rolled(self, facts: list[int], deltas: list[Tensor]) -> dict[int, list[tuple[tuple[int, ...], States]]]:
+    def _rolled(
+        self, facts: list[int], deltas: list[Tensor]
+    ) -> dict[int, list[tuple[tuple[int, ...], States]]]:
         """The states that the model comes through after each group's first prefix."""
         found: dict[int, list[tuple[tuple[int, ...], States]]] = {i: [] for i in facts}
         for number in range(max((len(self.plans[i].groups) for i in facts), default=0)):
             some = {i: self.plans[i].groups[number] for i in facts if number < len(self.plans[i].groups)}
-            asked = {i: replace(self.facts[i], contexts=[self.facts[i].contexts[group.contexts[0]]]) for i, group in some.items()}
+            asked = {
+                i: replace(self.facts[i], contexts=[self.facts[i].contexts[group.contexts[0]]])
+                for i, group in some.items()
+            }
             schedules = {i: self.plans[i].schedules[number] for i in some}
-            for i, states in rolled_out(self.adapter, self.site, asked, deltas, schedules, self.rights).items():
+            for i, states in rolled_out(
+                self.adapter, self.site, asked, deltas, schedules, self.rights
+            ).items():
                 found[i].append((some[i].contexts, states))
-                self.count[1, i] += self.adapter.layers * len(self.facts[i].target)  # a row for each slot in turn
+                self.count[1, i] += self.adapter.layers * len(
+                    self.facts[i].target
+                )  # a row for each slot in turn
         return found
 
-    def _chunk(self, rows: Rows, below: Below, deltas: Float[Tensor, "active width"], place: Tensor) -> Float[Tensor, " active"]:
+    def _chunk(
+        self, rows: Rows, below: Below, deltas: Float[Tensor, "active width"], place: Tensor
+    ) -> Float[Tensor, " active"]:
         """NLL and KL of some rows, added up by fact."""
         at, added = rows.site - below.start, deltas[place[rows.fact].to(deltas.device)]
         if self.above:
-            hidden = added_at(below.hidden, at, added) if rows.reach is None else spread_over(below.hidden, rows.reach, added)
+            hidden = (
+                added_at(below.hidden, at, added)
+                if rows.reach is None
+                else spread_over(below.hidden, rows.reach, added)
+            )
             logits = replace(below, hidden=hidden).logits(self.adapter, self.layer, rows)
         else:
             module = self.adapter.module(self.site.name)
@@ -308,10 +395,18 @@ class _Forward:
         each = -(right * rows.weights.to(right.device)).sum(-1)
         anchors = rows.anchor.to(each.device).nonzero()[:, 0]
         if self.hparams.kl_factor and len(anchors):
-            each = each.index_add(0, anchors, self.hparams.kl_factor * self._kl(rows.fact.to(each.device)[anchors], log_probs[anchors, 0]))
-        return torch.zeros(len(deltas), device=each.device).index_add(0, place[rows.fact].to(each.device), each)
+            each = each.index_add(
+                0,
+                anchors,
+                self.hparams.kl_factor * self._kl(rows.fact.to(each.device)[anchors], log_probs[anchors, 0]),
+            )
+        return torch.zeros(len(deltas), device=each.device).index_add(
+            0, place[rows.fact].to(each.device), each
+        )
 
-    def _kl(self, facts: Int[Tensor, " anchors"], now: Float[Tensor, "anchors vocab"]) -> Float[Tensor, " anchors"]:
+    def _kl(
+        self, facts: Int[Tensor, " anchors"], now: Float[Tensor, "anchors vocab"]
+    ) -> Float[Tensor, " anchors"]:
         """KL(current || initial) at the anchors. The first step, delta being 0, sets the initial ones."""
         if self.anchors is None:
             self.anchors = torch.full((len(self.facts), now.shape[1]), torch.nan, device=now.device)
@@ -321,24 +416,35 @@ class _Forward:
 
 
 class _CausalForward(_Forward):
-    """The same for causal models: what stands before the subject's last token is run through all layers once."""
+    """The same for causal models: what stands before the subject's last token is run through all layers
+    once.
+    """
 
     def _passes(self, step: int, active: list[int], deltas: list[Tensor]) -> Iterator[tuple[Rows, Below]]:
         """As in any model; rows of a pass are shifted so that the subject's tokens stand in one column."""
         if self.kept is None:
             _, rows, below = self._build(step, active, deltas)
             chunks = rows.chunks(self.hparams.max_rows, by_rest=True)
-            self.parts = [self._aligned(rows.take(chunk).cut(length, slots), below[chunk, :length]) for chunk, length, slots in chunks]
+            self.parts = [
+                self._aligned(rows.take(chunk).cut(length, slots), below[chunk, :length])
+                for chunk, length, slots in chunks
+            ]
             self.kept = (list(active), rows, below[:0])
         if self.kept[0] != active:
             going = torch.tensor(active, device=self.count.device)
             index = [torch.isin(rows.fact, going).nonzero()[:, 0] for rows, _ in self.parts]
-            self.parts = [(rows.take(some), below.take(some)) for (rows, below), some in zip(self.parts, index) if len(some)]
+            self.parts = [
+                (rows.take(some), below.take(some))
+                for (rows, below), some in zip(self.parts, index)
+                if len(some)
+            ]
             self.kept = (list(active), *self.kept[1:])
         yield from self.parts
 
     def _aligned(self, rows: Rows, below: Tensor) -> tuple[Rows, Below]:
-        """Rows of one pass, and what of them is computed anew at every step: the columns from the subject's last token on."""
+        """Rows of one pass, and what of them is computed anew at every step: the columns from the subject's
+        last token on.
+        """
         shifted = rows.aligned(self.adapter.ids.pad)
         start = int(shifted.site[0])
         if start == 0:
@@ -348,4 +454,6 @@ class _CausalForward(_Forward):
         hidden = below.new_zeros(len(rows), shifted.ids.shape[1], below.shape[-1])
         for row, (by, length) in enumerate(zip(shift, rows.mask.sum(1).tolist())):
             hidden[row, by : by + length] = below[row, :length]
-        return shifted, Below(hidden[:, start:], read_prefix(self.adapter, self.layer, hidden[:, :start], shifted.mask))
+        return shifted, Below(
+            hidden[:, start:], read_prefix(self.adapter, self.layer, hidden[:, :start], shifted.mask)
+        )

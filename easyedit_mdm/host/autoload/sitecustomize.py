@@ -1,7 +1,8 @@
 """Opt-in: with this folder on PYTHONPATH, plain `python run_zsre_llama2.py --editing_method=ROME_MDM` works.
 
-`PYTHONPATH=$(easyedit-mdm hook) python ...`. Python runs this file at start; it costs nothing until `easyeditor` is
-imported, and then hands over to `easyedit_mdm.host.hook`. Another `sitecustomize` further down the path still runs.
+`PYTHONPATH=$(easyedit-mdm hook) python ...`. Python runs this file at start; it costs nothing until
+`easyeditor` is imported, and then hands over to `easyedit_mdm.host.hook`. Another `sitecustomize` further
+down the path still runs.
 """
 
 import importlib.abc

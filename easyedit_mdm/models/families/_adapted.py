@@ -29,7 +29,8 @@ def register_adapted(base: FamilySpec) -> None:
     name = f"masked-{base.name}"
     FAMILIES.register(name)(
         replace(
-            base, name=name, paradigm="masked", architectures=(f"{base.native}ForMaskedDiffusion",), attention=_attention, shift=_shift,
+            base, name=name, paradigm="masked", architectures=(f"{base.native}ForMaskedDiffusion",),
+            attention=_attention, shift=_shift,
             native_model_types=(), releases="what `easyedit-mdm adapt` writes",
             verified="transformers' own class under the mask of who sees whom, spelled out in a test",
         )
@@ -49,7 +50,8 @@ def _attention(config: Config) -> Attention:
     kind, block = section.get("attention"), section.get("block_size")
     if kind not in ("full", "block") or (kind == "full") != (block is None):
         raise CheckpointError(
-            f"config.json says {SECTION}.attention={kind!r} with block_size={block!r}: it must be 'full' with null, or 'block' with a number"
+            f"config.json says {SECTION}.attention={kind!r} with block_size={block!r}: it must be 'full' with"
+            " null, or 'block' with a number"
         )
     return Attention(block, str(section.get("edges", "canvas")), str(section.get("context", "blocks")))
 

@@ -15,7 +15,8 @@ def pick(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 LLAMA_KEYS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-    "max_position_embeddings initializer_range rms_norm_eps rope_theta rope_scaling rope_parameters attention_bias "
-    "attention_dropout mlp_bias head_dim tie_word_embeddings bos_token_id eos_token_id pad_token_id"
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+    " hidden_act max_position_embeddings initializer_range rms_norm_eps rope_theta rope_scaling"
+    " rope_parameters attention_bias attention_dropout mlp_bias head_dim tie_word_embeddings bos_token_id"
+    " eos_token_id pad_token_id"
 ).split()

@@ -1,7 +1,8 @@
-"""dLLM's A2D models (github.com/ZHZisZZ/dllm): Qwen3s adapted to denoising, `mdlm` with full attention and `bd3lm` in blocks.
+"""dLLM's A2D models (github.com/ZHZisZZ/dllm): Qwen3s adapted to denoising, `mdlm` with full attention and
+`bd3lm` in blocks.
 
-The two are published as one class with one configuration: which of them a folder holds is not written in it. Full attention is
-assumed; give `block`, or write `block_size` into `config.json`, for the other.
+The two are published as one class with one configuration: which of them a folder holds is not written in it.
+Full attention is assumed; give `block`, or write `block_size` into `config.json`, for the other.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ FAMILIES.register("a2d-qwen3")(
         tokenizer="Qwen2TokenizerFast",
         since="4.51",
         releases="dLLM's Qwen3-0.6B-diffusion-mdlm and -bd3lm",
-        verified="published code on a tiny checkpoint: logits to 1e-4, MDLMSampler and BD3LMSampler token for token",
+        verified=(
+            "published code on a tiny checkpoint: logits to 1e-4, MDLMSampler and BD3LMSampler token for"
+            " token"
+        ),
     )
 )

@@ -1,4 +1,6 @@
-"""Dream (arXiv 2508.15487): a Qwen2 that sees both sides and, having grown out of one, predicts token j at j - 1."""
+"""Dream (arXiv 2508.15487): a Qwen2 that sees both sides and, having grown out of one, predicts token j at j
+- 1.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ FAMILIES.register("dream")(
         mask_id=151666,
         tokenizer="Qwen2TokenizerFast",
         releases="Dream-7B Base and Instruct, Dream-Coder-7B, DiffuCoder-7B",
-        verified="published code on a tiny checkpoint: logits to 1e-5, diffusion_generate token for token; Dream-Coder and "
-        "DiffuCoder read only (same class)",
+        verified=(
+            "published code on a tiny checkpoint: logits to 1e-5, diffusion_generate token for token;"
+            " Dream-Coder and DiffuCoder read only (same class)"
+        ),
     )
 )

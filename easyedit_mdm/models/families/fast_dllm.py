@@ -26,6 +26,9 @@ FAST_DLLM: FamilySpec = replace(
     mask_id=151665,
     native_model_types=(),
     releases="Fast-dLLM v2 1.5B, 7B",
-    verified="published code on a tiny checkpoint: logits to 1e-4, generate with sub-blocks and thresholds token for token",
+    verified=(
+        "published code on a tiny checkpoint: logits to 1e-4, generate with sub-blocks and thresholds token"
+        " for token"
+    ),
 )
 FAMILIES.register("fast-dllm-v2")(FAST_DLLM)

@@ -9,8 +9,8 @@ from easyedit_mdm.models.families._registry import FAMILIES, pick
 from easyedit_mdm.models.spec import FamilySpec, ModulePaths
 
 _KEYS = (
-    "vocab_size n_positions n_embd n_layer n_head n_inner activation_function resid_pdrop embd_pdrop attn_pdrop "
-    "layer_norm_epsilon bos_token_id eos_token_id tie_word_embeddings"
+    "vocab_size n_positions n_embd n_layer n_head n_inner activation_function resid_pdrop embd_pdrop"
+    " attn_pdrop layer_norm_epsilon bos_token_id eos_token_id tie_word_embeddings"
 ).split()
 
 
@@ -27,7 +27,12 @@ FAMILIES.register("gpt2")(
         probe="transformer.h.0.mlp.c_proj.weight",
         native="GPT2",
         native_config=native_config,
-        rename=(("wte.", "transformer.wte."), ("wpe.", "transformer.wpe."), ("h.{}.", "transformer.h.{}."), ("ln_f.", "transformer.ln_f.")),
+        rename=(
+            ("wte.", "transformer.wte."),
+            ("wpe.", "transformer.wpe."),
+            ("h.{}.", "transformer.h.{}."),
+            ("ln_f.", "transformer.ln_f."),
+        ),
         paths=ModulePaths(
             backbone="transformer",
             block="transformer.h.{}",

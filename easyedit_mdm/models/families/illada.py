@@ -17,9 +17,12 @@ def native_config(config: Config) -> dict[str, Any]:
     """
     if config.get("layer_norm_eps") is not None:
         raise CheckpointError(
-            f"iLLaDA with layer_norm_eps={config['layer_norm_eps']!r} is not supported natively: it has LayerNorms, Llama RMS norms"
+            f"iLLaDA with layer_norm_eps={config['layer_norm_eps']!r} is not supported natively: it has"
+            " LayerNorms, Llama RMS norms"
         )
-    return pick(config, [key for key in LLAMA_KEYS if key != "head_dim"])  # its heads always share the width evenly
+    return pick(
+        config, [key for key in LLAMA_KEYS if key != "head_dim"]
+    )  # its heads always share the width evenly
 
 
 FAMILIES.register("illada")(
@@ -32,7 +35,9 @@ FAMILIES.register("illada")(
         native_config=native_config,
         mask_id=5,
         releases="iLLaDA-8B",
-        verified="inference path copied out of the published code, on a tiny checkpoint (configuration file not found): logits "
-        "to 1e-4, LLaDA's generate.py token for token",
+        verified=(
+            "inference path copied out of the published code, on a tiny checkpoint (configuration file not"
+            " found): logits to 1e-4, LLaDA's generate.py token for token"
+        ),
     )
 )

@@ -1,4 +1,6 @@
-"""LLaDA (arXiv 2502.09992): a Llama that sees both sides. The hub's key names are OLMo's; the arithmetic is Llama's."""
+"""LLaDA (arXiv 2502.09992): a Llama that sees both sides. The hub's key names are OLMo's; the arithmetic is
+Llama's.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ def native_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     for key, wanted in _MUST_BE.items():
         if config.get(key, wanted) not in (wanted, None):
-            raise CheckpointError(f"LLaDA with {key}={config[key]!r} is not supported natively (only {wanted!r} is Llama's arithmetic)")
+            raise CheckpointError(
+                f"LLaDA with {key}={config[key]!r} is not supported natively (only {wanted!r} is Llama's"
+                " arithmetic)"
+            )
     heads = config["n_heads"]
     return {
         "vocab_size": config.get("embedding_size") or config["vocab_size"],
@@ -75,6 +80,9 @@ LLADA = FamilySpec(
     ),
     mask_id=126336,
     releases="LLaDA-8B Base and Instruct, LLaDA-1.5",
-    verified="published code on a tiny checkpoint: logits to 1e-5, generate.py token for token; LLaDA-1.5 read only (same class)",
+    verified=(
+        "published code on a tiny checkpoint: logits to 1e-5, generate.py token for token; LLaDA-1.5 read"
+        " only (same class)"
+    ),
 )
 FAMILIES.register("llada")(LLADA)

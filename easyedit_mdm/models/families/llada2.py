@@ -1,7 +1,9 @@
-"""LLaDA2: blocks, fused and partly rotated attention with QK norms, and mixtures with a shared expert behind a dense first layer.
+"""LLaDA2: blocks, fused and partly rotated attention with QK norms, and mixtures with a shared expert behind
+a dense first layer.
 
-Qwen3 computes it once the fused rows are taken apart and each head's dimensions stand where Qwen3 looks for pairs: it turns
-dimension i with i + size / 2, where LLaDA2 turns i with i + r / 2 for the first r; the others have frequency 0.
+Qwen3 computes it once the fused rows are taken apart and each head's dimensions stand where Qwen3 looks for
+pairs: it turns dimension i with i + size / 2, where LLaDA2 turns i with i + r / 2 for the first r; the others
+have frequency 0.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from easyedit_mdm.models.spec import Config, FamilySpec, Made
 
 _BLOCK = 32  # of its `generate`; its config.json does not say
 _MUST_BE = {
-    "use_bias": False, "use_qkv_bias": False, "use_qk_norm": True, "use_rmsnorm": True, "score_function": "sigmoid", "norm_head": False,
+    "use_bias": False, "use_qkv_bias": False, "use_qk_norm": True, "use_rmsnorm": True,
+    "score_function": "sigmoid", "norm_head": False,
     "hidden_act": "silu", "rope_scaling": None, "moe_router_enable_expert_bias": True,
 }  # fmt: skip
 _HUB, _NATIVE = "model.layers.{}.attention.", "model.layers.{}.self_attn."
@@ -49,8 +52,10 @@ def experts(config: Config) -> Experts:
     count, inner = config["num_experts"], config["moe_intermediate_size"]
     return Experts(
         layers=frozenset(range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"])),
-        count=count, top=config["num_experts_per_tok"], inner=inner, shared=inner * (config.get("num_shared_experts") or 0),
-        score="sigmoid", normalise=bool(config.get("norm_topk_prob", True)), scale=config.get("routed_scaling_factor", 1.0), bias=True,
+        count=count, top=config["num_experts_per_tok"], inner=inner,
+        shared=inner * (config.get("num_shared_experts") or 0),
+        score="sigmoid", normalise=bool(config.get("norm_topk_prob", True)),
+        scale=config.get("routed_scaling_factor", 1.0), bias=True,
         groups=config.get("n_group") or 1, top_groups=config.get("topk_group") or 1,
     )  # fmt: skip
 
@@ -78,11 +83,15 @@ def _order(config: Config) -> Int[Tensor, " size"]:
     """Which of LLaDA2's dimensions of a head stands at each place of Qwen3's."""
     half, turned = _size(config) // 2, _turned(config) // 2
     rest = list(range(2 * turned, 2 * half))
-    return torch.tensor([*range(turned), *rest[: half - turned], *range(turned, 2 * turned), *rest[half - turned :]])
+    return torch.tensor(
+        [*range(turned), *rest[: half - turned], *range(turned, 2 * turned), *rest[half - turned :]]
+    )
 
 
 def made_of(config: Config, name: str) -> Made | None:
-    """Queries, keys and values are rows of one tensor, and their heads' dimensions are reordered; so are the QK norms'."""
+    """Queries, keys and values are rows of one tensor, and their heads' dimensions are reordered; so are the
+    QK norms'.
+    """
     found = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.([qkv])_(proj|norm)\.weight", name)
     if not found:
         return None
@@ -119,6 +128,9 @@ FAMILIES.register("llada2")(
         mask_id=156895,
         since="4.51",
         releases="LLaDA2.0 and 2.1, mini and flash",
-        verified="published code on a tiny checkpoint: logits to 1e-4, the router's choices; 2.0's generate token for token",
+        verified=(
+            "published code on a tiny checkpoint: logits to 1e-4, the router's choices; 2.0's generate token"
+            " for token"
+        ),
     )
 )

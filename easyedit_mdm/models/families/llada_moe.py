@@ -1,4 +1,6 @@
-"""LLaDA-MoE: Qwen3's attention, seeing both sides, and a mixture of experts in every layer. Its `model_type` is dense LLaDA's."""
+"""LLaDA-MoE: Qwen3's attention, seeing both sides, and a mixture of experts in every layer. Its `model_type`
+is dense LLaDA's.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from easyedit_mdm.models.mixture import Experts
 from easyedit_mdm.models.spec import Config, FamilySpec
 
 _MUST_BE = {
-    "qk_layernorm": True, "clip_qkv": None, "partial_rotary_factor": 1, "moe_router_score_function": "softmax",
+    "qk_layernorm": True, "clip_qkv": None, "partial_rotary_factor": 1,
+    "moe_router_score_function": "softmax",
     "moe_router_enable_expert_bias": False, "router_num_group": None, "shared_expert_intermediate_size": None,
 }  # fmt: skip
 
@@ -23,7 +26,9 @@ def native_config(config: Config) -> dict[str, Any]:
     """
     for key, wanted in _MUST_BE.items():
         if config.get(key, wanted) != wanted:
-            raise CheckpointError(f"LLaDA-MoE with {key}={config[key]!r} is not supported (only {wanted!r} is)")
+            raise CheckpointError(
+                f"LLaDA-MoE with {key}={config[key]!r} is not supported (only {wanted!r} is)"
+            )
     sizes = {
         "intermediate_size": config.get("dense_intermediate_size") or config["expert_intermediate_size"],
         "head_dim": config["hidden_size"] // config["num_attention_heads"],
@@ -32,10 +37,14 @@ def native_config(config: Config) -> dict[str, Any]:
 
 
 def experts(config: Config) -> Experts:
-    """Softmax over all experts; the weights of the chosen are not normalised, whatever `norm_topk_prob` says."""
+    """Softmax over all experts; the weights of the chosen are not normalised, whatever `norm_topk_prob`
+    says.
+    """
     frequency = config.get("moe_layer_freq") or [1] * config["num_hidden_layers"]
     layers = frozenset(layer for layer, on in enumerate(frequency) if on)
-    return Experts(layers, config["num_experts"], config["num_experts_per_tok"], config["expert_intermediate_size"])
+    return Experts(
+        layers, config["num_experts"], config["num_experts_per_tok"], config["expert_intermediate_size"]
+    )
 
 
 FAMILIES.register("llada-moe")(

@@ -1,4 +1,6 @@
-"""LLaMA and what shares its arithmetic and names (SmolLM2, TinyLlama, ...): the autoregressive relative of LLaDA."""
+"""LLaMA and what shares its arithmetic and names (SmolLM2, TinyLlama, ...): the autoregressive relative of
+LLaDA.
+"""
 
 from __future__ import annotations
 

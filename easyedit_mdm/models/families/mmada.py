@@ -1,4 +1,6 @@
-"""MMaDA (arXiv 2505.15809), its text: LLaDA's arithmetic and names under another class, image codes behind the text's ids."""
+"""MMaDA (arXiv 2505.15809), its text: LLaDA's arithmetic and names under another class, image codes behind
+the text's ids.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,9 @@ FAMILIES.register("mmada")(
         name="mmada",
         architectures=("MMadaModelLM",),
         releases="MMaDA-8B (text)",
-        verified="published code on a tiny checkpoint: logits to 1e-4, mmu_generate (LLaDA's) token for token; no images",
+        verified=(
+            "published code on a tiny checkpoint: logits to 1e-4, mmu_generate (LLaDA's) token for token; no"
+            " images"
+        ),
     )
 )

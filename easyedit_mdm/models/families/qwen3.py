@@ -17,7 +17,9 @@ def native_config(config: Config) -> dict[str, Any]:
         CheckpointError: if the checkpoint uses a sliding window, which the adapters' masks do not model.
     """
     if config.get("use_sliding_window"):
-        raise CheckpointError("Qwen3 with use_sliding_window=true is not supported: its attention is not full")
+        raise CheckpointError(
+            "Qwen3 with use_sliding_window=true is not supported: its attention is not full"
+        )
     return {**pick(config, LLAMA_KEYS), "use_sliding_window": False}
 
 

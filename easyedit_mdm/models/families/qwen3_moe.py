@@ -1,4 +1,6 @@
-"""Qwen3's mixtures of experts: Qwen3-MoE itself, RND1, which sees both sides, and SDAR's, which sees blocks."""
+"""Qwen3's mixtures of experts: Qwen3-MoE itself, RND1, which sees both sides, and SDAR's, which sees
+blocks.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,17 @@ def experts(config: Config) -> Experts:
         CheckpointError: if no layer is a mixture.
     """
     dense, step = set(config.get("mlp_only_layers") or ()), config.get("decoder_sparse_step", 1)
-    layers = frozenset(n for n in range(config["num_hidden_layers"]) if n not in dense and (n + 1) % step == 0)
+    layers = frozenset(
+        n for n in range(config["num_hidden_layers"]) if n not in dense and (n + 1) % step == 0
+    )
     if not layers:
-        raise CheckpointError(f"no layer is a mixture of experts with decoder_sparse_step={step!r}, mlp_only_layers={sorted(dense)}")
-    count, top, inner = (config[key] for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"))
+        raise CheckpointError(
+            f"no layer is a mixture of experts with decoder_sparse_step={step!r},"
+            f" mlp_only_layers={sorted(dense)}"
+        )
+    count, top, inner = (
+        config[key] for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    )
     return Experts(layers, count, top, inner, normalise=bool(config.get("norm_topk_prob", False)))
 
 
@@ -45,8 +54,10 @@ FAMILIES.register("rnd1")(
         name="rnd1",
         architectures=("RND1LM",),
         releases="RND1-Base",
-        verified="published code on a tiny checkpoint, its table of sizes replaced by config.json's: logits to 1e-4, greedy "
-        "diffusion_sample token for token",
+        verified=(
+            "published code on a tiny checkpoint, its table of sizes replaced by config.json's: logits to"
+            " 1e-4, greedy diffusion_sample token for token"
+        ),
     )
 )
 FAMILIES.register("sdar-moe")(
@@ -57,6 +68,8 @@ FAMILIES.register("sdar-moe")(
         attention=attention,
         shift=False,
         releases="SDAR-30B-A3B",
-        verified="nothing run: taken to be Qwen3-MoE's arithmetic under SDAR's attention, whose parts are verified",
+        verified=(
+            "nothing run: taken to be Qwen3-MoE's arithmetic under SDAR's attention, whose parts are verified"
+        ),
     )
 )

@@ -33,7 +33,9 @@ FAMILIES.register("sdar")(
         tokenizer="Qwen2TokenizerFast",
         since="4.51",
         releases="SDAR-1.7B, 4B, 8B (Chat); TraDo-4B, 8B",
-        verified="published code on a tiny checkpoint: logits to 1e-4, block_diffusion_generate (static, dynamic, sequential) "
-        "token for token; TraDo read only (said to be SDAR's class)",
+        verified=(
+            "published code on a tiny checkpoint: logits to 1e-4, block_diffusion_generate (static, dynamic,"
+            " sequential) token for token; TraDo read only (said to be SDAR's class)"
+        ),
     )
 )
