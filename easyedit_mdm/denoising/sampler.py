@@ -44,9 +44,8 @@ class DecodeConfig:
         order: which slots are committed first (a name in `ORDERS`).
         pace: how many a step. `even`: equally many, the remainder first (LLaDA, SDAR). `linear`: a linear
             schedule, rounded (dLLM). `floor`: after step s of n, floor(slots (n - s) / n) are still masked
-                (RND1). `fraction`: 1 - s/t of what is
-            masked, with t falling from 1 to eps (Dream); it knows no blocks. None: the order's own, even or
-            Dream's.
+            (RND1). `fraction`: 1 - s/t of what is masked, with t falling from 1 to eps (Dream); it knows no
+            blocks. None: the order's own, even or Dream's.
         threshold: slots whose token is likelier than this are committed as well, however many; None for none.
         temperature: 0 for greedy.
         eps: where Dream's time ends; only its orders read it.

@@ -64,9 +64,8 @@ class Schedule:
         dealt: a step does not see all states in every context prefix: prefix c has, at step t, only state
             number (c + t) mod (number of states).
         rolled: the states of a step are those that the model itself, as edited so far, comes through while it
-            decodes, most
-            confident slot first: with the `right` tokens revealed, or with its `own`, right or wrong. `draw`
-                has none then.
+            decodes, most confident slot first: with the `right` tokens revealed, or with its `own`, right or
+            wrong. `draw` has none then.
         most: the most states a step.
     """
 

@@ -317,8 +317,7 @@ class ROMEMDMHyperParams(
 
         Raises:
             HyperParameterError, UnknownNameError: if the file is missing, not a mapping, another method's, or
-                a field
-                is unknown, missing or wrong: with file and line.
+                a field is unknown, missing or wrong: with file and line.
         """
         return cls.from_dict(read_yaml_file(find_hparams(path)))
 

@@ -18,8 +18,8 @@ class Attention:
     Attributes:
         block: tokens of a block. None: one block, so that every token sees every other; 1: causal.
         edges: where blocks begin. `start`: they are counted from each row's first visible token (SDAR, arXiv
-            2510.06303; LLaDA2;
-            Fast-dLLM v2). `canvas`: the first column of the canvas begins one (dLLM's `bd3lm` sampler).
+            2510.06303; LLaDA2; Fast-dLLM v2). `canvas`: the first column of the canvas begins one (dLLM's
+            `bd3lm` sampler).
         first_alone: the first token of a block is written before the others, by itself: it is read from the
             block before, as an autoregressive model's would be (Fast-dLLM v2, arXiv 2509.26328).
         context: what stands before the canvas is in blocks itself (`blocks`), or each of its tokens sees only

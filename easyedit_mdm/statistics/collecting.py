@@ -42,8 +42,8 @@ class CollectConfig:
             `uniform`: with a probability t ~ U(0, 1) drawn for each row, as in the models' training. Keys are
             taken at unmasked positions only.
         settled: stop before `tokens` once the moments of the even and of the odd batches differ, in every
-            site, by
-            less than this fraction: ||C_even - C_odd||_F / ||C_even + C_odd||_F. None: collect all tokens.
+            site, by less than this fraction: ||C_even - C_odd||_F / ||C_even + C_odd||_F. None: collect all
+            tokens.
         seed: of the masks.
     """
 

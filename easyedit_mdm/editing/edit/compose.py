@@ -25,8 +25,7 @@ class Conflict:
     Attributes:
         first, second: their numbers, from 0.
         kind: `contradiction` (one prompt and subject, two targets), or `overlap` (one weight, written in
-            nearly the same direction of its
-            input: what one says, the other says too or takes back).
+            nearly the same direction of its input: what one says, the other says too or takes back).
         what: the fact or the weight.
         detail: the two targets, or the cosine.
     """

@@ -2,10 +2,10 @@
 
 With keys K, residuals R and second moments C of a layer,
 
-    MEMIT  (arXiv 2210.07229, eq. 14):  dW = R K^T (lambda C + K K^T)^-1,           the least squares of all
-    facts and C,
-    EMMET  (arXiv 2403.14236, eq. 8):   dW = R (K^T C'^-1 K + mu I)^-1 K^T C'^-1,   C' = lambda C, every fact
-    to the letter if mu = 0.
+    MEMIT (arXiv 2210.07229, eq. 14):  dW = R K^T (lambda C + K K^T)^-1
+    EMMET (arXiv 2403.14236, eq. 8):   dW = R (K^T C'^-1 K + mu I)^-1 K^T C'^-1,  C' = lambda C
+
+MEMIT is the least squares of all facts and C. EMMET writes every fact to the letter if mu = 0.
 
 By Woodbury's identity both are R (K^T A + nu I)^-1 A^T with A = C^-1 K, and nu = lambda or lambda mu: C is
 factored once, and a batch of n facts costs an n x n system.
