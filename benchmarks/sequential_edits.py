@@ -22,9 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from tqdm import tqdm
 
-from easyedit_mdm import load_model, make_edit, score_prompts
-from easyedit_mdm.editing import METHODS, EditRequest, History
-from easyedit_mdm.editing.hparams import find_hparams, read_yaml
+from easyedit_mdm import Session, load_hparams, load_model, score_prompts
 from easyedit_mdm.evaluation import perplexity
 from easyedit_mdm.twins.world import World
 
@@ -65,11 +63,10 @@ def main() -> None:
     )
     parser.add_argument("--out")
     args = parser.parse_args()
-    alg_name = read_yaml(find_hparams(args.hparams))["alg_name"]
-    hparams = METHODS[alg_name].hparams.from_hparams(args.hparams)
+    hparams = load_hparams(args.hparams)
     if args.weight is not None:
         hparams = replace(hparams, mom2_update_weight=args.weight)
-    model, world, history = load_model(hparams.model_name), World.build(), History()
+    model, world = load_model(hparams.model_name), World.build()
     todo, alone = drawn(world, args.edits, args.seed)
     names = [model.site(layer).weight for layer in hparams.layers]
     original = {name: value.detach().clone() for name, value in model.named_parameters() if name in names}
@@ -77,6 +74,9 @@ def main() -> None:
     texts = ["".join(piece for piece, _ in world.document(rng).pieces) for _ in range(20)]
     before = score_prompts(model, [f.prompt() for f in alone], [f.object for f in alone])
     reports, began = [], time.monotonic()
+
+    def written(pairs: list[tuple]) -> dict:
+        return share(score_prompts(model, [f.prompt() for f, _ in pairs], [t for _, t in pairs]))
 
     def report(done: int) -> None:
         early, late = todo[: min(args.watch, done)], todo[max(0, done - args.watch) : done]
@@ -88,10 +88,8 @@ def main() -> None:
         weights = dict(model.named_parameters())
         reports.append({
             "edits": done,
-            "early": share(score_prompts(model, [f.prompt() for f, _ in early], [t for _,
-                t in early])) if done else None,
-            "late": share(score_prompts(model, [f.prompt() for f, _ in late], [t for _,
-                t in late])) if done else None,
+            "early": written(early) if done else None,
+            "late": written(late) if done else None,
             "locality": {"value": sum(stay) / len(stay), "n": len(stay)},
             "norm_ratio": {
                 n: float((weights[n].detach() - original[n]).norm() / original[n].norm()) for n in names
@@ -113,14 +111,14 @@ def main() -> None:
             Path(args.out).write_text(text + "\n", encoding="utf-8")
 
     report(0)
-    for number, start in enumerate(tqdm(range(0, len(todo), args.batch), desc="batches"), start=1):
-        part = todo[start : start + args.batch]
-        requests = [
-            EditRequest.of({"prompt": f.prompt(), "subject": f.subject, "target_new": t}) for f, t in part
-        ]
-        make_edit(model, requests, hparams, history).apply(model)
-        if number % 10 == 0 or number == 1 or start + args.batch >= len(todo):
-            report(start + len(part))
+    requests = [{"prompt": f.prompt(), "subject": f.subject, "target_new": t} for f, t in todo]
+    with Session(model, hparams) as session:
+        steps = session.steps(requests, mode="sequential", batch_size=args.batch)
+        done = 0
+        for step in tqdm(steps, total=-(-len(todo) // args.batch), desc="batches"):
+            done += len(step.requests)
+            if step.number % 10 == 9 or step.number == 0 or done == len(todo):
+                report(done)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class Session:
         model: as `load_model` returns it.
         hparams: hyperparameters of the method (`load_hparams`); they name it.
         guard: what watches the edits; by default the guard that the hyperparameters set, or none.
+        force: keep edits whatever the guard finds; its verdict says so.
 
     Example:
         >>> from easyedit_mdm import Session, load_hparams, load_model
@@ -60,12 +61,18 @@ class Session:
         False
     """
 
-    def __init__(self, model: Adapter, hparams: ROMEMDMHyperParams, guard: CollapseGuard | None = None):
+    def __init__(
+        self,
+        model: Adapter,
+        hparams: ROMEMDMHyperParams,
+        guard: CollapseGuard | None = None,
+        force: bool = False,
+    ):
         self.model, self.hparams, self.history = model, hparams, History()
         config = hparams.guard_config()
         self.guard = guard or (None if config is None else CollapseGuard(model, config))
         self._stack: list[Edit] = []
-        self._kept = False
+        self._force, self._kept = force, False
 
     @property
     def method(self) -> Method:
@@ -152,7 +159,7 @@ class Session:
         if self.guard is None:
             edit.apply(self.model)
         else:
-            self.guard.apply(edit)
+            self.guard.apply(edit, self._force)
         self._stack.append(edit)
 
     def adopt(self, edit: Edit) -> None:

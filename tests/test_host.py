@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
 import re
@@ -73,6 +75,18 @@ def editor_for(joined, model: str = "twin-llada", **changes):
 
     hparams = dataclasses.replace(ROMEMDMHyperParams.from_hparams(f"ROME_MDM/{model}"), **changes)
     return joined.editor_class.from_hparams(hparams)
+
+
+def test_the_editor_is_a_subclass(joined):
+    """A script that asks EasyEdit for its BaseEditor gets ours; BaseEditor's own methods are not replaced."""
+    base = importlib.import_module("easyeditor.editors.editor").BaseEditor
+    editor = base.from_hparams(ROMEMDMHyperParams.from_hparams("ROME_MDM/twin-llada"))
+    assert type(editor) is joined.editor_class
+    assert issubclass(joined.editor_class, base)
+    assert joined.editor_class is not base
+    for name, method in vars(base).items():
+        if inspect.isfunction(method) and name != "__new__":
+            assert method.__module__ == base.__module__, f"{name} was replaced"
 
 
 def test_single_edit(joined, world):

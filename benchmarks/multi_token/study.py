@@ -28,7 +28,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from easyedit_mdm import load_model
+from easyedit_mdm import Session, load_model
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.denoising import DecodeConfig
 from easyedit_mdm.editing import METHODS, Edit, EditRequest
@@ -239,11 +239,9 @@ def study(
         if edit is None:
             line["error"] = "the optimisation left the finite numbers"
         else:
-            edit.apply(model)
-            try:
+            with Session(model, hparams) as session:
+                session.apply(edit)
                 line |= judge(model, case, world, tokens, case.fact.subject in all_ways)
-            finally:
-                edit.revert(model)
         yield {**line, "seconds": round(time.perf_counter() - began, 3)}
         began = time.perf_counter()
 
@@ -417,20 +415,19 @@ def batches(model: Adapter, name: str, chosen: list[Case], world: World, done: s
                     _key({**label, "subject": c.fact.subject, "n_tokens": c.length}) in done for c in batch
                 ):
                     continue
-                edit = METHODS["MEMIT_MDM"].edit(model, [EditRequest.of(c.request()) for c in batch], hparams)
                 known = [before(c) for c in batch]
-                edit.apply(model)
-                lines = [
-                    {
-                        **label,
-                        "subject": c.fact.subject,
-                        "n_tokens": c.length,
-                        "known": k,
-                        **judge(model, c, world, t, False),
-                    }
-                    for c, (k, t) in zip(batch, known)
-                ]
-                edit.revert(model)
+                with Session(model, hparams) as session:
+                    session.edit([c.request() for c in batch], mode="batch")
+                    lines = [
+                        {
+                            **label,
+                            "subject": c.fact.subject,
+                            "n_tokens": c.length,
+                            "known": k,
+                            **judge(model, c, world, t, False),
+                        }
+                        for c, (k, t) in zip(batch, known)
+                    ]
                 with path.open("a") as stream:
                     stream.write("".join(json.dumps(line) + "\n" for line in lines))
 

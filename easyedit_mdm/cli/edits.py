@@ -18,21 +18,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from easyedit_mdm.api import load_hparams, load_model, make_edit
+from easyedit_mdm.api import load_hparams, load_model
 from easyedit_mdm.cli.arguments import free
 from easyedit_mdm.common.files import write_json
 from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
 from easyedit_mdm.denoising import DecodeConfig, decode
-from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, ROMEMDMHyperParams
+from easyedit_mdm.editing import Edit, EditRequest, ROMEMDMHyperParams
 from easyedit_mdm.editing.edit.compose import compose, conflicts
 from easyedit_mdm.editing.edit.export import write_model
 from easyedit_mdm.editing.edit.folders import adopt_edits, source_of, write_edited
-from easyedit_mdm.editing.guard import GuardConfig
 from easyedit_mdm.editing.request import check_requests, encode
 from easyedit_mdm.errors import DataError, EditError, HyperParameterError, RequestError
-from easyedit_mdm.evaluation import CollapseGuard, score_prompts
+from easyedit_mdm.evaluation import score_prompts
 from easyedit_mdm.evaluation.records import Score
 from easyedit_mdm.models import Adapter
+from easyedit_mdm.session import Session
 
 EFFECT_TOKENS = 8
 
@@ -393,27 +393,14 @@ def _make(
     adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams, options: GuardOptions
 ) -> Edit:
     """The edit of all requests, through the guard if it is on; the model is left as it was."""
-    method, history = METHODS[hparams.alg_name], History()
-    guard = CollapseGuard(adapter, GuardConfig.of(hparams.guard)) if hparams.guard is not None else None
-    made: list[Edit] = []
-    try:
-        for group in [list(requests)] if method.batchable else [[request] for request in requests]:
-            edit = make_edit(adapter, group, hparams, history)
-            made.append(edit)
-            if guard is None:
-                edit.apply(adapter)
-            else:
-                guard.apply(edit, options.force)
-    finally:
-        for edit in reversed(made):
-            if edit.is_applied(adapter):
-                edit.revert(adapter)
+    with Session(adapter, hparams, force=options.force) as session:
+        made = session.edit(requests)
     if len(made) == 1:
         return made[0]
     one = compose(made, force=True)
     verdicts = [edit.card["guard"].get("verdict") for edit in made]
     one.card["guard"] = {
-        "on": guard is not None,
+        "on": hparams.guard is not None,
         "verdict": "kept by force" if "kept by force" in verdicts else verdicts[0],
     }
     return one

@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from easyedit_mdm.api import make_edit
 from easyedit_mdm.common.files import explained, write_json, write_text
 from easyedit_mdm.common.fingerprints import parameter_hashes
 from easyedit_mdm.denoising import Trajectory, decode
@@ -34,6 +33,7 @@ from easyedit_mdm.editing import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import encode, target_ids
 from easyedit_mdm.host import register
 from easyedit_mdm.models import Adapter
+from easyedit_mdm.session import Session
 from easyedit_mdm.twins.benchmark import Case, cases
 from easyedit_mdm.twins.world import World
 from easyedit_mdm.version import __version__
@@ -148,13 +148,10 @@ def _edit_both(
 
 def _watch(model: Adapter, case: Case, hparams: ROMEMDMHyperParams) -> dict[str, list]:
     """The denoising of the prompt before and after the denoising-aware edit, frame by frame."""
-    edit = make_edit(model, case.request(), hparams)
     before = _frames(model, case)
-    edit.apply(model)
-    try:
+    with Session(model, hparams) as session:
+        session.edit([case.request()])
         after = _frames(model, case)
-    finally:
-        edit.revert(model)
     return {"before": before, "after": after}
 
 

@@ -48,7 +48,12 @@ _EDITOR_CALLS = (
 
 @dataclass(frozen=True)
 class Joined:
-    """An EasyEdit that knows our methods."""
+    """An EasyEdit that knows our methods.
+
+    Attributes:
+        host: which EasyEdit, and where.
+        editor_class: `MDMEditor(BaseEditor)`, which every `BaseEditor(...)` makes.
+    """
 
     host: Host
     editor_class: Any
@@ -68,14 +73,14 @@ def register(home: str | Path | None = None) -> Joined:
     table = host_module("util.alg_dict").ALG_DICT
     editor = host_module("editors.editor")
     if not hasattr(editor.BaseEditor, "_easyedit_mdm"):
-        _join_editor(editor, host)
+        ours = _join_editor(editor, host)
         _join_evaluation(editor)
         _join_fluency()
         _join_batching()
         join_statistics()
         METHODS.watch(functools.partial(_join_method, table, host.form))  # later ones too
-        editor.BaseEditor._easyedit_mdm = True
-    return Joined(host, editor.BaseEditor)
+        editor.BaseEditor._easyedit_mdm = ours
+    return Joined(host, editor.BaseEditor._easyedit_mdm)
 
 
 def _join_method(table: dict[str, Any], form: str, name: str, method: Method) -> None:
@@ -134,25 +139,43 @@ def _session(adapter: Adapter, hparams: Any) -> Session:
     return name.session
 
 
-def _join_editor(editor: Any, host: Host) -> None:
+def _join_editor(editor: Any, host: Host) -> type:
+    """`BaseEditor(...)` makes an `MDMEditor`, in any script; the methods of BaseEditor stay as they are."""
     base = editor.BaseEditor
-    init = base.__init__
+    ours = mdm_editor(base, host.form)
 
-    @functools.wraps(init)
-    def __init__(self: Any, hparams: Any, *args: Any, **kwargs: Any) -> None:
-        if hparams is not None and is_ours_to_load(hparams.model_name, hparams.alg_name):
-            hparams = copy.copy(hparams)
-            hparams.model_name = load_named(hparams)
-            if host.form == "wheel":
-                hparams.device = _wheel_device(hparams.device)
-        init(self, hparams, *args, **kwargs)
-        understand_old_cache_name(self.model)
+    def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return object.__new__(ours if cls is base else cls)
 
-    base.__init__ = __init__
-    if host.form == "wheel":
+    base.__new__ = staticmethod(__new__)
+    return ours
+
+
+def mdm_editor(base: Any, form: str) -> type:
+    """The class `MDMEditor(BaseEditor)` for one form of EasyEdit."""
+
+    class MDMEditor(base):
+        """EasyEdit's editor, for masked models too.
+
+        It loads the models that this package knows by name, folder or hub id. The loop, its arguments and
+        its results are BaseEditor's.
+        """
+
+        def __init__(self, hparams: Any, *args: Any, **kwargs: Any) -> None:
+            if hparams is not None and is_ours_to_load(hparams.model_name, hparams.alg_name):
+                hparams = copy.copy(hparams)
+                hparams.model_name = load_named(hparams)
+                if form == "wheel":
+                    hparams.device = _wheel_device(hparams.device)
+            super().__init__(hparams, *args, **kwargs)
+            understand_old_cache_name(self.model)
+
+    MDMEditor.__qualname__ = "MDMEditor"
+    if form == "wheel":
         for name in _EDITOR_CALLS:
-            if name in vars(base):
-                setattr(base, name, _on_the_right_device(vars(base)[name]))
+            if hasattr(MDMEditor, name):
+                setattr(MDMEditor, name, _on_the_right_device(getattr(MDMEditor, name)))
+    return MDMEditor
 
 
 def _wheel_device(device: Any) -> Any:
