@@ -194,6 +194,7 @@ class Session:
                 "this edit is not one that the model carries in this session; `edits` lists those that are"
             )
         gone.undo(self.model)
+        self.history.forget(gone, self.model)
         self._stack = [known for known in stack if known is not gone]
         return gone
 
@@ -240,7 +241,9 @@ class Session:
         before = len(self._stack)
         try:
             for part in parts:
-                self.apply(self.method.edit(self.model, part, self.hparams, self.history))
+                made = self.method.edit(self.model, part, self.hparams, self.history)
+                self.apply(made)
+                self.history.claim(made)
         except BaseException:
             self._undo_down_to(before)
             raise

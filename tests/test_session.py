@@ -90,6 +90,26 @@ def test_an_edit_in_the_middle_is_taken_back(model, requests):
         session.undo()
 
 
+def test_the_history_forgets_an_edit_in_the_middle(model, requests):
+    """AlphaEdit's next edit respects the keys of the edits that are left, and of no other."""
+    settings = hparams("AlphaEdit_MDM")
+    names = [model.site(layer).weight for layer in settings.layers]
+    session = Session(model, settings)
+    made = session.edit(requests[:3], mode="sequential")
+    keys = session.history.carried(model, names)
+    session.undo(made[1])
+    left = session.history.carried(model, names)
+    assert len(session.history) == 2
+    for name, columns in keys.items():
+        third = columns.shape[1] // 3
+        assert torch.equal(left[name], torch.cat([columns[:, :third], columns[:, 2 * third :]], dim=1))
+    session.undo()
+    session.history.carried(model, names)
+    assert len(session.history) == 1
+    session.undo_all()
+    assert session.history.carried(model, names) == {}
+
+
 def test_undo_refuses_what_is_not_there(model, requests):
     """An edit of another session, and one that was taken back already."""
     session, other = Session(model, hparams()), Session(model, hparams())

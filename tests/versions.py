@@ -80,11 +80,13 @@ def matrix(versions: tuple[str, ...] | list[str]) -> None:
 
 def row(version: str) -> dict[str, str]:
     """Install and test one version."""
+    kept = ROOT / "build"
+    kept.mkdir(exist_ok=True)
     start = time.time()
     done = subprocess.run(
         ["make", "test", f"TRANSFORMERS={version}"], cwd=ROOT, capture_output=True, text=True
     )
-    (ROOT / "build" / f"matrix-{version}.log").write_text(done.stdout + done.stderr)
+    (kept / f"matrix-{version}.log").write_text(done.stdout + done.stderr)
     env = ROOT / (".venv" if version == "locked" else f"build/env-{version}")
     summary = re.findall(r"^=*\s*(\d.*) in [\d.:]+", done.stdout, re.M)
     deprecated = re.findall(r"third-party deprecations: (\d+)", done.stdout)
