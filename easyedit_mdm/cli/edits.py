@@ -398,11 +398,11 @@ def _make(
     if len(made) == 1:
         return made[0]
     one = compose(made, force=True)
-    verdicts = [edit.card["guard"].get("verdict") for edit in made]
-    one.card["guard"] = {
-        "on": hparams.guard is not None,
-        "verdict": "kept by force" if "kept by force" in verdicts else verdicts[0],
-    }
+    verdicts = [edit.card["guard"]["verdict"] for edit in made if edit.card["guard"]["on"]]
+    one.card["guard"] = {"on": bool(verdicts)}
+    if verdicts:
+        forced = "kept by force" in verdicts
+        one.card["guard"]["verdict"] = "kept by force" if forced else verdicts[0]
     return one
 
 
@@ -461,10 +461,14 @@ def _pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]
 def _states(edit: Edit, adapter: Adapter) -> dict[str, str]:
     """Of each weight whether it is as the edit left it, as the base had it, or neither."""
     weights = dict(adapter.native.named_parameters(remove_duplicate=False))
-    edited, base, found = edit.card.get("edited", {}), edit.card["base"].get("weights") or {}, {}
+    edited, base = edit.card.get("edited", {}), edit.card["base"].get("weights") or {}
+    found: dict[str, str] = {}
     for change in edit.changes:
         now = tensor_sha256(weights[change.name]) if change.name in weights else None
-        known = {**dict.fromkeys([base.get(change.name)], "base"), **dict.fromkeys(edited.values(), "edited")}
+        known: dict[str | None, str] = {
+            **dict.fromkeys([base.get(change.name)], "base"),
+            **dict.fromkeys(edited.values(), "edited"),
+        }
         found[change.name] = "other" if now is None else known.get(now, "other")
     return found
 

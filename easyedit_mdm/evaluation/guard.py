@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any
 
 from torch import Tensor
 
 from easyedit_mdm.editing.edit import Edit
+from easyedit_mdm.editing.edit.card import Verdict
 from easyedit_mdm.editing.guard import GuardConfig, held_out, reasons, update_figures
 from easyedit_mdm.errors import CollapseError
 from easyedit_mdm.evaluation.perplexity import perplexity
@@ -31,7 +31,7 @@ class CollapseGuard:
         self._texts: list[str] | None = None
         self._weights: dict[str, Tensor] = {}  # as they were before the first edit, of those that were edited
 
-    def apply(self, edit: Edit, force: bool = False) -> dict[str, Any]:
+    def apply(self, edit: Edit, force: bool = False) -> Verdict:
         """Apply an edit, unless that would ruin the model.
 
         Args:
@@ -69,10 +69,10 @@ class CollapseGuard:
             if not kept and edit.is_applied(self.adapter):
                 edit.revert(self.adapter)
 
-    def _judge(self, edit: Edit, figures: dict[str, float | None], force: bool, done: str) -> dict[str, Any]:
+    def _judge(self, edit: Edit, figures: dict[str, float | None], force: bool, done: str) -> Verdict:
         found = reasons(figures, self.config)
         verdict = "passed" if not found else "kept by force" if force else done.split(";")[0]
-        record = {
+        record: Verdict = {
             "on": True,
             "verdict": verdict,
             "reasons": found,

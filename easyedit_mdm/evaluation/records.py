@@ -120,11 +120,12 @@ class Denoising(TypedDict, total=False):
 
 
 class EditFigures(TypedDict, total=False):
-    """What an edit took: optimiser steps, forward passes, the schedule of states."""
+    """What an edit took: optimiser steps, forward passes, the schedule of states, and the guard's figures."""
 
     steps: float
     forwards: float
     schedule: str
+    guard: dict[str, float | None]
 
 
 class Times(TypedDict, total=False):
@@ -135,7 +136,12 @@ class Times(TypedDict, total=False):
 
 
 class CaseRecord(TypedDict, total=False):
-    """A line of a run file: a case before and after its edit, or the error that it ended in."""
+    """A line of a run file: a case before and after its edit, or the error that it ended in.
+
+    Attributes:
+        alg_name: the method; older files have it in the header alone.
+        batch: number of the batch that it was edited in, from 0; runs in batches or sequences only.
+    """
 
     case_id: int | str
     subject: str | int
@@ -147,6 +153,8 @@ class CaseRecord(TypedDict, total=False):
     edit: EditFigures
     history: dict[str, Denoising]
     time: Times
+    alg_name: str
+    batch: int
     error: object
 
 
@@ -187,6 +195,13 @@ class JudgeRecord(TypedDict, total=False):
     held_out: list[str]
 
 
+class BatchesRecord(TypedDict):
+    """How a run edited several facts: facts a batch, and ids of the cases that were watched, not edited."""
+
+    size: int
+    untouched: list[int | str]
+
+
 class Header(TypedDict, total=False):
     """Line 1 of a run file: everything that determines the result."""
 
@@ -194,6 +209,8 @@ class Header(TypedDict, total=False):
     version: str
     label: str
     alg_name: str
+    mode: str
+    batches: BatchesRecord
     hparams: dict[str, Any]
     model: ModelRecord
     dataset: DatasetRecord

@@ -25,6 +25,7 @@ from easyedit_mdm.data.cases import BenchCase
 from easyedit_mdm.editing import Edit
 from easyedit_mdm.errors import DataError, EasyEditMDMError, EditError
 from easyedit_mdm.evaluation import perplexity, score_prompts
+from easyedit_mdm.evaluation.records import CaseRecord, EditFigures, Judgement, scores
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.runs.judge import Judge, history, kept
 from easyedit_mdm.runs.methods import BenchMethod, Undo
@@ -69,7 +70,7 @@ def run_batches(
     cases: Sequence[BenchCase],
     method: BenchMethod,
     judge: Judge,
-    before: Callable[[BenchCase], dict[str, Any]],
+    before: Callable[[BenchCase], Judgement],
     plan: Batches,
 ) -> None:
     """Edit batch by batch and write each one's lines when it ends.
@@ -115,12 +116,13 @@ def _run_batch(
     group: Sequence[BenchCase],
     method: BenchMethod,
     judge: Judge,
-    pre: dict[Any, dict[str, Any]],
+    pre: dict[Any, Judgement],
     folder: Path | None,
-) -> tuple[list[dict[str, Any]], Undo]:
+) -> tuple[list[CaseRecord], Undo]:
     """Edit the cases of one batch together and judge each; what fails is in the records of all of them."""
-    records: list[dict[str, Any]] = [
+    records: list[CaseRecord] = [
         {
+            "alg_name": str(method.settings["alg_name"]),
             "case_id": c.case_id,
             "subject": c.subject,
             "prompt": c.prompt,
@@ -143,7 +145,7 @@ def _run_batch(
         start = time.perf_counter()
         record |= {"pre": pre[case.case_id], "edit": figure, "post": judge.judge(method.adapter, case)}
         record["post"] |= kept(record["pre"], record["post"])
-        record["n_tokens"] = record["pre"]["multi_step"]["rewrite"]["n_tokens"]
+        record["n_tokens"] = scores(record["pre"]["multi_step"]["rewrite"])[0]["n_tokens"]
         record["history"] = {"post": history(method.adapter, case, judge.decode)}
         spent = time.perf_counter() - start
         record["time"] = {"edit_seconds": seconds / len(group), "evaluation_seconds": spent}
@@ -156,7 +158,7 @@ def _nothing() -> None:
 
 def _edit(
     method: BenchMethod, group: Sequence[BenchCase], folder: Path | None
-) -> tuple[list[dict[str, Any]], Undo]:
+) -> tuple[list[EditFigures], Undo]:
     """Make and apply; the edits of our own methods are kept in `folder`."""
     session = method.session
     before = 0 if session is None else len(session.edits)
@@ -223,10 +225,10 @@ def _watched(
     for name, some in (("first", first), ("last", last)):
         if name == "first" and not plan.keep:
             continue  # it is not in the model any more
-        scores = score_prompts(adapter, [c.prompt for c in some], [c.target_new for c in some], judge.decode)
+        judged = score_prompts(adapter, [c.prompt for c in some], [c.target_new for c in some], judge.decode)
         found[name] = {
-            "exact": [float(s["exact"]) for s in scores],
-            "token_acc": [float(s["token_acc"]) for s in scores],
+            "exact": [float(s["exact"]) for s in judged],
+            "token_acc": [float(s["token_acc"]) for s in judged],
         }
     if plan.untouched:
         now = _written(adapter, plan.untouched, judge)
@@ -240,8 +242,8 @@ def _written(adapter: Adapter, cases: Sequence[BenchCase], judge: Judge) -> list
     """The tokens that the model writes after the cases' prompts, over as many slots as their targets have."""
     if not cases:
         return []
-    scores = score_prompts(adapter, [c.prompt for c in cases], [c.target_new for c in cases], judge.decode)
-    return [score["tokens"] for score in scores]
+    judged = score_prompts(adapter, [c.prompt for c in cases], [c.target_new for c in cases], judge.decode)
+    return [score["tokens"] for score in judged]
 
 
 def _cut(path: Path, lines: int) -> None:

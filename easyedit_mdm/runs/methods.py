@@ -5,7 +5,7 @@ EasyEdit's own come from `host.methods`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 
 from easyedit_mdm.api import load_model
 from easyedit_mdm.data.cases import BenchCase
-from easyedit_mdm.editing import METHODS, ROMEMDMHyperParams
+from easyedit_mdm.editing import METHODS, Edit, ROMEMDMHyperParams
 from easyedit_mdm.errors import HyperParameterError
+from easyedit_mdm.evaluation.records import EditFigures
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.session import Session
 
@@ -37,7 +38,7 @@ class BenchMethod:
 
     adapter: Adapter
     settings: dict[str, Any]
-    edit: Callable[[Sequence[BenchCase]], tuple[list[dict[str, Any]], Undo]]
+    edit: Callable[[Sequence[BenchCase]], tuple[list[EditFigures], Undo]]
     decode: dict[str, Any]
     session: Session | None = None
 
@@ -68,7 +69,7 @@ def bench_method(
         )
     adapter, settings, apply = others(alg_name, hparams_file)
 
-    def edit(cases: Sequence[BenchCase]) -> tuple[list[dict[str, Any]], Undo]:
+    def edit(cases: Sequence[BenchCase]) -> tuple[list[EditFigures], Undo]:
         """Nothing is known of what such a method does."""
         asked = [
             {**case.request(), "case_id": case.case_id, "ground_truth": case.ground_truth or "<|endoftext|>"}
@@ -99,16 +100,11 @@ def ours(adapter: Adapter, hparams: ROMEMDMHyperParams) -> BenchMethod:
     """One of our methods on a model, in a session of its own."""
     session = Session(adapter, hparams)
 
-    def edit(cases: Sequence[BenchCase]) -> tuple[list[dict[str, Any]], Undo]:
+    def edit(cases: Sequence[BenchCase]) -> tuple[list[EditFigures], Undo]:
         """Make and apply, in one edit if the method can."""
         before = len(session.edits)
         made = session.edit([case.request() for case in cases])
-        figures = [
-            {k: fact[k] for k in ("steps", "forwards", "schedule")}
-            | ({} if session.guard is None else {"guard": one.card["guard"]["figures"]})
-            for one in made
-            for fact in one.card["facts"]
-        ]
+        figures = [_figures(one, fact) for one in made for fact in one.card["facts"]]
 
         def undo() -> None:
             """These edits, the last first."""
@@ -118,3 +114,14 @@ def ours(adapter: Adapter, hparams: ROMEMDMHyperParams) -> BenchMethod:
         return figures, undo
 
     return BenchMethod(adapter, hparams.to_dict(), edit, hparams.decode, session)
+
+
+def _figures(edit: Edit, fact: Mapping[str, Any]) -> EditFigures:
+    figures: EditFigures = {
+        "steps": fact["steps"],
+        "forwards": fact["forwards"],
+        "schedule": fact["schedule"],
+    }
+    if edit.card["guard"]["on"]:
+        figures["guard"] = edit.card["guard"]["figures"]
+    return figures

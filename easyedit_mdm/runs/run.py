@@ -13,7 +13,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from easyedit_mdm.data.cases import BenchCase, Loaded, load_cases
 from easyedit_mdm.denoising import DecodeConfig
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.errors import DataError, EasyEditMDMError, EditError, HyperParameterError
-from easyedit_mdm.evaluation.records import run_lines
+from easyedit_mdm.evaluation.records import CaseRecord, Header, Judgement, run_lines, scores
 from easyedit_mdm.runs.batches import WATCHED, Batches, run_batches
 from easyedit_mdm.runs.judge import Judge, history, kept
 from easyedit_mdm.runs.methods import BenchMethod, Others, bench_method
@@ -143,7 +143,7 @@ def _loaded(config: BenchConfig, limit: int | None, method: BenchMethod) -> Load
 
 def _run_in_batches(
     path: Path,
-    header: dict[str, Any],
+    header: Header,
     cases: list[BenchCase],
     method: BenchMethod,
     judge: Judge,
@@ -183,7 +183,7 @@ def _keep_lines(path: Path, lines: int) -> None:
 
 def run_cases(
     path: Path,
-    header: dict[str, Any],
+    header: Header,
     cases: list[BenchCase],
     method: BenchMethod,
     judge: Judge,
@@ -206,13 +206,14 @@ def run_cases(
             append_line(stream, path, json.dumps(run_case(case, method, judge, before), sort_keys=True))
 
 
-def run_case(case: BenchCase, method: BenchMethod, judge: Judge, before: Kept) -> dict[str, Any]:
+def run_case(case: BenchCase, method: BenchMethod, judge: Judge, before: Kept) -> CaseRecord:
     """Judge, edit, judge again, take back.
 
     Raises:
         EditError: if taking the edit back did not give the same weights, which would spoil all cases to come.
     """
-    record: dict[str, Any] = {
+    record: CaseRecord = {
+        "alg_name": str(method.settings["alg_name"]),
         "case_id": case.case_id,
         "subject": case.subject,
         "prompt": case.prompt,
@@ -221,7 +222,7 @@ def run_case(case: BenchCase, method: BenchMethod, judge: Judge, before: Kept) -
     adapter, began = method.adapter, time.perf_counter()
     try:
         record["pre"] = before.get(adapter, case)
-        record["n_tokens"] = record["pre"]["multi_step"]["rewrite"]["n_tokens"]
+        record["n_tokens"] = scores(record["pre"]["multi_step"]["rewrite"])[0]["n_tokens"]
         record["history"] = {"pre": history(adapter, case, judge.decode)}
         judged = time.perf_counter()
         (record["edit"],), undo = method.edit([case])
@@ -255,7 +256,7 @@ class Kept:
         self.path = cache_folder() / f"before-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.jsonl"
         self.known = dict(_kept_lines(self.path))
 
-    def get(self, adapter: Any, case: BenchCase) -> dict[str, Any]:
+    def get(self, adapter: Any, case: BenchCase) -> Judgement:
         """The evaluation of a case, measured now if it is not known."""
         key = hashlib.sha256(repr(replace(case, case_id=0)).encode()).hexdigest()
         if key not in self.known:
@@ -310,7 +311,7 @@ def judge_of(config: BenchConfig, method: BenchMethod) -> Judge:
     )
 
 
-def header_of(config: BenchConfig, method: BenchMethod, loaded: Loaded, judge: Judge) -> dict[str, Any]:
+def header_of(config: BenchConfig, method: BenchMethod, loaded: Loaded, judge: Judge) -> Header:
     """Everything that determines the result."""
     adapter = method.adapter
     schedule = method.settings.get("state_schedule", "") if adapter.masked else ""
@@ -335,7 +336,7 @@ def header_of(config: BenchConfig, method: BenchMethod, loaded: Loaded, judge: J
     }  # fmt: skip
 
 
-def _as_now(found: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
+def _as_now(found: Mapping[str, Any], header: Header) -> Mapping[str, Any]:
     """The header of an earlier version's run, with the hyperparameters that have come since at their
     defaults: what it was run with.
     """
@@ -351,7 +352,7 @@ def _as_now(found: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
     return {**found, "hparams": {**json.loads(json.dumps(since, default=str)), **settings}}
 
 
-def _prepare(path: Path, header: dict[str, Any], resume: bool) -> int:
+def _prepare(path: Path, header: Header, resume: bool) -> int:
     """Make the file, or cut a half-written last line off it; returns the number of finished cases.
 
     Raises:
@@ -365,7 +366,7 @@ def _prepare(path: Path, header: dict[str, Any], resume: bool) -> int:
     lines = _records(whole, path)
     found = _as_now(lines[0], header)
     if found != header:
-        changed = [key for key in header if found.get(key) != header[key]]
+        changed = [key for key, value in header.items() if found.get(key) != value]
         raise DataError(
             f"{path} is a run of something else ({', '.join(changed)} differ): give another --out, or the"
             " settings it was begun with"
@@ -406,14 +407,14 @@ def _wait() -> None:
     PartialState().wait_for_everyone()
 
 
-def _is_whole(path: Path, header: dict[str, Any], cases: list[BenchCase]) -> bool:
+def _is_whole(path: Path, header: Header, cases: list[BenchCase]) -> bool:
     data = path.read_bytes()
     return (
         data.endswith(b"\n") and len(found := _records(data, path)) == len(cases) + 1 and found[0] == header
     )
 
 
-def _merge(path: Path, header: dict[str, Any], cases: list[BenchCase], world: int) -> None:
+def _merge(path: Path, header: Header, cases: list[BenchCase], world: int) -> None:
     """The parts' lines in input order, written whole or not at all."""
     parts = [path.with_name(f"{path.name}.part-{rank}-of-{world}") for rank in range(world)]
     if not all(part.exists() for part in parts):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from easyedit_mdm.editing.edit.card import Base, Card
 from easyedit_mdm.editing.edit.change import Change, Exact, LowRank
 from easyedit_mdm.editing.edit.stack import PlainEdit
 from easyedit_mdm.errors import EditError
@@ -79,9 +80,9 @@ def compose(edits: Sequence[AnyEdit], force: bool = False) -> AnyEdit:
     return type(edits[0])([_added(name, changes) for name, changes in by_name.items()], _card(edits, found))
 
 
-def _card(edits: Sequence[PlainEdit], found: Sequence[Conflict]) -> dict[str, Any]:
+def _card(edits: Sequence[PlainEdit], found: Sequence[Conflict]) -> Card:
     methods = sorted({str(edit.card.get("method")) for edit in edits})
-    card: dict[str, Any] = {
+    card: Card = {
         "method": methods[0] if len(methods) == 1 else "several",
         "facts": [fact for edit in edits for fact in edit.card.get("facts", [])],
         "composed": {
@@ -94,7 +95,7 @@ def _card(edits: Sequence[PlainEdit], found: Sequence[Conflict]) -> dict[str, An
         if all(edit.card.get(key) == edits[0].card.get(key) for edit in edits) and key in edits[0].card:
             card[key] = edits[0].card[key]
     if "base" in edits[0].card:
-        base = {**edits[0].card["base"], "weights": {}}
+        base: Base = {**edits[0].card["base"], "weights": {}}
         for edit in edits:
             base["weights"] = {
                 **edit.card["base"].get("weights", {}),

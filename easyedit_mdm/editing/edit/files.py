@@ -10,12 +10,13 @@ import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from easyedit_mdm.common.files import new_folder, read_json, read_tensors, write_json, write_tensors
+from easyedit_mdm.editing.edit.card import Card
 from easyedit_mdm.editing.edit.change import Change, Exact, LowRank
 from easyedit_mdm.editing.edit.sealing import seal
 from easyedit_mdm.editing.edit.stack import PlainEdit
@@ -94,7 +95,7 @@ def _rounded(value: Any) -> Any:
     return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def read(folder: str | Path) -> tuple[list[Change], dict[str, Any]]:
+def read(folder: str | Path) -> tuple[list[Change], Card]:
     """The changes and the card of an edit, from its folder.
 
     Raises:
@@ -113,7 +114,8 @@ def read(folder: str | Path) -> tuple[list[Change], dict[str, Any]]:
             " edit again"
         )
     changes = [_change(name, about, tensors, folder) for name, about in weights.items()]
-    return changes, {**{k: v for k, v in told.items() if k not in _OWN}, "id": told["tensors"]["sha256"][:16]}
+    card = {**{k: v for k, v in told.items() if k not in _OWN}, "id": told["tensors"]["sha256"][:16]}
+    return changes, cast(Card, card)
 
 
 def file_sha256(path: Path) -> str:

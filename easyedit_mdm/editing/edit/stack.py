@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
 from easyedit_mdm.common.signals import uninterrupted
+from easyedit_mdm.editing.edit.card import Card
 from easyedit_mdm.editing.edit.change import Change, added
 from easyedit_mdm.errors import EditError, OptimisationError
 
@@ -40,7 +41,7 @@ class PlainEdit:
     """
 
     changes: Sequence[Change]
-    card: dict[str, Any] = field(default_factory=dict)
+    card: Card = field(default_factory=lambda: Card())
 
     def __post_init__(self) -> None:
         for change in self.changes:
