@@ -1,0 +1,205 @@
+"""Edits of real facts in SmolLM2, masked and autoregressive (PROTOCOL.md).
+
+    python benchmarks/smollm2_block/study.py run --data-dir DATA_DIR --out runs/smollm2_block
+    python benchmarks/smollm2_block/study.py tables --out runs/smollm2_block
+
+`run` goes on where it was stopped: it edits fact after fact, each in every arm. `tables` writes results.json
+and results.md from the lines. The lines hold the data sets' prompts, so they stay out of the repository;
+results.json holds every fact's outcome without them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from easyedit_mdm import Session, load_hparams, load_model
+from easyedit_mdm.common.files import append_line, write_json, write_text
+from easyedit_mdm.common.fingerprints import model_fingerprint
+from easyedit_mdm.data.cases import BenchCase, load_cases
+from easyedit_mdm.denoising import DecodeConfig
+from easyedit_mdm.editing.request import target_ids
+from easyedit_mdm.evaluation.records import Judgement, scores
+from easyedit_mdm.models import Adapter
+from easyedit_mdm.report.summaries import bootstrap_mean
+from easyedit_mdm.runs.judge import Judge, kept
+from easyedit_mdm.runs.run import Kept
+
+HERE = Path(__file__).parent
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("ROME_MDM/smollm2-block", {"state_schedule": "full_mask"}),
+    "plain x4": ("ROME_MDM/smollm2-block", {"state_schedule": "full_mask", "v_num_grad_steps": 80}),
+    "aware": ("ROME_MDM/smollm2-block", {"state_schedule": "stratified", "max_states": 4}),
+    "autoregressive": ("ROME_MDM/smollm2", {}),
+}
+LENGTHS, SEED = (1, 2, 3, 4), 0
+
+
+def chosen(model: Adapter, data_dir: Path, each: int) -> list[BenchCase]:
+    """`each` facts of every length, in turn."""
+    found: dict[int, list[BenchCase]] = {n: [] for n in LENGTHS}
+    held_out = data_dir / "counterfact" / "counterfact_rome_700.json"  # not in the adapter's training text
+    drawn = load_cases("counterfact", data_file=held_out, limit=4 * each, seed=SEED).cases
+    drawn += load_cases("kamel", data_dir, limit=40 * each, seed=SEED, tokenizer=model.tokenizer).cases
+    for case in drawn:
+        n = len(target_ids(model, case.prompt, case.target_new))
+        if n in found and (n == 1) == isinstance(case.case_id, int):
+            found[n].append(case)
+    short = {n: len(cases) for n, cases in found.items() if len(cases) < each}
+    if short:
+        raise SystemExit(f"too few facts of some lengths: {short}; ask for fewer with --each")
+    return [found[n][i] for i in range(each) for n in LENGTHS]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Edit and judge, fact by fact."""
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    models = {name: load_model(name) for name in ("smollm2-block", "smollm2")}
+    judge = Judge(DecodeConfig(), rungs=False, fluency=False)
+    before = {name: Kept(model_fingerprint(model.native), judge) for name, model in models.items()}
+    file = out / "lines.jsonl"
+    done = {(line["arm"], line["case_id"]) for line in read(file)}
+    for case in chosen(models["smollm2-block"], Path(args.data_dir), args.each):
+        for arm, (name, changes) in ARMS.items():
+            if (arm, case.case_id) in done:
+                continue
+            hparams = dataclasses.replace(load_hparams(name), **changes)
+            model = models[hparams.model_name]
+            line = one(model, hparams, case, judge, before[hparams.model_name].get(model, case))
+            with file.open("a", encoding="utf-8") as stream:
+                append_line(stream, file, json.dumps({"arm": arm, **line}, sort_keys=True))
+            print(arm, case.case_id, line["n_tokens"], line["after"], f"{line['seconds']:.0f} s", flush=True)
+
+
+def one(model: Adapter, hparams: Any, case: BenchCase, judge: Judge, before: Judgement) -> dict[str, Any]:
+    """One fact in one arm."""
+    began = time.perf_counter()
+    with Session(model, hparams) as session:
+        (edit,) = session.edit([case.request()])
+        seconds = time.perf_counter() - began
+        after = judge.judge(model, case)
+        after |= kept(before, after)
+    fact = edit.card["facts"][0]
+    return {
+        "case_id": case.case_id,
+        "subject": case.subject,
+        "n_tokens": fact["n_tokens"],
+        "before": outcome(before),
+        "after": outcome(after),
+        "steps": fact["steps"],
+        "layer_passes": fact["layer_passes"],
+        "loss": fact["losses"][-1],
+        "seconds": seconds,
+        "text": scores(after["multi_step"]["rewrite"])[0]["text"],
+    }
+
+
+def outcome(judged: Judgement) -> dict[str, float | None]:
+    """Success in N steps and in one, paraphrase, locality."""
+    sections = judged["multi_step"]
+    (rewrite,) = scores(sections["rewrite"])
+    paraphrases = scores(sections.get("rephrase"))
+    stay = list(judged.get("locality_kept", {}).values())
+    return {
+        "exact": float(rewrite["exact"]),
+        "tokens": rewrite["token_acc"],
+        "one_step": float(rewrite["one_step_exact"]) if "one_step_exact" in rewrite else None,
+        "paraphrase": sum(float(s["exact"]) for s in paraphrases) / len(paraphrases) if paraphrases else None,
+        "locality": sum(stay) / len(stay) if stay else None,
+    }
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The finished lines."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+def tables(args: argparse.Namespace) -> None:
+    """Facts that are finished in every arm, as tables."""
+    source = HERE / "results.json" if args.committed else Path(args.out) / "lines.jsonl"
+    lines = json.loads(source.read_text())["lines"] if args.committed else read(source)
+    by_arm = {arm: {line["case_id"]: line for line in lines if line["arm"] == arm} for arm in ARMS}
+    whole = [c for c in by_arm["plain"] if all(c in by_arm[arm] for arm in ARMS)]
+    rows = {arm: [by_arm[arm][c] for c in whole] for arm in ARMS}
+    plain = [
+        {k: v for k, v in line.items() if k not in ("subject", "text")} for arm in ARMS for line in rows[arm]
+    ]
+    write_json(HERE / "results.json", {"facts": len(whole), "lines": plain})
+    write_text(HERE / "results.md", page(rows))
+
+
+def page(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """results.md."""
+    out = ["# Results of the pilot", "", "Made by `study.py tables`. [What was run](PROTOCOL.md).", ""]
+    for title, lengths in (("Targets of one token", (1,)), ("Targets of two to four tokens", (2, 3, 4))):
+        some = {arm: [r for r in found if r["n_tokens"] in lengths] for arm, found in rows.items()}
+        out += [f"## {title}: {len(some['plain'])} facts", ""]
+        out += [
+            "| arm | N steps | one step | right tokens | paraphrase | locality | steps | layer-passes | s |"
+        ]
+        out += ["| --- |" + " --- |" * 8]
+        for arm in ("plain", "autoregressive"):
+            out.append(row(f"no edit ({'masked' if arm == 'plain' else arm})", some[arm], "before"))
+        out += [row(arm, found, "after") for arm, found in some.items()]
+        out.append("")
+    longer = {arm: [r for r in found if r["n_tokens"] > 1] for arm, found in rows.items()}
+    out += ["## Aware in N steps, minus", "", "| baseline | difference | n |", "| --- | --- | --- |"]
+    aware = [r["after"]["exact"] for r in longer["aware"]]
+    others = {
+        "plain in N steps": [r["after"]["exact"] for r in longer["plain"]],
+        "plain in one step": [r["after"]["one_step"] for r in longer["plain"]],
+        "plain with four times the steps, N steps": [r["after"]["exact"] for r in longer["plain x4"]],
+        "plain with four times the steps, one step": [r["after"]["one_step"] for r in longer["plain x4"]],
+        "autoregressive": [r["after"]["exact"] for r in longer["autoregressive"]],
+    }
+    for name, values in others.items():
+        out.append(f"| {name} | {mean([a - b for a, b in zip(aware, values)])} | {len(values)} |")
+    return "\n".join(out) + "\n"
+
+
+def row(name: str, lines: Sequence[dict[str, Any]], when: str) -> str:
+    """A row of a table."""
+    cells = [
+        mean([line[when][key] for line in lines])
+        for key in ("exact", "one_step", "tokens", "paraphrase", "locality")
+    ]
+    cost = ["", "", ""] if when == "before" else [
+        f"{sum(line[key] for line in lines) / max(1, len(lines)):.0f}"
+        for key in ("steps", "layer_passes", "seconds")
+    ]  # fmt: skip
+    return "| " + " | ".join([name, *cells, *cost]) + " |"
+
+
+def mean(values: Sequence[float | None]) -> str:
+    """A mean with its interval."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    found = bootstrap_mean(known, [str(i) for i in range(len(known))])
+    return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def main() -> None:
+    """Run or tabulate."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("run", "tables"))
+    parser.add_argument("--data-dir")
+    parser.add_argument("--out", default="runs/smollm2_block")
+    parser.add_argument("--each", type=int, default=10, help="facts of each length")
+    parser.add_argument("--committed", action="store_true", help="tables from results.json, not from a run")
+    args = parser.parse_args()
+    {"run": run, "tables": tables}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
