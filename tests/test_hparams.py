@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 
 import pytest
 
@@ -271,3 +272,12 @@ def test_edit_follows_the_same_rule(tmp_path, monkeypatch, line, asked, dtype):
     with pytest.raises(CheckpointError, match="not loaded"):
         edits.new_edit(tmp_path / "x.yaml", [fact], tmp_path / "e", dtype=asked)
     assert seen["dtype"] == dtype
+
+
+@pytest.mark.parametrize("name", [[], {"a": 1}, 3, None])
+def test_a_method_that_is_no_name(tmp_path, name):
+    """One error that shows the value, whatever YAML put there."""
+    file = tmp_path / "odd.yaml"
+    file.write_text(json.dumps({**GOOD, "alg_name": name}))
+    with pytest.raises(HyperParameterError, match="alg_name"):
+        ROMEMDMHyperParams.from_hparams(file)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 
 # Intel's MKL, which multiplies matrices on CPUs, adds up in an order that depends on the number of threads
-# unless it is told not to.
-# AVX2 and not the machine's best, so that two machines that have it agree.
+# unless it is told not to. AVX2 and not the machine's best, so that two machines that have it agree.
 MKL_MODE = "AVX2,STRICT"
 
 

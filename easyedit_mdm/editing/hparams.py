@@ -347,7 +347,7 @@ class ROMEMDMHyperParams(
 def whose(alg_name: object) -> str:
     """Which class, or whose method, an `alg_name` belongs to, in words."""
     ours = {cls.ALG_NAME: cls.__name__ for cls in _with_subclasses(ROMEMDMHyperParams) if cls.ALG_NAME}
-    if alg_name in ours:
+    if isinstance(alg_name, str) and alg_name in ours:
         return f"alg_name is {alg_name!r}: use {ours[str(alg_name)]}, or load_hparams, which takes any file"
     if f"{alg_name}_MDM" in ours:
         return (

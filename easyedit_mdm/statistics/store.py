@@ -149,9 +149,8 @@ def _read_or_collect(
             name: read(file, model) for name, file in files.items() if name not in found and file.exists()
         }
     # settings and files are those of the model as it is now; the checkpoint is named after all sites asked
-    # for, so that a run that was
-    # killed between the writing of two results, or after the last, is found again by the next that asks for
-    # the same
+    # for, so that a run that was killed between the writing of two results, or after the last, is found again
+    # by the next that asks for the same
     checkpoint = folder / f"unfinished-{run_name(settings, sites)}.safetensors"
     absent = [site for site in sites if site.name not in found]
     if absent:

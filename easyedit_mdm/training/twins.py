@@ -85,10 +85,8 @@ class Recipe:
 
 
 # each masked twin starts from its autoregressive relative's weights, as Dream started from Qwen2.5; it knows
-# the world then, so
-# that more of its time can go to lessons. Trained in stages: the rate starts high again, and lessons are
-# learned faster by a model
-# that knows the world
+# the world then, so that more of its time can go to lessons. Trained in stages: the rate starts high again,
+# and lessons are learned faster by a model that knows the world
 RECIPES = {
     "twin-llama-first": Recipe("twin-llama-first"),
     "twin-llama": Recipe("twin-llama", steps=1000, lr=1e-3, open_lessons=0.6, curriculum=False),

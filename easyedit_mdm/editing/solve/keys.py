@@ -56,8 +56,7 @@ class KeyColumns:
 
 
 # The residual stream of some rows (by the number of their pass) on its way up, as (layer, its input): for an
-# edit of several layers from
-# the lowest upwards, which changes nothing below the layer that it has come to.
+# edit of several layers from the lowest upwards, which changes nothing below the layer that it has come to.
 Lower = dict[int, tuple[int, Tensor]]
 
 
