@@ -10,7 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "benchmarks" / "multi_token"
-PAGES = ("README.md", "benchmarks/multi_token/README.md", "benchmarks/side_by_side/README.md")
+PAGES = (
+    "README.md",
+    "docs/results.md",
+    "benchmarks/multi_token/README.md",
+    "benchmarks/side_by_side/README.md",
+)
 MODULES = ("cost", "evidence", "pages", "report", "reports", "study", "tables")
 MARKED = re.compile(r"<!-- (\S+) -->.*?<!-- /\1 -->", re.DOTALL)
 DECIMAL = re.compile(r"[+-]?\d\.\d{2,}")
@@ -57,7 +62,6 @@ def test_every_figure_in_prose_stands_in_a_table(name):
     """No sentence has a difference or share that the tables do not have."""
     text, made = prose(section(name)), tables()
     found = INTERVAL.findall(text) + DECIMAL.findall(text)
-    assert found
     assert [figure for figure in found if figure not in made and figure not in BY_HAND] == []
 
 
@@ -65,6 +69,13 @@ def section(name: str) -> str:
     """A page, of the README at the top only the results."""
     text = (ROOT / name).read_text()
     return text[text.index("## Results so far") : text.index("## Read on")] if name == "README.md" else text
+
+
+def test_figures_are_found():
+    """The patterns see what they are to see."""
+    text = prose("Plain 0.71 [0.68, 0.74]. <!-- a --> 0.99 <!-- /a --> Aware -0.119.")
+    assert INTERVAL.findall(text) == ["0.71 [0.68, 0.74]"]
+    assert DECIMAL.findall(text) == ["0.71", "0.68", "0.74", "-0.119"]
 
 
 def test_one_step_is_all_tokens_at_once_and_never_teacher_forcing(study):
