@@ -289,11 +289,11 @@ def write_checkpoint(
     (folder / "config.json").write_text(json.dumps(config))
     names = list(tensors)
     if shards == 1:
-        save_file(tensors, folder / "model.safetensors")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return tensors
     where = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)}
     for shard in set(where.values()):
-        save_file({n: tensors[n] for n in names if where[n] == shard}, folder / shard)
+        save_file({n: tensors[n] for n in names if where[n] == shard}, folder / shard, {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     return tensors
 
