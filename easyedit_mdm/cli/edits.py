@@ -26,7 +26,7 @@ from easyedit_mdm.common.locks import only_writer
 from easyedit_mdm.denoising import DecodeConfig, decode
 from easyedit_mdm.editing import Edit, EditRequest, ROMEMDMHyperParams
 from easyedit_mdm.editing.edit.compose import compose, conflicts
-from easyedit_mdm.editing.edit.export import write_model
+from easyedit_mdm.editing.edit.export import write_merged
 from easyedit_mdm.editing.edit.folders import adopt_edits, source_of, write_edited
 from easyedit_mdm.editing.request import check_requests, encode
 from easyedit_mdm.errors import DataError, EditError, HyperParameterError, RequestError
@@ -365,15 +365,15 @@ def export_edit(
         adapter, carried = _open(edit, model, device)
         if not any(other.card["id"] == edit.card["id"] for other in carried):
             edit.apply(adapter)
-        write_model(adapter, source_of(adapter), merged)
-        Console().print(
-            f"{escape(str(merged))}: {escape(adapter.name)} with the edit, in the hub's format",
-            highlight=False,
-        )
+        ways = write_merged(adapter, source_of(adapter), merged)
+        told = [f"{merged}: {adapter.name} with the edit, in the hub's format; open it with"]
+        told += [f"  {way.line(merged)}" for way in ways]
+        Console().print(escape("\n".join([*told, f"{merged}/README.md says more"])), highlight=False)
     if peft is not None:
         edit.to_peft(peft)
         Console().print(
-            f"{escape(str(peft))}: a LoRA adapter for {escape(str(edit.card['base'].get('name')))}",
+            f"{escape(str(peft))}: a LoRA adapter for {escape(str(edit.card['base'].get('name')))};"
+            f" {escape(str(peft))}/README.md says how to open it",
             highlight=False,
         )
 
