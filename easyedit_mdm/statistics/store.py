@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from easyedit_mdm.common.files import explained, opened_tensors, write_tensors
+from easyedit_mdm.common.files import check_size, explained, opened_tensors, write_tensors
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.common.locks import only_writer
 from easyedit_mdm.errors import StatisticsError
@@ -200,6 +200,7 @@ def read(file: str | Path, model: str | None = None) -> SecondMoments:
     Raises:
         StatisticsError: if it is no such file, holds NaN or is not square, or belongs to another model.
     """
+    check_size(file, StatisticsError, "second moments")
     with opened_tensors(
         Path(file),
         StatisticsError,
