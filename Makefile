@@ -15,7 +15,7 @@ INSTALL      := $(BIN)/python -m pip --disable-pip-version-check -q install --no
 PINS         := $(if $(filter locked,$(TRANSFORMERS)),-c constraints.txt,$(if $(filter oldest,$(TRANSFORMERS)),-c build/oldest.txt))
 WANTED       := $(if $(filter locked oldest newest,$(TRANSFORMERS)),,"transformers==$(TRANSFORMERS)")
 
-.PHONY: demo test lint lock matrix smollm2 clean
+.PHONY: demo test lint lock matrix smollm2 docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/easyedit-mdm demo --out demo
@@ -34,6 +34,15 @@ lint: $(VENV)/.tested # style of everything, types of the package; both are conf
 lock: # write constraints.txt anew: the newest versions that the ranges in pyproject.toml allow
 	$(PYTHON) tests/versions.py lock > constraints.new
 	mv constraints.new constraints.txt
+
+docs: build/env-docs/.installed # the site, in build/site; a broken link or a page that cannot be read fails
+	NO_MKDOCS_2_WARNING=1 build/env-docs/bin/python -m mkdocs build --strict
+
+build/env-docs/.installed: pyproject.toml # an environment of its own: it only reads the package's source
+	$(PYTHON) -m venv build/env-docs
+	sed -n '/^docs = \[/,/^\]/p' pyproject.toml | grep -o '"[^"]*"' | tr -d '"' > build/docs.txt
+	build/env-docs/bin/python -m pip --disable-pip-version-check -q install -r build/docs.txt
+	touch $@
 
 matrix: # the whole suite on six versions of transformers; writes docs/compatibility.md
 	$(PYTHON) tests/versions.py matrix

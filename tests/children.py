@@ -52,20 +52,28 @@ def start(
     return child
 
 
-def changes_seen(child: BaseProcess, folder: Path, kill_at: int | None = None, pause: float = 0.002) -> int:
-    """Watch a folder until the child ends; kill the child (SIGKILL) at a change of the folder: a file more,
-    gone, or written to.
+def changes_seen(
+    child: BaseProcess,
+    folder: Path,
+    kill_at: int | None = None,
+    pause: float = 0.002,
+    later: float = 0.0,
+) -> int:
+    """Watch a folder until the child ends; kill the child (SIGKILL) at a change of the folder (a file more,
+    gone, or written to), or so many seconds later. At 0 changes: so many seconds after the start.
 
     Returns:
         how many changes there were.
     """
-    before, seen = snapshot(folder), 0
+    before, seen, struck = snapshot(folder), 0, False
     while child.is_alive():
         now = snapshot(folder)
         if now != before:
             before, seen = now, seen + 1
-            if seen == kill_at:
-                child.kill()
+        if kill_at is not None and seen >= kill_at and not struck:
+            time.sleep(later)
+            child.kill()
+            struck = True
         time.sleep(pause)
     child.join()
     return seen

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from children import changes_seen, needs_processes, start
 from safetensors import SafetensorError
 
+from easyedit_mdm.cli.edits import GuardOptions, new_edit
 from easyedit_mdm.common import files
 from easyedit_mdm.common.files import new_folder, replacing, write_json, write_tensors, write_text
 from easyedit_mdm.editing.hparams import find_hparams
@@ -25,10 +27,16 @@ from easyedit_mdm.errors import DataError, FileError
 from easyedit_mdm.evaluation.records import read_run
 from easyedit_mdm.report.summaries import summary
 from easyedit_mdm.runs.run import BenchConfig, bench
+from easyedit_mdm.runs.sweep import SweepJob, sweep
 from easyedit_mdm.statistics import moments_for
+from easyedit_mdm.tracing import TraceConfig
+from easyedit_mdm.tracing.job import TraceJob, trace
 from easyedit_mdm.twins.folders import twin_folder
 
-SHORT, LONG = 4, 50
+SHORT = 4
+# points at which the long form kills each command, 200 in all; EASYEDIT_MDM_KILLS takes a share of them
+LONG = {"bench": 60, "sequential": 40, "stats": 40, "sweep": 20, "edit": 20, "trace": 20}
+SHARE = int(os.environ.get("EASYEDIT_MDM_KILLS", "200")) / sum(LONG.values())
 NO_PLACE = Path("/sys/kernel/easyedit_mdm") if Path("/sys/kernel").is_dir() else None
 
 
@@ -39,25 +47,62 @@ def without_times(value):
     return [without_times(v) for v in value] if isinstance(value, list) else value
 
 
-def bench_run(folder: Path, hparams: str) -> None:
-    """A bench of three cases that are judged in no time, with everything in one folder; goes on where it was
-    cut off.
-    """
+def asked(folder: Path, hparams: str, **more: Any) -> BenchConfig:
+    """Three cases that are judged in no time, with everything in one folder."""
     os.environ["EASYEDIT_MDM_CACHE"] = str(folder / "cache")
     data = folder.parent / "data.json"
-    data.write_text(
-        json.dumps(
-            [
-                {"prompt": "Where was Zano born?", "subject": "Zano", "target_new": t}
-                for t in ("Pute", "Zoter", "Gugim")
-            ]
-        )
-    )
-    bench(
-        BenchConfig("ROME_MDM", hparams, "requests", data_file=str(data), light=True),
-        folder / "run.jsonl",
-        resume=True,
-    )
+    facts = [{"prompt": "Where was Zano born?", "subject": "Zano"} for _ in range(3)]
+    named = [{**fact, "target_new": t} for fact, t in zip(facts, ("Pute", "Zoter", "Gugim"))]
+    data.write_text(json.dumps(named))
+    return BenchConfig("ROME_MDM", hparams, "requests", data_file=str(data), light=True, **more)
+
+
+def bench_run(folder: Path, hparams: str) -> None:
+    """A bench that goes on where it was cut off."""
+    bench(asked(folder, hparams), folder / "run.jsonl", resume=True)
+
+
+def sequential_run(folder: Path, hparams: str) -> None:
+    """The same, the edits staying in the model."""
+    more = {"mode": "sequential", "batch_size": 1}
+    bench(asked(folder, hparams, **more), folder / "run.jsonl", resume=True)
+
+
+def sweep_run(folder: Path, hparams: str) -> None:
+    """A sweep over two layers, which goes on with the same command."""
+    sweep(SweepJob(asked(folder, hparams, limit=1), [1, 2], trace_limit=1), folder / "sweep")
+
+
+def sweep_result(folder: Path) -> tuple:
+    """The run files and the report."""
+    runs = sorted((folder / "sweep" / "runs").iterdir())
+    lines = [without_times(json.loads(line)) for run in runs for line in run.read_text().splitlines()]
+    return lines, without_times(json.loads((folder / "sweep" / "sweep.json").read_text()))
+
+
+def edit_run(folder: Path, hparams: str) -> None:
+    """An edit, unless it is there whole."""
+    os.environ["EASYEDIT_MDM_CACHE"] = str(folder / "cache")
+    fact = {"prompt": "Where was Zano born?", "subject": "Zano", "target_new": "Pute"}
+    if not (folder / "edit").exists():
+        new_edit(hparams, [fact], folder / "edit", guard=GuardOptions(on=False), keep_failed=True)
+
+
+def edit_result(folder: Path) -> dict[str, bytes]:
+    """Its files."""
+    return {path.name: path.read_bytes() for path in (folder / "edit").iterdir()}
+
+
+def trace_run(folder: Path, model: str) -> None:
+    """A trace, which begins anew."""
+    job = TraceJob([model], "Where was Zano born?", "Zano")
+    trace(job, folder / "trace", TraceConfig(samples=1), resamples=2)
+
+
+def trace_result(folder: Path) -> tuple:
+    """What it says, and which files there are."""
+    told = json.loads((folder / "trace" / "trace.json").read_text())
+    return without_times(told), sorted(path.name for path in (folder / "trace").iterdir())
 
 
 def bench_result(folder: Path) -> tuple:
@@ -77,8 +122,8 @@ def stats_run(folder: Path, model: Path) -> None:
 
 
 def stats_result(folder: Path) -> dict[str, bytes]:
-    """Every file of a finished collection."""
-    return {path.name: path.read_bytes() for path in (folder / "stats").iterdir()}
+    """Every file of a finished collection; a lock may outlive its process, it holds nothing."""
+    return {p.name: p.read_bytes() for p in (folder / "stats").iterdir() if p.suffix != ".lock"}
 
 
 def kills(
@@ -91,23 +136,27 @@ def kills(
     """Start, kill when the files have come so far, resume: the result of a run that was left alone, each
     time. Returns how many struck.
 
-    A moment is a number of changes of the files, which a slow machine comes through as a fast one does.
+    A moment is a number of changes of the files, which a slow machine comes through as a fast one does, and
+    up to the mean time between two changes more.
     """
 
-    def run(here: Path, kill_at: int | None = None) -> tuple[bool, int]:
+    def run(here: Path, kill_at: int | None = None, later: float = 0.0) -> tuple[bool, int]:
         """Whether it ended by itself, and the changes seen."""
         child = start(work, here, model)
-        seen = changes_seen(child, here, kill_at)
+        seen = changes_seen(child, here, kill_at, later=later)
         assert child.exitcode in (0, -signal.SIGKILL), "the run itself failed"
         return child.exitcode == 0, seen
 
     (folder / "whole").mkdir()
-    length, wanted, rng, struck = run(folder / "whole")[1], result(folder / "whole"), random.Random(0), 0
-    assert length > points
+    began = time.monotonic()
+    length = run(folder / "whole")[1]
+    gap = (time.monotonic() - began) / length
+    wanted, rng, struck = result(folder / "whole"), random.Random(0), 0
     for number in range(points):
         here = folder / str(number)
         here.mkdir()
-        struck += not run(here, 1 + int((number + rng.random()) / points * (length - 1)))[0]
+        moment = int((number + rng.random()) / points * length)
+        struck += not run(here, moment, rng.random() * gap)[0]
         assert run(here)[0], "and the second time to the end"
         assert result(here) == wanted, f"killed at point {number}"
         assert not [p for p in here.rglob("*") if p.name.endswith((".part", ".tmp"))], (
@@ -143,16 +192,23 @@ def test_statistics_killed(tmp_path):
 
 @pytest.mark.long
 @needs_processes
-def test_bench_killed_at_fifty_points(tmp_path, quick):
-    """As above, fifty times."""
-    assert kills(LONG, bench_run, quick, bench_result, tmp_path) >= LONG // 2
-
-
-@pytest.mark.long
-@needs_processes
-def test_statistics_killed_at_fifty_points(tmp_path):
-    """As above, fifty times."""
-    assert kills(LONG, stats_run, twin_folder("twin-llama"), stats_result, tmp_path) >= LONG // 2
+@pytest.mark.parametrize("command", list(LONG))
+def test_killed_at_two_hundred_points(tmp_path, quick, capsys, command):
+    """As above, for every long command, and how many kills struck."""
+    work, result = {
+        "bench": (bench_run, bench_result),
+        "sequential": (sequential_run, bench_result),
+        "stats": (stats_run, stats_result),
+        "sweep": (sweep_run, sweep_result),
+        "edit": (edit_run, edit_result),
+        "trace": (trace_run, trace_result),
+    }[command]
+    model = {"stats": twin_folder("twin-llama"), "trace": "twin-llama"}.get(command, quick)
+    points = max(2, round(SHARE * LONG[command]))
+    struck = kills(points, work, model, result, tmp_path)
+    with capsys.disabled():
+        print(f"\n{command}: killed at {struck} of {points} points, the same result each time")
+    assert struck >= points // 2
 
 
 # ---- whole or not at all

@@ -22,10 +22,11 @@ from easyedit_mdm.api import load_hparams, load_model
 from easyedit_mdm.cli.arguments import free
 from easyedit_mdm.common.files import write_json
 from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
+from easyedit_mdm.common.locks import only_writer
 from easyedit_mdm.denoising import DecodeConfig, decode
 from easyedit_mdm.editing import Edit, EditRequest, ROMEMDMHyperParams
 from easyedit_mdm.editing.edit.compose import compose, conflicts
-from easyedit_mdm.editing.edit.export import write_model
+from easyedit_mdm.editing.edit.export import write_merged
 from easyedit_mdm.editing.edit.folders import adopt_edits, source_of, write_edited
 from easyedit_mdm.editing.request import check_requests, encode
 from easyedit_mdm.errors import DataError, EditError, HyperParameterError, RequestError
@@ -71,6 +72,7 @@ def new_edit(
 
     Raises:
         CollapseError: if the guard stops it; nothing is saved then.
+        FileError: if `out` exists, or another process is making it; that one is named.
         EasyEditMDMError: see `docs/errors.md`.
     """
     free(out)
@@ -79,13 +81,14 @@ def new_edit(
     check_requests(asked)
     where, said = _device(device, hparams), {"mask_id": hparams.mask_id, "block": hparams.block}
     adapter = load_model(hparams.model_name, device=where, dtype=dtype or hparams.load_dtype, **said)
-    edit = _make(adapter, asked, hparams, guard)
-    edit.card["metrics"] = _metrics(adapter, edit, asked, hparams.decode_config())
-    edit.seal(adapter, str(hparams.model_name))
-    failures = failed_facts(edit, hparams)
-    saved = keep_failed or not failures
-    if saved:
-        edit.save(out)
+    with only_writer(out):
+        edit = _make(adapter, asked, hparams, guard)
+        edit.card["metrics"] = _metrics(adapter, edit, asked, hparams.decode_config())
+        edit.seal(adapter, str(hparams.model_name))
+        failures = failed_facts(edit, hparams)
+        saved = keep_failed or not failures
+        if saved:
+            edit.save(out)
     _tell_edit(edit, Path(out) if saved else None, failures)
     return saved
 
@@ -362,15 +365,15 @@ def export_edit(
         adapter, carried = _open(edit, model, device)
         if not any(other.card["id"] == edit.card["id"] for other in carried):
             edit.apply(adapter)
-        write_model(adapter, source_of(adapter), merged)
-        Console().print(
-            f"{escape(str(merged))}: {escape(adapter.name)} with the edit, in the hub's format",
-            highlight=False,
-        )
+        ways = write_merged(adapter, source_of(adapter), merged)
+        told = [f"{merged}: {adapter.name} with the edit, in the hub's format; open it with"]
+        told += [f"  {way.line(merged)}" for way in ways]
+        Console().print(escape("\n".join([*told, f"{merged}/README.md says more"])), highlight=False)
     if peft is not None:
         edit.to_peft(peft)
         Console().print(
-            f"{escape(str(peft))}: a LoRA adapter for {escape(str(edit.card['base'].get('name')))}",
+            f"{escape(str(peft))}: a LoRA adapter for {escape(str(edit.card['base'].get('name')))};"
+            f" {escape(str(peft))}/README.md says how to open it",
             highlight=False,
         )
 

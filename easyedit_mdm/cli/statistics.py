@@ -31,6 +31,8 @@ def collect_statistics(
 ) -> dict[str, Any]:
     """Find or make the second moments of some layers of a model, and report them.
 
+    A second process that collects the same is refused.
+
     Args:
         dataset, tokens, mask_ratio, settled, folder: see `easyedit_mdm.statistics.moments_for`.
         file: where to write the figures as JSON.
@@ -40,11 +42,14 @@ def collect_statistics(
     Returns:
         `{"model", "dataset", "folder", "layers": {layer: {"tokens", "condition", "effective_rank",
         "dimensions"}}}`.
+
+    Raises:
+        FileError: if another process is collecting the same; it is named.
     """
     options["device"] = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     adapter = load_model(model, **options)
     sites = [adapter.site(layer) for layer in layers]
-    found = moments_for(adapter, sites, dataset, tokens, folder, mask_ratio, settled=settled)
+    found = moments_for(adapter, sites, dataset, tokens, folder, mask_ratio, settled=settled, wait=False)
     report = {
         "model": str(model),
         "dataset": dataset,

@@ -238,14 +238,32 @@ def opened_tensors(
         raise error(f"{path} is not {what} (it breaks the safetensors library): {cure}") from problem
 
 
+def check_size(path: str | Path, error: type[EasyEditMDMError], what: str) -> None:
+    """Check that a file that is to be read as a whole is smaller than the memory of this machine: a file with
+    holes may claim any size. A file that is not there passes.
+
+    Raises:
+        EasyEditMDMError: of class `error`, with both sizes.
+    """
+    size = Path(path).stat().st_size if Path(path).is_file() else 0
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else size
+    if size > memory:
+        raise error(
+            f"{path} has {size:,} bytes, and this machine {memory:,} of memory: it cannot be read as {what};"
+            " get it again, or use a larger machine"
+        )
+
+
 def read_tensors(
     path: str | Path, error: type[EasyEditMDMError], what: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, and its metadata.
 
     Raises:
-        EasyEditMDMError: of class `error`, if it cannot be read or holds NaN or infinity.
+        EasyEditMDMError: of class `error`, if it cannot be read, is larger than the memory, or holds NaN or
+            infinity.
     """
+    check_size(path, error, what)
     with opened_tensors(path, error, what) as stored:
         found = {name: stored.get_tensor(name) for name in stored.keys()}
         metadata = dict(stored.metadata() or {})

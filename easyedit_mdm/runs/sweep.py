@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from easyedit_mdm.common.files import write_text
+from easyedit_mdm.common.locks import only_writer
 from easyedit_mdm.data.cases import Loaded, load_cases
 from easyedit_mdm.editing import METHODS, ROMEMDMHyperParams
 from easyedit_mdm.errors import DataError, HyperParameterError
@@ -89,6 +90,7 @@ def sweep(job: SweepJob, out: str | Path) -> dict[str, Any]:
         HyperParameterError, UnknownNameError: for a method that is not ours, layers that do not exist,
             windows that it cannot edit.
         DataError: for cases or a trace that cannot be read, or run files of something else.
+        FileError: if another process sweeps into the same folder; it is named.
     """
     config, folder = job.config, Path(out)
     if job.trace_limit < 1:
@@ -104,21 +106,23 @@ def sweep(job: SweepJob, out: str | Path) -> dict[str, Any]:
     loaded = load_cases(
         config.dataset, config.data_dir, config.data_file, config.limit, config.seed, adapter.tokenizer
     )
-    settings = ranked([_setting(config, adapter, hparams, layers, loaded, folder) for layers in choices])
-    traced, note = (
-        _trace(adapter, loaded, job)
-        if given is None
-        else ({k: v for k, v in given.items() if k != "facts"}, None)
-    )
-    report = {
-        "version": __version__, "alg_name": config.alg_name, "model": adapter.name, "layers": adapter.layers,
-        "hparams": json.loads(json.dumps(hparams.to_dict(), default=str)), "dataset": config.dataset,
-        "seed": config.seed, "cases": len(loaded.cases),
-        "settings": settings, "chosen": f"layers: {settings[0]['layers']}",
-        "trace": traced, "trace_note": note, "prediction": [] if traced is None else prediction(settings,
-            traced),
-    }  # fmt: skip
-    _write(report, folder)
+    with only_writer(folder / "sweep.json"):
+        settings = ranked([_setting(config, adapter, hparams, layers, loaded, folder) for layers in choices])
+        traced, note = (
+            _trace(adapter, loaded, job)
+            if given is None
+            else ({k: v for k, v in given.items() if k != "facts"}, None)
+        )
+        report = {
+            "version": __version__, "alg_name": config.alg_name, "model": adapter.name,
+            "layers": adapter.layers,
+            "hparams": json.loads(json.dumps(hparams.to_dict(), default=str)), "dataset": config.dataset,
+            "seed": config.seed, "cases": len(loaded.cases),
+            "settings": settings, "chosen": f"layers: {settings[0]['layers']}",
+            "trace": traced, "trace_note": note,
+            "prediction": [] if traced is None else prediction(settings, traced),
+        }  # fmt: skip
+        _write(report, folder)
     _tell(report, folder)
     return report
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from easyedit_mdm.common.files import opened_tensors, write_tensors
+from easyedit_mdm.common.files import check_size, opened_tensors, write_tensors
 from easyedit_mdm.errors import StatisticsError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
@@ -221,6 +221,7 @@ def _save(file: Path, sums: _Sums) -> None:
 
 
 def _load(file: Path, sites: Sequence[Site]) -> _Sums:
+    check_size(file, StatisticsError, "the checkpoint of an unfinished collection")
     with opened_tensors(file, StatisticsError, "the checkpoint of an unfinished collection") as stored:
         progress = json.loads(stored.metadata()["progress"])
         rows, keys, batches = (progress[name] for name in ("rows", "keys", "batches"))

@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from easyedit_mdm.common.files import explained, opened_tensors, write_tensors
+from easyedit_mdm.common.files import check_size, explained, opened_tensors, write_tensors
 from easyedit_mdm.common.fingerprints import model_fingerprint
+from easyedit_mdm.common.locks import only_writer
 from easyedit_mdm.errors import StatisticsError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
@@ -56,6 +57,7 @@ def moments_for(
     settled: float | None = None,
     seed: int = 0,
     checkpoint_every: float = 60.0,
+    wait: bool = True,
 ) -> list[SecondMoments]:
     """Second moments of some sites of the model as it was when they were first asked for: sequential edits
     keep the statistics of the base model.
@@ -68,9 +70,11 @@ def moments_for(
         mask_ratio, context_length, settled, seed: see `CollectConfig`.
         checkpoint_every: seconds after which a collection leaves what it has on the disk, from where the next
             one goes on.
+        wait: if another process is collecting the same, wait and read what it writes.
 
     Raises:
         StatisticsError: if the text does not exist or is too short, or a file is not what its name says.
+        FileError: without `wait`, if another process is collecting the same; it is named.
     """
     source = text_source(dataset)
     inner = max(key_width(adapter, site) for site in sites)
@@ -92,7 +96,7 @@ def moments_for(
     absent = [site for site in sites if wanted[site.name] not in cache]
     if absent:
         place = cache_folder() if folder is None else Path(folder).expanduser()
-        found = _read_or_collect(adapter, absent, source, config, place, checkpoint_every)
+        found = _read_or_collect(adapter, absent, source, config, place, checkpoint_every, wait)
         for name, moments in found.items():
             cache[wanted[name]] = moments
     return [cache[wanted[site.name]] for site in sites]
@@ -131,6 +135,7 @@ def _read_or_collect(
     config: CollectConfig,
     folder: Path,
     every: float,
+    wait: bool,
 ) -> dict[str, SecondMoments]:
     """From the files of the model as it was first seen, else of the model as it is now; what is in neither is
     collected.
@@ -145,18 +150,18 @@ def _read_or_collect(
         files = {
             site.name: folder / f"mom2-{site.name}-{run_name(settings, [site])}.safetensors" for site in sites
         }
-        found |= {
-            name: read(file, model) for name, file in files.items() if name not in found and file.exists()
-        }
+        found |= _there(files, found, model)
     # settings and files are those of the model as it is now; the checkpoint is named after all sites asked
     # for, so that a run that was killed between the writing of two results, or after the last, is found again
     # by the next that asks for the same
     checkpoint = folder / f"unfinished-{run_name(settings, sites)}.safetensors"
-    absent = [site for site in sites if site.name not in found]
-    if absent:
-        with explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        for name, moments in collect(adapter, absent, source, config, checkpoint, every).items():
+    if len(found) == len(sites) and not checkpoint.exists():
+        return found
+    with only_writer(checkpoint, wait):
+        found |= _there(files, found, now)  # another process may have made them meanwhile
+        absent = [site for site in sites if site.name not in found]
+        made = collect(adapter, absent, source, config, checkpoint, every) if absent else {}
+        for name, moments in made.items():
             moments.settings = {
                 **settings,
                 "site": name,
@@ -165,10 +170,14 @@ def _read_or_collect(
             }
             write(files[name], moments)
             found[name] = moments
-    if checkpoint.exists():
         with explained(checkpoint, "removed"):
             checkpoint.unlink(missing_ok=True)
     return found
+
+
+def _there(files: dict[str, Path], found: dict[str, SecondMoments], model: str) -> dict[str, SecondMoments]:
+    """Those files that exist, of sites that are not found yet."""
+    return {name: read(file, model) for name, file in files.items() if name not in found and file.exists()}
 
 
 def write(file: Path, moments: SecondMoments) -> None:
@@ -191,6 +200,7 @@ def read(file: str | Path, model: str | None = None) -> SecondMoments:
     Raises:
         StatisticsError: if it is no such file, holds NaN or is not square, or belongs to another model.
     """
+    check_size(file, StatisticsError, "second moments")
     with opened_tensors(
         Path(file),
         StatisticsError,

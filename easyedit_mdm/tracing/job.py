@@ -20,6 +20,7 @@ from rich.table import Table
 from easyedit_mdm.api import load_model
 from easyedit_mdm.common.files import write_text
 from easyedit_mdm.common.fingerprints import model_fingerprint
+from easyedit_mdm.common.locks import only_writer
 from easyedit_mdm.errors import DataError, HyperParameterError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.report.compare import show
@@ -109,6 +110,7 @@ def trace(
         HyperParameterError: for settings that do not go together.
         RequestError: for a prompt without its subject, or facts that cannot be corrupted.
         CheckpointError: for a model that cannot be loaded.
+        FileError: if another process traces into the same folder; it is named.
     """
     _check(job)
     device = job.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -123,19 +125,20 @@ def trace(
         if job.replace_with is not None
         else sorted({fact.subject for fact in facts} | set(_world_subjects(job)))
     )
-    traced = [_traced(model, checked.facts, config, others, resamples) for model in models]
-    report = {
-        "version": __version__,
-        "config": config.record(),
-        "facts": {"source": job.known or ("prompt" if job.prompt else "twins"), "skipped": skipped},
-        "checked": checked.record(),
-        "resamples": resamples,
-        "notes": list(NOTES),
-        "models": traced,
-        "pairs": side_by_side(names, traced),
-    }
     folder = Path(out)
-    write_report(report, folder)
+    with only_writer(folder / "trace.json"):
+        traced = [_traced(model, checked.facts, config, others, resamples) for model in models]
+        report = {
+            "version": __version__,
+            "config": config.record(),
+            "facts": {"source": job.known or ("prompt" if job.prompt else "twins"), "skipped": skipped},
+            "checked": checked.record(),
+            "resamples": resamples,
+            "notes": list(NOTES),
+            "models": traced,
+            "pairs": side_by_side(names, traced),
+        }
+        write_report(report, folder)
     _tell(report, folder)
     return report
 

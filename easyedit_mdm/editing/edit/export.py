@@ -12,7 +12,13 @@ from torch import Tensor
 
 from easyedit_mdm.common.files import new_folder, opened_tensors, read_json, write_json, write_tensors
 from easyedit_mdm.editing.edit.change import Change, LowRank
-from easyedit_mdm.editing.edit.stack import PlainEdit
+from easyedit_mdm.editing.edit.opening import (
+    Way,
+    ways_to_open,
+    write_adapter_readme,
+    write_readme,
+)
+from easyedit_mdm.editing.edit.stack import PlainEdit, carried
 from easyedit_mdm.errors import CheckpointError, EditError, MissingPackageError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.loading import weight_files
@@ -36,7 +42,8 @@ _LEFT_OUT = (
 
 
 def to_peft(edit: PlainEdit, folder: str | Path) -> Path:
-    """Write a LoRA adapter whose product is the edit: `adapter_config.json` and `adapter_model.safetensors`.
+    """Write a LoRA adapter whose product is the edit: `adapter_config.json`, `adapter_model.safetensors`, and
+    a README.md that says how to open it.
 
     `PeftModel.from_pretrained(native, folder)` loads it, where `native` is the transformers model of the
     base: for a masked model `adapter.native`, whose modules the adapter shares, so that its logits change
@@ -74,6 +81,7 @@ def to_peft(edit: PlainEdit, folder: str | Path) -> Path:
     with new_folder(folder) as part:
         write_tensors(part / "adapter_model.safetensors", tensors, {"format": "pt"})
         config.save_pretrained(str(part))
+        write_adapter_readme(part, edit)
     return folder
 
 
@@ -139,6 +147,27 @@ def write_model(
         if more is not None:
             more(part)
     return folder
+
+
+def write_merged(adapter: Adapter, base: str | Path, folder: str | Path) -> list[Way]:
+    """`write_model`, with a README.md that says what was edited and how to open the folder. A README.md of
+    the base is kept as README-base.md.
+
+    Returns:
+        the ways to open it.
+
+    Raises:
+        CheckpointError, FileError: see `write_model`.
+    """
+    found: list[Way] = []
+
+    def readme(part: Path) -> None:
+        config = read_json(part / "config.json", CheckpointError, "a model's configuration")
+        found.extend(ways_to_open(adapter, config, part))
+        write_readme(part, carried(adapter), found, adapter.name)
+
+    write_model(adapter, base, folder, readme)
+    return found
 
 
 def _write_shard(

@@ -15,7 +15,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from easyedit_mdm.common.files import new_folder, read_json, read_tensors, write_json, write_tensors
+from easyedit_mdm.common.files import (
+    check_size,
+    new_folder,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from easyedit_mdm.editing.edit.card import Card
 from easyedit_mdm.editing.edit.change import Change, Exact, LowRank
 from easyedit_mdm.editing.edit.sealing import seal
@@ -210,6 +217,7 @@ def _check_card(told: Mapping[str, Any], path: Path) -> None:
 
 def _check_hash(folder: Path, told: Mapping[str, Any]) -> None:
     about = told.get("tensors")
+    check_size(folder / TENSORS, EditError, "the tensors of an edit")
     try:
         found = file_sha256(folder / TENSORS)
     except OSError as error:
