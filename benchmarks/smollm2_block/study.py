@@ -1,42 +1,40 @@
-"""Edits of real facts in SmolLM2, masked and autoregressive (PROTOCOL.md).
+"""Edits of real facts in a masked model and the autoregressive one beside it (PROTOCOL.md).
 
     python benchmarks/smollm2_block/study.py run --data-dir DATA_DIR --out runs/smollm2_block
     python benchmarks/smollm2_block/study.py tables --out runs/smollm2_block
 
 `run` goes on where it was stopped: it edits fact after fact, each in every arm. `tables` writes results.json
 and results.md from the lines. The lines hold the data sets' prompts, so they stay out of the repository;
-results.json holds every fact's outcome without them.
+results.json holds every fact's outcome without them. Other models: `--masked` and `--causal` name their
+hyperparameter files (../llada_8b.sh).
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from easyedit_mdm import Session, load_hparams, load_model
+from easyedit_mdm import Session
 from easyedit_mdm.common.files import append_line, write_json, write_text
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.data.cases import BenchCase, load_cases
 from easyedit_mdm.denoising import DecodeConfig
+from easyedit_mdm.editing import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import target_ids
 from easyedit_mdm.evaluation.records import Judgement, scores
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.report.summaries import bootstrap_mean
 from easyedit_mdm.runs.judge import Judge, kept
+from easyedit_mdm.runs.methods import load_ours
 from easyedit_mdm.runs.run import Kept
 
 HERE = Path(__file__).parent
-ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "plain": ("ROME_MDM/smollm2-block", {"state_schedule": "full_mask"}),
-    "plain x4": ("ROME_MDM/smollm2-block", {"state_schedule": "full_mask", "v_num_grad_steps": 80}),
-    "aware": ("ROME_MDM/smollm2-block", {"state_schedule": "stratified", "max_states": 4}),
-    "autoregressive": ("ROME_MDM/smollm2", {}),
-}
+ARMS = ("plain", "plain x4", "aware", "autoregressive")
 LENGTHS, SEED = (1, 2, 3, 4), 0
 
 
@@ -56,22 +54,35 @@ def chosen(model: Adapter, data_dir: Path, each: int) -> list[BenchCase]:
     return [found[n][i] for i in range(each) for n in LENGTHS]
 
 
+def arms_of(args: argparse.Namespace) -> dict[str, tuple[Adapter, ROMEMDMHyperParams]]:
+    """Each arm's model and settings; both models are loaded once."""
+    model, hparams = load_ours("ROME_MDM", args.masked, args.device)
+    plain = replace(hparams, state_schedule="full_mask")
+    found = {
+        "plain": (model, plain),
+        "plain x4": (model, replace(plain, v_num_grad_steps=4 * plain.v_num_grad_steps)),
+        "aware": (model, replace(hparams, state_schedule="stratified", max_states=4)),
+    }
+    if args.causal != "none":
+        found["autoregressive"] = load_ours("ROME_MDM", args.causal, args.device)
+    return found
+
+
 def run(args: argparse.Namespace) -> None:
     """Edit and judge, fact by fact."""
+    if not args.data_dir:
+        raise SystemExit("run needs --data-dir: the folder that holds counterfact/ and kamel/")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    models = {name: load_model(name) for name in ("smollm2-block", "smollm2")}
-    judge = Judge(DecodeConfig(), rungs=False, fluency=False)
-    before = {name: Kept(model_fingerprint(model.native), judge) for name, model in models.items()}
+    arms, judge = arms_of(args), Judge(DecodeConfig(), rungs=False, fluency=False)
+    before = {arm: Kept(model_fingerprint(model.native), judge) for arm, (model, _) in arms.items()}
     file = out / "lines.jsonl"
     done = {(line["arm"], line["case_id"]) for line in read(file)}
-    for case in chosen(models["smollm2-block"], Path(args.data_dir), args.each):
-        for arm, (name, changes) in ARMS.items():
+    for case in chosen(arms["plain"][0], Path(args.data_dir), args.each):
+        for arm, (model, hparams) in arms.items():
             if (arm, case.case_id) in done:
                 continue
-            hparams = dataclasses.replace(load_hparams(name), **changes)
-            model = models[hparams.model_name]
-            line = one(model, hparams, case, judge, before[hparams.model_name].get(model, case))
+            line = one(model, hparams, case, judge, before[arm].get(model, case))
             with file.open("a", encoding="utf-8") as stream:
                 append_line(stream, file, json.dumps({"arm": arm, **line}, sort_keys=True))
             print(arm, case.case_id, line["n_tokens"], line["after"], f"{line['seconds']:.0f} s", flush=True)
@@ -124,16 +135,20 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def tables(args: argparse.Namespace) -> None:
     """Facts that are finished in every arm, as tables."""
-    source = HERE / "results.json" if args.committed else Path(args.out) / "lines.jsonl"
+    folder = Path(args.results)
+    source = folder / "results.json" if args.committed else Path(args.out) / "lines.jsonl"
     lines = json.loads(source.read_text())["lines"] if args.committed else read(source)
-    by_arm = {arm: {line["case_id"]: line for line in lines if line["arm"] == arm} for arm in ARMS}
-    whole = [c for c in by_arm["plain"] if all(c in by_arm[arm] for arm in ARMS)]
-    rows = {arm: [by_arm[arm][c] for c in whole] for arm in ARMS}
-    plain = [
-        {k: v for k, v in line.items() if k not in ("subject", "text")} for arm in ARMS for line in rows[arm]
-    ]
-    write_json(HERE / "results.json", {"facts": len(whole), "lines": plain})
-    write_text(HERE / "results.md", page(rows))
+    arms = [arm for arm in ARMS if any(line["arm"] == arm for line in lines)]
+    if "plain" not in arms:
+        raise SystemExit(f"{source} holds no finished edits: `study.py run` first")
+    by_arm = {arm: {line["case_id"]: line for line in lines if line["arm"] == arm} for arm in arms}
+    whole = [c for c in by_arm["plain"] if all(c in by_arm[arm] for arm in arms)]
+    rows = {arm: [by_arm[arm][c] for c in whole] for arm in arms}
+    private = ("subject", "text")  # the data sets'
+    shown = [{k: v for k, v in line.items() if k not in private} for arm in arms for line in rows[arm]]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", {"facts": len(whole), "lines": shown})
+    write_text(folder / "results.md", page(rows))
 
 
 def page(rows: dict[str, list[dict[str, Any]]]) -> str:
@@ -146,7 +161,7 @@ def page(rows: dict[str, list[dict[str, Any]]]) -> str:
             "| arm | N steps | one step | right tokens | paraphrase | locality | steps | layer-passes | s |"
         ]
         out += ["| --- |" + " --- |" * 8]
-        for arm in ("plain", "autoregressive"):
+        for arm in (arm for arm in ("plain", "autoregressive") if arm in some):
             out.append(row(f"no edit ({'masked' if arm == 'plain' else arm})", some[arm], "before"))
         out += [row(arm, found, "after") for arm, found in some.items()]
         out.append("")
@@ -158,9 +173,9 @@ def page(rows: dict[str, list[dict[str, Any]]]) -> str:
         "plain in one step": [r["after"]["one_step"] for r in longer["plain"]],
         "plain with four times the steps, N steps": [r["after"]["exact"] for r in longer["plain x4"]],
         "plain with four times the steps, one step": [r["after"]["one_step"] for r in longer["plain x4"]],
-        "autoregressive": [r["after"]["exact"] for r in longer["autoregressive"]],
+        "autoregressive": [r["after"]["exact"] for r in longer.get("autoregressive", [])],
     }
-    for name, values in others.items():
+    for name, values in ((name, values) for name, values in others.items() if values):
         out.append(f"| {name} | {mean([a - b for a, b in zip(aware, values)])} | {len(values)} |")
     return "\n".join(out) + "\n"
 
@@ -184,6 +199,8 @@ def mean(values: Sequence[float | None]) -> str:
     if not known:
         return ""
     found = bootstrap_mean(known, [str(i) for i in range(len(known))])
+    if found["low"] is None:  # of one fact alone
+        return f"{found['mean']:.2f}"
     return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
@@ -195,6 +212,10 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "tables"))
     parser.add_argument("--data-dir")
     parser.add_argument("--out", default="runs/smollm2_block")
+    parser.add_argument("--masked", default="ROME_MDM/smollm2-block", help="its hyperparameter file")
+    parser.add_argument("--causal", default="ROME_MDM/smollm2", help="the same, or none")
+    parser.add_argument("--device")
+    parser.add_argument("--results", default=str(HERE), help="folder for results.json and results.md")
     parser.add_argument("--each", type=int, default=10, help="facts of each length")
     parser.add_argument("--committed", action="store_true", help="tables from results.json, not from a run")
     args = parser.parse_args()

@@ -1,0 +1,48 @@
+"""benchmarks/llada_8b.sh on a tiny checkpoint in LLaDA's format: every line of it, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.data
+@pytest.mark.end_to_end
+def test_the_script_for_8b_models(tiny, tokenizer, data_dir, tmp_path):
+    """Four facts in three arms, then the same command again: nothing is edited twice."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in tiny.folder("llada").iterdir():
+        (model / file.name).symlink_to(file)
+    tokenizer.save_pretrained(model)
+    settings = {
+        "alg_name": "ROME_MDM", "model_name": str(model), "layers": [1], "v_num_grad_steps": 1,
+        "context_templates": ["{}"], "mom2_adjustment": False,
+    }  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(json.dumps(settings))
+    out = tmp_path / "out"
+    environment = {
+        **os.environ, "DATA_DIR": str(data_dir),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "MASKED": str(tmp_path / "tiny.yaml"), "EACH": "1", "OUT": str(out), "DEVICE": "cpu",
+        "EASYEDIT_MDM_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    for _ in range(2):
+        done = subprocess.run(
+            [ROOT / "benchmarks" / "llada_8b.sh"], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (out / "lines.jsonl").read_text().splitlines()]
+        assert sorted(line["n_tokens"] for line in lines) == sorted([1, 2, 3, 4] * 3)
+    assert {line["arm"] for line in lines} == {"plain", "plain x4", "aware"}
+    assert "| plain in one step |" in done.stdout
+    kept = json.loads((out / "results.json").read_text())
+    assert kept["facts"] == 4
+    assert not {"subject", "text"} & set(kept["lines"][0])
