@@ -40,9 +40,9 @@ def test_the_script_for_8b_models(tiny, tokenizer, data_dir, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in (out / "lines.jsonl").read_text().splitlines()]
-        assert sorted(line["n_tokens"] for line in lines) == sorted([1, 2, 3, 4] * 3)
-    assert {line["arm"] for line in lines} == {"plain", "plain x4", "aware"}
-    assert "| plain in one step |" in done.stdout
+        assert sorted(line["n_tokens"] for line in lines) == sorted([1, 2, 3, 4] * 4)
+    assert {line["arm"] for line in lines} == {"plain", "plain x4", "aware", "aware x4"}
+    assert "| aware | plain, one step |" in done.stdout
     kept = json.loads((out / "results.json").read_text())
     assert kept["facts"] == 4
     assert not {"subject", "text"} & set(kept["lines"][0])

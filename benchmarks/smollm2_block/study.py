@@ -34,7 +34,8 @@ from easyedit_mdm.runs.methods import load_ours
 from easyedit_mdm.runs.run import Kept
 
 HERE = Path(__file__).parent
-ARMS = ("plain", "plain x4", "aware", "autoregressive")
+ARMS = ("plain", "plain x4", "aware", "aware x4", "autoregressive")
+LATER = "aware x4"  # added after three facts (PROTOCOL.md); a fact counts without it
 LENGTHS, SEED = (1, 2, 3, 4), 0
 
 
@@ -65,6 +66,8 @@ def arms_of(args: argparse.Namespace) -> dict[str, tuple[Adapter, ROMEMDMHyperPa
     }
     if args.causal != "none":
         found["autoregressive"] = load_ours("ROME_MDM", args.causal, args.device)
+    aware = found["aware"][1]
+    found[LATER] = (model, replace(aware, v_num_grad_steps=4 * aware.v_num_grad_steps))
     return found
 
 
@@ -142,8 +145,8 @@ def tables(args: argparse.Namespace) -> None:
     if "plain" not in arms:
         raise SystemExit(f"{source} holds no finished edits: `study.py run` first")
     by_arm = {arm: {line["case_id"]: line for line in lines if line["arm"] == arm} for arm in arms}
-    whole = [c for c in by_arm["plain"] if all(c in by_arm[arm] for arm in arms)]
-    rows = {arm: [by_arm[arm][c] for c in whole] for arm in arms}
+    whole = [c for c in by_arm["plain"] if all(c in by_arm[arm] for arm in arms if arm != LATER)]
+    rows = {arm: [by_arm[arm][c] for c in whole if c in by_arm[arm]] for arm in arms}
     private = ("subject", "text")  # the data sets'
     shown = [{k: v for k, v in line.items() if k not in private} for arm in arms for line in rows[arm]]
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,24 +163,34 @@ def page(rows: dict[str, list[dict[str, Any]]]) -> str:
         out += [
             "| arm | N steps | one step | right tokens | paraphrase | locality | steps | layer-passes | s |"
         ]
-        out += ["| --- |" + " --- |" * 8]
+        out += ["| --- |" + " --- |" * 9]
         for arm in (arm for arm in ("plain", "autoregressive") if arm in some):
             out.append(row(f"no edit ({'masked' if arm == 'plain' else arm})", some[arm], "before"))
-        out += [row(arm, found, "after") for arm, found in some.items()]
+        out += [row(arm, found, "after") for arm, found in some.items() if found]
         out.append("")
     longer = {arm: [r for r in found if r["n_tokens"] > 1] for arm, found in rows.items()}
-    out += ["## Aware in N steps, minus", "", "| baseline | difference | n |", "| --- | --- | --- |"]
-    aware = [r["after"]["exact"] for r in longer["aware"]]
-    others = {
-        "plain in N steps": [r["after"]["exact"] for r in longer["plain"]],
-        "plain in one step": [r["after"]["one_step"] for r in longer["plain"]],
-        "plain with four times the steps, N steps": [r["after"]["exact"] for r in longer["plain x4"]],
-        "plain with four times the steps, one step": [r["after"]["one_step"] for r in longer["plain x4"]],
-        "autoregressive": [r["after"]["exact"] for r in longer.get("autoregressive", [])],
-    }
-    for name, values in ((name, values) for name, values in others.items() if values):
-        out.append(f"| {name} | {mean([a - b for a, b in zip(aware, values)])} | {len(values)} |")
+    out += ["## Two to four tokens: differences, paired by fact", ""]
+    out += ["| in N steps | minus | difference | n |", "| --- | --- | --- | --- |"]
+    for arm, others in (
+        ("aware", ("plain", "plain x4", "autoregressive")),
+        (LATER, ("plain x4", "autoregressive")),
+    ):
+        for other in others:
+            for way, key in (("N steps", "exact"), ("one step", "one_step")):
+                found = differences(longer.get(arm, []), longer.get(other, []), key)
+                if found:
+                    out.append(f"| {arm} | {other}, {way} | {mean(found)} | {len(found)} |")
     return "\n".join(out) + "\n"
+
+
+def differences(lines: list[dict[str, Any]], others: list[dict[str, Any]], key: str) -> list[float]:
+    """Success of an arm in N steps minus another's, of the facts that both have."""
+    theirs = {line["case_id"]: line["after"][key] for line in others}
+    return [
+        line["after"]["exact"] - theirs[line["case_id"]]
+        for line in lines
+        if theirs.get(line["case_id"]) is not None
+    ]
 
 
 def row(name: str, lines: Sequence[dict[str, Any]], when: str) -> str:
@@ -190,7 +203,7 @@ def row(name: str, lines: Sequence[dict[str, Any]], when: str) -> str:
         f"{sum(line[key] for line in lines) / max(1, len(lines)):.0f}"
         for key in ("steps", "layer_passes", "seconds")
     ]  # fmt: skip
-    return "| " + " | ".join([name, *cells, *cost]) + " |"
+    return "| " + " | ".join([name, str(len(lines)), *cells, *cost]) + " |"
 
 
 def mean(values: Sequence[float | None]) -> str:
