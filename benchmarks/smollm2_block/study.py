@@ -160,9 +160,8 @@ def page(rows: dict[str, list[dict[str, Any]]]) -> str:
     for title, lengths in (("Targets of one token", (1,)), ("Targets of two to four tokens", (2, 3, 4))):
         some = {arm: [r for r in found if r["n_tokens"] in lengths] for arm, found in rows.items()}
         out += [f"## {title}: {len(some['plain'])} facts", ""]
-        out += [
-            "| arm | N steps | one step | right tokens | paraphrase | locality | steps | layer-passes | s |"
-        ]
+        names = ("arm", "n", "N steps", "one step", "right tokens", "paraphrase", "locality", "steps")
+        out += ["| " + " | ".join([*names, "layer-passes", "s"]) + " |"]
         out += ["| --- |" + " --- |" * 9]
         for arm in (arm for arm in ("plain", "autoregressive") if arm in some):
             out.append(row(f"no edit ({'masked' if arm == 'plain' else arm})", some[arm], "before"))
