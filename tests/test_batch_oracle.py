@@ -14,7 +14,7 @@ import sys
 
 import pytest
 import torch
-import transformers
+from conftest import wheel_edits_batches
 
 from easyedit_mdm import make_edit
 from easyedit_mdm.editing import METHODS
@@ -148,8 +148,8 @@ def test_update_equals_easyedit(tiny, method, family, monkeypatch):
     import_easyedit()
     if not HEAD and method != "MEMIT":
         pytest.skip(f"the wheel has no {method}")
-    if not HEAD and transformers.__version__ >= "5":
-        pytest.skip("the wheel's batch methods need transformers 4")
+    if not HEAD and not wheel_edits_batches(family):
+        pytest.skip("the wheel's MEMIT reads tuples, which these layers of transformers do not give")
     adapter = tiny(family)
     layers = [1] if method == "R-ROME" else [0, 1]
     widths = [adapter.module(adapter.site(n).name).weight.shape[0 if family == "gpt2" else 1] for n in layers]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import wheel_edits_batches
 
 from easyedit_mdm import ROMEMDMHyperParams, load_model
 from easyedit_mdm.common.fingerprints import parameter_hashes
@@ -277,8 +278,8 @@ def test_easyedits_memit_on_our_statistics(joined, world, monkeypatch, tmp_path)
     """EasyEdit's own MEMIT edits the autoregressive twin with second moments of a shipped text, and downloads
     nothing.
     """
-    if not HEAD and transformers.__version__ >= "5":
-        pytest.skip("the wheel's MEMIT needs transformers 4")
+    if not HEAD and not wheel_edits_batches("llama"):
+        pytest.skip("the wheel's MEMIT reads tuples, which these layers of transformers do not give")
     monkeypatch.setenv("EASYEDIT_MDM_CACHE", str(tmp_path / "cache"))
     editor = joined.editor_class.from_hparams(easyedit_hparams("MEMIT", "hparams/MEMIT/twin-llama.yaml"))
     arguments = {k: v for k, v in call(world).items() if k in ("prompts", "subject", "target_new")}

@@ -10,8 +10,12 @@ FAMILIES: Registry[FamilySpec] = Registry("model family")
 
 
 def pick(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The entries of `config` that are present, not None, and in `names`."""
-    return {name: config[name] for name in names if config.get(name) is not None}
+    """The entries of `config` that are present, not None, and in `names`.
+
+    RND1 says `rope_scaling: false` for none, which transformers 4 takes for a mapping.
+    """
+    given = {name: config[name] for name in names if config.get(name) is not None}
+    return {name: value for name, value in given.items() if name != "rope_scaling" or value is not False}
 
 
 LLAMA_KEYS = (
