@@ -75,8 +75,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def wheel_edits_batches(family: str) -> bool:
-    """Whether MEMIT of EasyEdit's wheel runs: it reads a layer's output as a tuple. Since transformers 4.54 the
-    layers of Llama and Qwen give a tensor, since 5 those of GPT-2 do.
+    """Whether MEMIT of EasyEdit's wheel runs: it reads a layer's output as a tuple. Since transformers 4.54
+    the layers of Llama and Qwen give a tensor, since 5 those of GPT-2 do.
     """
     return Version(transformers.__version__) < Version("5" if family == "gpt2" else "4.54")
 
