@@ -59,13 +59,11 @@ class Candidate:
 BEFORE = Candidate("before", SHIPPED, {})
 WORLD = (
     BEFORE,
-    Candidate("clamp-4", SHIPPED, {"clamp_norm_factor": 4.0}),
     Candidate("activation", ACTIVATION, {}),
 )
 TEXT = (
     BEFORE,
     Candidate("clamp-3", SHIPPED, {"clamp_norm_factor": 3.0}),
-    Candidate("kl-0.5", SHIPPED, {"kl_factor": 0.5}),
     Candidate("no-moments", SHIPPED, {"mom2_adjustment": False}),
     Candidate("layer-0", SHIPPED, {"layers": [0]}),
     Candidate("open", OPEN, {}),
