@@ -218,6 +218,10 @@ def tiny_config(family: str, vocabulary: int) -> dict:
             "routed_scaling_factor": 2.5,
             "partial_rotary_factor": 0.5, "block_size": 4,
         },
+        "wedlm": {
+            **qwen3, **masked, "architectures": ["WeDLMForCausalLM"], "model_type": "wedlm", "qk_norm": True,
+            "attention_bias": False, "tie_word_embeddings": False,
+        },
         "mmada": {
             **common, "architectures": ["MMadaModelLM"], "model_type": "mmada", "block_type": "llama",
             "layer_norm_type": "rms",

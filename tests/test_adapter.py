@@ -76,7 +76,7 @@ def test_who_sees_whom(tiny, family):
         .abs()
         .amax(-1)[0]
     )
-    ranks = geometry.ranks(torch.ones_like(ids), model.attention, canvas)[0]
+    ranks = geometry.ranks(torch.ones_like(ids), model.attention, canvas, ids == model.ids.slot)[0]
     at = torch.arange(len(ranks))[None]
     where = geometry.sources(at, torch.ones_like(ids)) if model.shift else at
     noise = (

@@ -434,6 +434,22 @@ def test_rnd1_by_entropy(data_dir, steps):
     assert torch.equal(path_taken.tokens, known[f"generated_greedy_max_new9_steps{steps}"][0, 12:])
 
 
+@pytest.mark.data
+@torch.no_grad()
+def test_wedlm_with_its_masks_last(data_dir):
+    """Rows as they stand, a mask among known tokens read where the published decoder moves it, and its
+    generate.
+    """
+    path = data_dir / "reference" / "wedlm"
+    model, known = reference(path), load_file(path / "reference.safetensors")
+    assert (model(known["input_ids"]).logits - known["logits"]).abs().max() < 1e-4
+    moved = model(known["reordered_from_ids"][None]).logits[0, known["reordered_position_ids"][0]]
+    assert (moved - known["reordered_logits"][0]).abs().max() < 1e-4
+    for block, threshold in ((4, None), (8, None), (8, 0.3)):
+        made = model.generate(known["prompt_ids"], max_new_tokens=8, block_length=block, threshold=threshold)
+        assert torch.equal(made, known[f"generated_len8_block{block}_t{int((threshold or 0) * 100)}"])
+
+
 # ---- mixtures of experts
 # -----------------------------------------------------------------------------------------
 MIXTURES = [name for name in FAMILIES if FAMILIES[name].experts is not None]

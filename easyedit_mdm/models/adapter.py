@@ -427,7 +427,8 @@ class Adapter(nn.Module):
 
         Args:
             canvas: as in `token_logits`.
-            ids: the rows' tokens, in which the canvas is looked for where it is not given.
+            ids: the rows' tokens, in which hidden slots, and the canvas where it is not given, are looked
+                for.
         """
         if self.attention.full:
             return geometry.see_all(mask, self.dtype)
@@ -435,7 +436,8 @@ class Adapter(nn.Module):
             return geometry.see_left(mask, self.dtype)
         if canvas is None and ids is not None and self.attention.asks_for_canvas:
             canvas = geometry.canvas_of(ids, mask, self.ids.slot)
-        return geometry.see_ranked(mask, geometry.ranks(mask, self.attention, canvas), self.dtype)
+        hidden = ids == self.ids.slot if ids is not None and self.attention.asks_for_hidden else None
+        return geometry.see_ranked(mask, geometry.ranks(mask, self.attention, canvas, hidden), self.dtype)
 
     def _check_paths(self) -> None:
         for path in (

@@ -18,6 +18,7 @@ from easyedit_mdm.models.families import (  # noqa: F401  (registration)
     qwen3_moe,
     sdar,
     stable_diffcoder,
+    wedlm,
 )
 from easyedit_mdm.models.families._registry import FAMILIES
 
