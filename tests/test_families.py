@@ -528,7 +528,7 @@ def test_an_edit_of_the_experts_moves_the_block_by_delta(tiny, family):
     delta = site_values(model, [EditRequest.of(FACT)], settings)[0].delta
     edit = make_edit(model, FACT, settings)
     prompt = fact.contexts[0]
-    slots = torch.full_like(fact.target, model.ids.slot) if model.masked else fact.target
+    slots = model.behind(fact.target, torch.zeros(1).bool())
     ids, canvas = torch.cat([prompt.ids, slots])[None], torch.tensor([len(prompt.ids)])
     weights, chosen = model.routes(1, ids, canvas=canvas)
     numbers = sorted(chosen[0, prompt.site].tolist())

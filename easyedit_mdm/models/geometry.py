@@ -58,6 +58,11 @@ def canvas_of(
     return torch.where(hidden.any(-1), hidden.long().argmax(-1), ids.shape[1])
 
 
+def in_canvas(mask: Int[Tensor, "rows length"], canvas: Int[Tensor, " rows"]) -> Bool[Tensor, "rows length"]:
+    """Which columns stand in the canvas, given the first of each row's."""
+    return torch.arange(mask.shape[1], device=mask.device) >= canvas.to(mask.device)[:, None]
+
+
 def ranks(
     mask: Int[Tensor, "rows length"],
     attention: Attention,
@@ -83,7 +88,7 @@ def ranks(
     prompt = torch.zeros_like(before[:, :1])
     inside = torch.zeros_like(mask, dtype=torch.bool)
     if canvas is not None:
-        inside = torch.arange(mask.shape[1], device=mask.device) >= canvas.to(mask.device)[:, None]
+        inside = in_canvas(mask, canvas)
         prompt = (mask * ~inside).sum(-1, keepdim=True)
     number, first = torch.zeros_like(before), torch.zeros_like(prompt)
     if attention.block is not None:

@@ -313,7 +313,7 @@ def judge_of(config: BenchConfig, method: BenchMethod) -> Judge:
 def header_of(config: BenchConfig, method: BenchMethod, loaded: Loaded, judge: Judge) -> dict[str, Any]:
     """Everything that determines the result."""
     adapter = method.adapter
-    schedule = method.settings.get("state_schedule", "") if adapter.masked else ""
+    schedule = method.settings.get("state_schedule", "") if adapter.denoises else ""
     name = str(method.settings["model_name"])
     return {
         "header": True,
