@@ -240,6 +240,28 @@ def tiny_config(family: str, vocabulary: int) -> dict:
             "routed_scaling_factor": 2.5,
             "partial_rotary_factor": 0.5, "block_size": 4,
         },
+        "wedlm": {
+            **qwen3, **masked, "architectures": ["WeDLMForCausalLM"], "model_type": "wedlm", "qk_norm": True,
+            "attention_bias": False, "tie_word_embeddings": False,
+        },
+        "diffusion-gemma": {
+            "architectures": ["DiffusionGemmaForBlockDiffusion"], "model_type": "diffusion_gemma",
+            "canvas_length": 16, "tie_word_embeddings": True, "dtype": "float32", "image_token_id": 7,
+            "text_config": {
+                "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+                "global_head_dim": 16, "num_global_key_value_heads": 1,
+                "max_position_embeddings": 128, "num_experts": 4, "top_k_experts": 2,
+                "moe_intermediate_size": 12, "sliding_window": 4, "use_bidirectional_attention": "vision",
+                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+                "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": True,
+            },
+            "vision_config": {
+                "model_type": "gemma4_vision", "hidden_size": 16, "intermediate_size": 16, "head_dim": 8,
+                "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "patch_size": 2,
+                "pooling_kernel_size": 1, "position_embedding_size": 16, "standardize": False,
+            },
+        },
         "mmada": {
             **common, "architectures": ["MMadaModelLM"], "model_type": "mmada", "block_type": "llama",
             "layer_norm_type": "rms",
@@ -267,6 +289,11 @@ def tiny_config(family: str, vocabulary: int) -> dict:
     }[family]  # fmt: skip
 
 
+# mean and standard deviation of tensors: norms on every branch would make the prompt of a random model count
+# for nothing
+OWN_WEIGHTS = {"diffusion-gemma": {"layer_scalar": (0.4, 0.05), "embed_tokens.weight": (0.0, 0.4)}}
+
+
 def write_checkpoint(
     folder: Path, family: str, vocabulary: int = 192, seed: int = 0, shards: int = 1
 ) -> dict[str, torch.Tensor]:
@@ -275,7 +302,7 @@ def write_checkpoint(
 
     from easyedit_mdm.errors import IncompatibleVersionError
     from easyedit_mdm.models.families import FAMILIES
-    from easyedit_mdm.models.loading import _empty_model, tied_names
+    from easyedit_mdm.models.loading import _empty_model, kept, tied_names
 
     config = tiny_config(family, vocabulary)
     spec = FAMILIES[family]
@@ -286,15 +313,17 @@ def write_checkpoint(
         pytest.skip(str(error))
     folder.mkdir(parents=True, exist_ok=True)
     shapes: dict[str, list[torch.Size]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in kept(spec, model):
         if name not in tied_names(spec, model):
             made = spec.made_of(config, name)
             shapes.setdefault(spec.hub_name(name) if made is None else made[0], []).append(parameter.shape)
     tensors = {}
     for name, parts in shapes.items():  # several where they are rows of one tensor
         shape = (sum(part[0] for part in parts), *parts[0][1:])
-        center = 1.0 if len(shape) == 1 and "bias" not in name else 0.0
-        tensors[name] = torch.randn(shape, generator=generator) * 0.15 + center
+        center, spread = (1.0 if len(shape) == 1 and "bias" not in name else 0.0), 0.15
+        for ending, own in OWN_WEIGHTS.get(family, {}).items():
+            center, spread = own if name.endswith(ending) else (center, spread)
+        tensors[name] = torch.randn(shape, generator=generator) * spread + center
     (folder / "config.json").write_text(json.dumps(config))
     names = list(tensors)
     if shards == 1:

@@ -21,6 +21,11 @@ def rows(seed: int = 0) -> list[torch.Tensor]:
     return [torch.randint(2, 150, (n,), generator=generator) for n in (5, 9, 12)]
 
 
+def canvas_of(model, starts: list[int]) -> dict[str, torch.Tensor]:
+    """Where each row's canvas begins, for models that cannot see it: two columns behind the row's start."""
+    return {"canvas": torch.tensor(starts) + 2} if model.hidden.noise else {}
+
+
 @families
 @torch.no_grad()
 def test_padding_changes_nothing(tiny, family):
@@ -32,12 +37,14 @@ def test_padding_changes_nothing(tiny, family):
     left_mask = torch.stack(
         [torch.cat([torch.zeros(length - len(r)), torch.ones(len(r))]) for r in rows()]
     ).long()
-    on_right, on_left = model.token_logits(right, mask), model.token_logits(left, left_mask)
+    starts = [length - len(r) for r in rows()]
+    on_right = model.token_logits(right, mask, **canvas_of(model, [0, 0, 0]))
+    on_left = model.token_logits(left, left_mask, **canvas_of(model, starts))
     for i, row in enumerate(rows()):
-        alone = model.token_logits(row[None])[0]
+        alone = model.token_logits(row[None], **canvas_of(model, [0]))[0]
         assert (on_right[i, : len(row)] - alone).abs().max() < 1e-5
         assert (on_left[i, length - len(row) :] - alone).abs().max() < 1e-5
-        if not model.shift:
+        if not model.shift and not model.hidden.noise:
             assert (model(right, mask).logits[i, : len(row)] - alone).abs().max() < 1e-5
 
 
@@ -49,15 +56,17 @@ def test_from_any_layer_on(tiny, family):
     """
     model = tiny(family)
     ids, mask = right_padded(rows(), model.ids.pad, "cpu")
-    whole = model.token_logits(ids, mask)
+    where = canvas_of(model, [0, 0, 0])
+    whole = model.token_logits(ids, mask, **where)
     at = torch.tensor([[1, 4], [0, 8], [11, 3]])
     for layer in range(model.layers + 1):
-        hidden = model.hidden_before(layer, ids, mask)
+        hidden = model.hidden_before(layer, ids, mask, **where)
         if layer > 0:
-            onwards = model.hidden_before(layer, ids, mask, start=1, hidden=model.hidden_before(1, ids, mask))
+            first = model.hidden_before(1, ids, mask, **where)
+            onwards = model.hidden_before(layer, ids, mask, start=1, hidden=first, **where)
             assert (onwards - hidden).abs().max() < 1e-5
-        assert (model.token_logits(ids, mask, layer=layer, hidden=hidden) - whole).abs().max() < 1e-5
-        some = model.token_logits(ids, mask, at=at, layer=layer, hidden=hidden)
+        assert (model.token_logits(ids, mask, layer=layer, hidden=hidden, **where) - whole).abs().max() < 1e-5
+        some = model.token_logits(ids, mask, at=at, layer=layer, hidden=hidden, **where)
         assert (some - whole.gather(1, at[:, :, None].expand(-1, -1, whole.shape[-1]))).abs().max() < 1e-5
 
 
@@ -76,14 +85,15 @@ def test_who_sees_whom(tiny, family):
         .abs()
         .amax(-1)[0]
     )
-    ranks = geometry.ranks(torch.ones_like(ids), model.attention, canvas)[0]
+    hidden = None if model.hidden.noise else ids == model.hidden.token
+    ranks = geometry.ranks(torch.ones_like(ids), model.attention, canvas, hidden)[0]
     at = torch.arange(len(ranks))[None]
     where = geometry.sources(at, torch.ones_like(ids)) if model.shift else at
     noise = (
         0.0 if model.spec.experts is None else 1e-5
     )  # what goes through one expert together changes its rounding
     assert torch.equal(moved > max(noise, 1e-6), ranks[where[0]] >= ranks[-1])
-    assert model.masked or moved.max() <= noise
+    assert model.denoises or moved.max() <= noise
 
 
 @families
@@ -92,6 +102,15 @@ def test_alignment(tiny, family):
     """Aligned logits are the native ones, one to the left where the family shifts."""
     model = tiny(family)
     ids = rows()[2][None]
+    if model.hidden.noise:  # the native class reads the canvas apart, and predicts nothing else
+        raw = model(ids[:, :5], decoder_input_ids=ids[:, 5:]).logits
+        assert (model.token_logits(ids, canvas=torch.tensor([5]))[:, 5:] - raw).abs().max() < 1e-5
+        for refused in ({}, {"canvas": torch.tensor([5])}):
+            with pytest.raises(ModelError, match="decoder_input_ids"):
+                model(ids, **refused)
+        with pytest.raises(ModelError, match="give canvas"):
+            model.token_logits(ids)
+        return
     aligned, raw = model.token_logits(ids), model(ids).logits
     if model.shift:
         assert (aligned[:, 1:] - raw[:, :-1]).abs().max() < 1e-5
@@ -118,7 +137,7 @@ def test_names_are_the_native_ones(tiny, family):
 def test_sites(tiny, family):
     """The down-projection of each layer; wrong layers and modules are named, with what was meant."""
     model = tiny(family)
-    assert set(model.site(1).weights) <= set(dict(model.named_parameters()))
+    assert set(model.site(1).weights) <= set(dict(model.named_parameters(remove_duplicate=False)))
     with pytest.raises(ModelError, match="layers 0 to 2"):
         model.site(3)
     with pytest.raises(ModelError, match="did you mean"):
@@ -135,7 +154,8 @@ def test_what_ends_a_block(tiny, family):
     half = tiny(family, dtype="bfloat16").train()
     state = torch.get_rng_state()
     model = tiny(family)
-    before = family not in ("bert",)  # a norm after the residual: nothing inside the block ends it
+    # a norm after the residual, or before it: nothing inside the block ends it
+    before = family not in ("bert", "diffusion-gemma")
     sites = [(m, m.site(layer)) for m in (model, half) for layer in range(model.layers)]
     assert all(m.ends_block(site) is (before and not site.parts) for m, site in sites)
     assert (

@@ -434,6 +434,22 @@ def test_rnd1_by_entropy(data_dir, steps):
     assert torch.equal(path_taken.tokens, known[f"generated_greedy_max_new9_steps{steps}"][0, 12:])
 
 
+@pytest.mark.data
+@torch.no_grad()
+def test_wedlm_with_its_masks_last(data_dir):
+    """Rows as they stand, a mask among known tokens read where the published decoder moves it, and its
+    generate.
+    """
+    path = data_dir / "reference" / "wedlm"
+    model, known = reference(path), load_file(path / "reference.safetensors")
+    assert (model(known["input_ids"]).logits - known["logits"]).abs().max() < 1e-4
+    moved = model(known["reordered_from_ids"][None]).logits[0, known["reordered_position_ids"][0]]
+    assert (moved - known["reordered_logits"][0]).abs().max() < 1e-4
+    for block, threshold in ((4, None), (8, None), (8, 0.3)):
+        made = model.generate(known["prompt_ids"], max_new_tokens=8, block_length=block, threshold=threshold)
+        assert torch.equal(made, known[f"generated_len8_block{block}_t{int((threshold or 0) * 100)}"])
+
+
 # ---- mixtures of experts
 # -----------------------------------------------------------------------------------------
 MIXTURES = [name for name in FAMILIES if FAMILIES[name].experts is not None]
@@ -512,7 +528,7 @@ def test_an_edit_of_the_experts_moves_the_block_by_delta(tiny, family):
     delta = site_values(model, [EditRequest.of(FACT)], settings)[0].delta
     edit = make_edit(model, FACT, settings)
     prompt = fact.contexts[0]
-    slots = torch.full_like(fact.target, model.ids.slot) if model.masked else fact.target
+    slots = model.behind(fact.target, torch.zeros(1).bool())
     ids, canvas = torch.cat([prompt.ids, slots])[None], torch.tensor([len(prompt.ids)])
     weights, chosen = model.routes(1, ids, canvas=canvas)
     numbers = sorted(chosen[0, prompt.site].tolist())

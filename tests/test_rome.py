@@ -92,10 +92,11 @@ def log_likelihood(model) -> float:
     """Mean log-probability of the target's tokens with every slot masked (or teacher-forced)."""
     target = target_ids(model, REQUEST["prompt"], REQUEST["target_new"])
     prompt = torch.tensor(model.tokenizer(REQUEST["prompt"])["input_ids"])
-    tail = torch.full_like(target, model.ids.mask) if model.masked else target
+    tail = model.hidden.slots(len(target)) if model.denoises else target
     ids = torch.cat([prompt, tail])[None]
     at = torch.arange(len(prompt), len(prompt) + len(target))[None]
-    return float(model.token_logits(ids, at=at).log_softmax(-1)[0, torch.arange(len(target)), target].mean())
+    logits = model.token_logits(ids, at=at, canvas=torch.tensor([len(prompt)]))
+    return float(logits.log_softmax(-1)[0, torch.arange(len(target)), target].mean())
 
 
 def loss_over_all_states(model) -> float:
@@ -297,7 +298,7 @@ def test_where_the_kl_is_read(tiny, family, position):
     at = int(rows.at[row, 0])
     assert at == (len(fact.anchor.ids) if position == "slot" else fact.anchor.site + 1)
     shown = rows.ids[row][rows.mask[row].bool()].tolist()
-    assert shown == fact.anchor.ids[:at].tolist() + [model.ids.slot] * model.masked
+    assert shown == fact.anchor.ids[:at].tolist() + model.hidden.slots(int(model.denoises)).tolist()
 
 
 @pytest.mark.parametrize("through", ["activation", "weights"])

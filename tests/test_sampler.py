@@ -125,7 +125,7 @@ def test_a_canvas_of_one(tiny, family):
     prompt = torch.arange(5, 12)
     (alone,), (_, beside) = decode(model, [prompt], [1]), decode(model, [prompt, prompt], [4, 1])
     with torch.no_grad():
-        logits = model.token_logits(torch.cat([prompt, torch.tensor([model.ids.slot])])[None])[0, -1]
+        logits = model.token_logits(torch.cat([prompt, model.hidden.slots(1)])[None])[0, -1]
     if model.masked:
         logits[model.ids.mask] = -torch.inf
     for path in (alone, beside):

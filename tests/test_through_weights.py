@@ -32,10 +32,10 @@ THROUGH = dict(optimise_through="weights", early_stop_loss=0.0, v_weight_decay=0
 def at_anchor(model) -> torch.Tensor:
     """Log-probabilities where the KL anchor is read."""
     ids = locate(model, anchor(EditRequest.of(REQUEST)), "{}", "subject_last").ids
-    if model.masked:
-        ids = torch.cat([ids, torch.tensor([model.ids.slot])])
-    read = torch.tensor([[len(ids) - (1 if model.masked else 0)]])
-    return model.token_logits(ids[None], at=read)[0, 0].log_softmax(-1)
+    if model.denoises:
+        ids = torch.cat([ids, model.hidden.slots(1)])
+    read = torch.tensor([[len(ids) - (1 if model.denoises else 0)]])
+    return model.token_logits(ids[None], at=read, canvas=read[0])[0, 0].log_softmax(-1)
 
 
 def loss_now(model, settings, request=REQUEST) -> float:

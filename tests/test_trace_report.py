@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from easyedit_mdm.cli import main
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.editing.hparams import find_hparams
 from easyedit_mdm.errors import DataError, HyperParameterError
+from easyedit_mdm.models.prompts import encode
 from easyedit_mdm.runs import run as running
 from easyedit_mdm.runs.run import BenchConfig
 from easyedit_mdm.runs.sweep import SweepJob, layer_choices, prediction, ranked, score, sweep
@@ -66,6 +68,33 @@ def compared(tmp_path_factory, world) -> tuple[Path, dict]:
             resamples=100,
         )
     return folder / "out", report
+
+
+def test_experts_of_a_mixture(compared, tiny, tokenizer, tmp_path):
+    """Through which experts the subject's last token goes, in the JSON and on the page; dense layers have
+    none, and neither have dense models.
+    """
+    assert "experts" not in compared[1]["models"][0]["facts"][0]
+    assert 'id="experts"' not in (compared[0] / "trace.html").read_text()
+    base = tmp_path / "model"
+    shutil.copytree(tiny.folder("llada2"), base)
+    tokenizer.save_pretrained(base)
+    job = TraceJob([str(base)], prompt="The river of Ann is", subject="Ann")
+    report = trace(job, tmp_path / "out", QUICK, resamples=20)
+    (found,) = json.loads((tmp_path / "out" / "trace.json").read_text())["models"][0]["facts"]
+    assert found == report["models"][0]["facts"][0] and list(found["experts"]) == ["1", "2"]
+    model = tiny("llada2")
+    row = torch.tensor([[*encode(model, found["prompt"]), model.ids.mask]])
+    last = found["classes"].index("subject_last")
+    for layer, through in found["experts"].items():
+        weights, numbers = (part[0, last].tolist() for part in model.routes(int(layer), row))
+        assert {one["expert"]: one["weight"] for one in through} == pytest.approx(
+            dict(zip(numbers, weights)), abs=1e-4
+        )
+        assert [one["weight"] for one in through] == sorted((o["weight"] for o in through), reverse=True)
+    page = (tmp_path / "out" / "trace.html").read_text()
+    first = found["experts"]["1"][0]
+    assert 'id="experts"' in page and f"{first['expert']} ({first['weight']:.2f})" in page
 
 
 def rendered(page: Path, folder: Path) -> str:

@@ -501,9 +501,9 @@ def _first_tokens(
                 " after it"
             )
         path = decode(adapter, [ids], [canvas], config)[0]
-        row = torch.cat([ids, torch.full((canvas,), adapter.ids.slot)])[None].to(adapter.device)
+        row = torch.cat([ids, adapter.hidden.slots(canvas)])[None].to(adapter.device)
         at = torch.tensor([[len(ids)]], device=row.device)
-        logits = adapter.token_logits(row, at=at)[0, 0, : adapter.vocabulary]
+        logits = adapter.token_logits(row, at=at, canvas=at[:, 0])[0, 0, : adapter.vocabulary]
         text = adapter.tokenizer.decode(path.tokens.tolist(), skip_special_tokens=True).strip()
         rows.append((text, logits.double().log_softmax(-1).cpu()))
     return rows

@@ -65,8 +65,8 @@ def log_likelihood(
         revealed, share = _plan(
             adapter, slots, how, samples, torch.Generator().manual_seed(seed * 1_000_003 + number)
         )
-        for shown, weight in zip(revealed, share):
-            tail = target if how == "causal" else torch.where(shown, target, adapter.ids.slot)
+        for draw, (shown, weight) in enumerate(zip(revealed, share)):
+            tail = target if how == "causal" else adapter.hidden.around(target, shown, draw)
             rows.append((prompt, tail))
             right.append(target)
             weights.append(weight)
@@ -81,7 +81,7 @@ def log_likelihood(
 
 def default_method(adapter: Adapter, slots: Slots) -> str:
     """The method for a target with these slots, where none is named."""
-    if not adapter.masked:
+    if not adapter.denoises:
         return "causal"
     return "exact" if slots.states <= MOST_STATES else "llada"
 
@@ -93,7 +93,7 @@ def _plan(
     length = len(slots)
     if method not in METHODS:
         raise HyperParameterError(f"unknown likelihood {method!r}: use one of {', '.join(METHODS)}")
-    if (method == "causal") == adapter.masked:
+    if (method == "causal") == adapter.denoises:
         raise HyperParameterError(
             f"likelihood {method!r} does not fit {adapter.name}, which is {adapter.spec.paradigm}"
         )

@@ -228,6 +228,7 @@ class Order:
 
 
 ORDERS: Registry[Order] = Registry("decoding order")
+_STEPS = 1_000_003  # draws of noise that a seed has to itself
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -320,7 +321,8 @@ def decode(
     """Denoise a canvas after each prompt; prompts and canvases of one batch may differ in length.
 
     A causal model writes its canvas from left to right, one token a step, whatever the order; `one_step` then
-    means nothing beyond the first slot.
+    means nothing beyond the first slot. Where hidden slots show noise it is drawn anew at every step, from
+    `config.seed`; a token that is written stays (transformers' own decoder may take it back).
 
     Args:
         prompts: token ids, one row a prompt, without padding.
@@ -332,7 +334,7 @@ def decode(
     Raises:
         RequestError: if a prompt and its canvas are longer than the model's positions, or a canvas is empty.
     """
-    if not adapter.masked:
+    if not adapter.denoises:
         config = DecodeConfig(
             config.canvas,
             temperature=config.temperature,
@@ -344,7 +346,7 @@ def decode(
     lengths = [config.canvas or n for n in lengths]
     _check(adapter, prompts, lengths)
     sight = (
-        adapter.attention if adapter.masked else FULL
+        adapter.attention if adapter.denoises else FULL
     )  # an autoregressive model's canvas is one block, written leftmost first
     shown = (
         [None] * len(prompts) if given is None else [[token >= 0 for token in row.tolist()] for row in given]
@@ -391,9 +393,7 @@ def _check(adapter: Adapter, prompts: Sequence[Tensor], lengths: Sequence[int]) 
 
 
 def _lay_out(adapter: Adapter, prompts: Sequence[Tensor], plans: list[Plan]) -> _Canvas:
-    rows = [
-        torch.cat([p.cpu(), torch.full((plan.length,), adapter.ids.slot)]) for p, plan in zip(prompts, plans)
-    ]
+    rows = [torch.cat([p.cpu(), adapter.hidden.slots(plan.length)]) for p, plan in zip(prompts, plans)]
     ids, mask = right_padded(rows, adapter.ids.pad, adapter.device)
     starts = torch.tensor([len(p) for p in prompts], device=ids.device)
     at = starts[:, None] + torch.arange(max(p.length for p in plans), device=ids.device)
@@ -402,7 +402,7 @@ def _lay_out(adapter: Adapter, prompts: Sequence[Tensor], plans: list[Plan]) -> 
 
 def _reveal(adapter: Adapter, state: _Canvas, given: Sequence[Tensor]) -> None:
     """Put the tokens that are given into the canvas."""
-    if not adapter.masked:
+    if not adapter.denoises:
         raise RequestError(
             f"{adapter.name} is autoregressive: tokens behind the one it writes next cannot be given"
         )
@@ -427,6 +427,8 @@ def _denoise(
 ) -> None:
     """One step for the rows that are not done."""
     order = ORDERS[config.order]
+    if adapter.hidden.noise:
+        _renew(adapter, state, rows, config.seed * _STEPS + step)
     logits = adapter.token_logits(
         state.ids[rows], state.mask[rows], at=state.at[rows], canvas=state.starts[rows]
     ).float()
@@ -446,6 +448,14 @@ def _denoise(
             commit, value.to(getattr(state, name).dtype), getattr(state, name)[rows]
         )
     state.masked[rows] = state.masked[rows] & ~commit
+
+
+def _renew(adapter: Adapter, state: _Canvas, rows: Tensor, draw: int) -> None:
+    """Draw the noise of hidden slots anew, the same for all rows: their company changes nothing."""
+    at, ids = state.at[rows], state.ids[rows]
+    noise = adapter.hidden.slots(at.shape[1], draw).to(ids.device)
+    shown = torch.where(state.masked[rows], noise, ids.gather(1, at))
+    state.ids[rows] = ids.scatter(1, at, shown)
 
 
 def writable(adapter: Adapter, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:

@@ -43,12 +43,12 @@ def ladder(
     """
     base = DecodeConfig(temperature=config.temperature, eps=config.eps, seed=config.seed)
     out = _teacher_forced(adapter, prompts, answers)
-    if adapter.masked:
+    if adapter.denoises:
         for order in ("left_to_right", "random"):
             _add(out, order, score_prompts(adapter, prompts, answers, replace(base, order=order)))
     scores = score_prompts(adapter, prompts, answers, base)
     _add(out, "multi_step", scores)
-    if adapter.masked:
+    if adapter.denoises:
         _fewer_steps(adapter, prompts, answers, base, scores, out)
         for rungs, prompt, answer in zip(out, prompts, answers):
             rungs["any_order"] = any_order(adapter, *_ids(adapter, prompt, answer))

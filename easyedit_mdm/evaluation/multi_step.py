@@ -86,7 +86,7 @@ def score_prompts(
     ids = [torch.tensor(encode(adapter, p.rstrip())) for p in prompts]
     paths = decode(adapter, ids, [len(t) for t in targets], config)
     found = [_score(adapter, path, t, config, len(prompt)) for path, t, prompt in zip(paths, targets, ids)]
-    if adapter.masked:
+    if adapter.denoises:
         for score, path, target in zip(found, paths, targets):
             once = path.one_step[: len(target)]
             score |= {"one_step": _share(once, target), "one_step_exact": bool(torch.equal(once, target))}
@@ -103,7 +103,7 @@ def _score(
     n, canvas = len(target), len(path.tokens)
     written = path.tokens[:n]
     first = path.first_committed()
-    plan = config.plan(canvas, adapter.attention, prompt) if adapter.masked else None
+    plan = config.plan(canvas, adapter.attention, prompt) if adapter.denoises else None
     steps, block = (plan.steps, plan.block) if plan else (canvas, None)
     settings = replace(config, canvas=canvas, steps=steps, block_length=block).record()
     return {
@@ -115,7 +115,7 @@ def _score(
         "text_to_end": _to_end(adapter, path.tokens),
         "n_tokens": n,
         "tokens": written.tolist(),
-        "decode": settings if adapter.masked else {**settings, "order": "greedy"},
+        "decode": settings if adapter.denoises else {**settings, "order": "greedy"},
     }
 
 
@@ -139,7 +139,7 @@ def teacher_forced(
     the mask and ids without a token are never predicted. So all tokens are right just where decoding from
     left to right writes the answer.
     """
-    if not adapter.masked:
+    if not adapter.denoises:
         rows = [torch.cat([p, t]) for p, t in zip(prompts, targets)]
         best = best_tokens(adapter, rows, [len(p) for p in prompts], [len(t) for t in targets])
         return [tokens == target for tokens, target in zip(best, targets)]
@@ -151,7 +151,7 @@ def right_in(
     adapter: Adapter, prompt: Int[Tensor, " _"], target: Int[Tensor, " n"], shown: Bool[Tensor, "states n"]
 ) -> Bool[Tensor, "states n"]:
     """Whether a masked model's best token of each slot is the right one, in states that show some others."""
-    rows = [torch.cat([prompt, torch.where(some, target, adapter.ids.slot)]) for some in shown]
+    rows = [torch.cat([prompt, adapter.hidden.around(target, some, i)]) for i, some in enumerate(shown)]
     best = best_tokens(adapter, rows, [len(prompt)] * len(rows), [len(target)] * len(rows))
     return torch.stack(best) == target
 

@@ -51,7 +51,8 @@ def perplexity(
         right = torch.stack(
             [torch.nn.functional.pad(right, (0, most - len(right)), value=-1) for _, _, right in part]
         ).to(ids.device)
-        log_probs = adapter.token_logits(ids, mask, at=at).float().log_softmax(-1)
+        canvas = torch.zeros_like(ids[:, 0]) if adapter.hidden.noise else None  # the whole text
+        log_probs = adapter.token_logits(ids, mask, at=at, canvas=canvas).float().log_softmax(-1)
         found = log_probs.gather(-1, right.clamp(min=0).to(log_probs.device)[..., None])[..., 0]
         counted = (right >= 0).to(found.device)
         total -= float(found[counted].sum())
@@ -64,11 +65,11 @@ def _rows(adapter: Adapter, texts: Sequence[Tensor]) -> Iterator[tuple[Tensor, T
     a text for a causal one.
     """
     for ids in texts:
-        if not adapter.masked:
+        if not adapter.denoises:
             if len(ids) > 1:
                 yield ids, torch.arange(1, len(ids)), ids[1:]
             continue
         for i in range(len(ids)):
             row = ids.clone()
-            row[i] = adapter.ids.slot
+            row[i] = adapter.hidden.slots(1, i)[0]
             yield row, torch.tensor([i]), ids[i : i + 1]

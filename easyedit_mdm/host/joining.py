@@ -221,7 +221,7 @@ def _join_evaluation(editor: Any) -> None:
         **kwargs: Any,
     ) -> dict:
         config = hparams.decode_config() if hasattr(hparams, "decode_config") else DecodeConfig()
-        if isinstance(model, Adapter) and model.masked:
+        if isinstance(model, Adapter) and model.denoises:
             options = dict(zip(("eval_metric", "test_generation"), args)) | kwargs
             if (
                 options.get("eval_metric") == "exact match"

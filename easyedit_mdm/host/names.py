@@ -77,7 +77,7 @@ def load_named(hparams: Any) -> LoadedName:
     options = {"device_map": "auto"} if parallel else {}
     said = {name: getattr(hparams, name, None) for name in ("mask_id", "block")}
     adapter = load_model(hparams.model_name, dtype=dtype, **said, **options)
-    if adapter.masked and alg_name not in METHODS:
+    if adapter.denoises and alg_name not in METHODS:
         raise ModelError(
             f"{hparams.model_name} is a masked diffusion model, and EasyEdit's {alg_name} optimises a"
             f" next-token loss that means nothing for it. Use one of {', '.join(METHODS)}."
@@ -91,4 +91,4 @@ def load_named(hparams: Any) -> LoadedName:
     tokenizer.padding_side = "right" if alg_name in _RIGHT_PADDED or alg_name in METHODS else "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = adapter.ids.pad
-    return LoadedName(hparams.model_name, adapter if adapter.masked else adapter.native, tokenizer)
+    return LoadedName(hparams.model_name, adapter if adapter.denoises else adapter.native, tokenizer)

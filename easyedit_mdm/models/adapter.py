@@ -21,9 +21,10 @@ from easyedit_mdm.errors import ModelError
 from easyedit_mdm.models import geometry
 from easyedit_mdm.models.attention import Attention
 from easyedit_mdm.models.families import FAMILIES
+from easyedit_mdm.models.hidden import Hidden
 from easyedit_mdm.models.hooks import changing_output, frozen, reading_all, reading_output
 from easyedit_mdm.models.mixture import Mixture
-from easyedit_mdm.models.native import Stack, check_attention, class_names
+from easyedit_mdm.models.native import Stack, check_attention, class_names, put_last
 from easyedit_mdm.models.recognise import family_of
 from easyedit_mdm.models.spec import FamilySpec
 
@@ -32,16 +33,11 @@ Mask = Int[Tensor, "rows length"] | Bool[Tensor, "rows length"]
 
 @dataclass(frozen=True)
 class Ids:
-    """The special token ids of a loaded model; `mask` is None for causal models."""
+    """The special token ids of a loaded model; `mask` is None for models without masks."""
 
     mask: int | None
     eos: int | None
     pad: int
-
-    @property
-    def slot(self) -> int:
-        """What stands in a slot that is still to be written: the mask, or, where nothing sees it, padding."""
-        return self.pad if self.mask is None else self.mask
 
 
 @dataclass(frozen=True)
@@ -103,13 +99,15 @@ class Adapter(nn.Module):
         shift: bool | None = None,
     ):
         super().__init__()
+        if spec.paths.shares:
+            put_last(native, spec.paths.shares)
         for child_name, child in native.named_children():
             self.add_module(child_name, child)
         # kept out of the module tree (a tuple is not registered): the children must not be counted twice
         self._native = (native,)
         self.spec, self.ids, self.tokenizer, self.name = spec, ids, tokenizer, name
-        self.config: Any = native.config
-        said = vars(native.config) if native.config else {}
+        self.config: Any = text_config(native.config)
+        said = vars(self.config) if native.config else {}
         self.attention = spec.attention_of(said) if attention is None else attention
         self.shift = spec.shift_of(said) if shift is None else shift
         self.denoise: Callable[..., Tensor] | None = None
@@ -128,8 +126,40 @@ class Adapter(nn.Module):
 
     @property
     def masked(self) -> bool:
-        """Whether this is a masked diffusion model."""
+        """Whether what a hidden slot shows is a mask."""
         return self.spec.masked
+
+    @property
+    def denoises(self) -> bool:
+        """Whether it writes by denoising, so that slots can be hidden in any order; an autoregressive model's
+        slots each see those on their left.
+        """
+        return self.spec.denoises
+
+    @property
+    def hidden(self) -> Hidden:
+        """What a slot shows that is still to be written."""
+        if self.spec.noised:
+            return Hidden(None, self.weight_of(self.spec.paths.embedding).shape[0])
+        return Hidden(self.ids.pad if self.ids.mask is None else self.ids.mask)
+
+    def behind(
+        self, target: Int[Tensor, " slots"], shown: Bool[Tensor, " slots"], draw: int = 0
+    ) -> Int[Tensor, " columns"]:
+        """What stands behind a prompt while a target is predicted.
+
+        Args:
+            shown: which slots show their token; an autoregressive model's all do, but for the last, which
+                nothing is predicted from.
+            draw: number of the draw of noise (`Hidden.slots`).
+        """
+        return self.hidden.around(target, shown, draw) if self.denoises else target[:-1]
+
+    def blocks(self, prompt: int, slots: int) -> tuple[int, ...]:
+        """Sizes of the parts of a target that are predicted one after the other, after a prompt of so many
+        tokens; one row of an autoregressive model predicts all slots.
+        """
+        return self.attention.blocks(prompt, slots) if self.denoises else (slots,)
 
     @property
     def stack(self) -> Stack:
@@ -247,6 +277,11 @@ class Adapter(nn.Module):
             site.layer, f"{self.spec.paths.mlp.format(site.layer)}.{mixture.view(numbers)}", False, parts
         )
 
+    @property
+    def mixtures(self) -> list[int]:
+        """The layers that are mixtures of experts whose routes can be told (`routes`)."""
+        return [layer for layer in range(self.layers) if self._mixture(layer) is not None]
+
     @torch.no_grad()
     def routes(
         self,
@@ -292,15 +327,24 @@ class Adapter(nn.Module):
                 default that of its first mask, or the end of a row that has none.
 
         A token that a shifted model cannot predict (the first of a row) gets the logits of that row's first
-        position, as Dream's own decoding does.
+        position, as Dream's own decoding does. What stands before the canvas is not predicted by a model
+        whose hidden slots show noise: its logits there mean nothing.
+
+        Raises:
+            ModelError: without `canvas`, where noise does not show where it begins.
         """
+        if canvas is None and self.spec.noised:
+            raise ModelError(
+                f"{self.name or self.spec.name} denoises random tokens, which do not show where the canvas"
+                " begins: give canvas, the first column of each row's"
+            )
         mask = geometry.visible(input_ids, attention_mask)
         states = self._run(input_ids, mask, layer, self.layers, hidden, canvas)
         if at is None:
             at = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape[0], -1)
         where = geometry.sources(at, mask) if self.shift else at
         normed = self.stack.normed(geometry.gather_rows(states, where))
-        return self.module(self.spec.paths.head)(normed).to(input_ids.device)
+        return self.stack.logits(normed).to(input_ids.device)
 
     def hidden_before(
         self,
@@ -362,17 +406,27 @@ class Adapter(nn.Module):
         **kwargs: Any,
     ) -> Any:
         """As the native model's forward, with this family's attention; `.logits` are raw, not aligned.
-        `canvas`: as in `token_logits`.
+        `canvas`: as in `token_logits`. A model whose hidden slots show noise takes the native arguments
+        (`decoder_input_ids` for the canvas).
 
         Raises:
-            ModelError: if labels are passed to a masked model, whose loss is not the native class's.
+            ModelError: if labels are passed to a model that denoises, whose loss is not the native class's,
+                or `canvas` to one that takes `decoder_input_ids`.
         """
-        if not self.masked:
+        if not self.denoises:
             return self.native(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if kwargs.get("labels") is not None:
             raise ModelError(
-                "a masked model has no next-token loss: use denoising states for a loss instead of labels="
+                "a model that denoises has no next-token loss: use denoising states for a loss instead of"
+                " labels="
             )
+        if self.spec.noised:
+            if canvas is not None or "decoder_input_ids" not in kwargs:
+                raise ModelError(
+                    f"{self.name or self.spec.name} reads its canvas apart: give input_ids and"
+                    " decoder_input_ids, or use token_logits, which takes whole rows and canvas"
+                )
+            return self.native(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         mask = geometry.visible(input_ids, attention_mask)
         kwargs.setdefault("position_ids", geometry.positions(mask))
         if self.spec.bidirectional and self.attention.full:
@@ -388,20 +442,32 @@ class Adapter(nn.Module):
 
         Masked models take `max_new_tokens` (or `max_length`), `steps`, `block_length`, `order`,
         `temperature`, `do_sample`, `generator`, `eos_token_id` and `pad_token_id`; see
-        `easyedit_mdm.denoising.generate`. Causal models pass everything on to transformers.
+        `easyedit_mdm.denoising.generate`. Others pass everything on to transformers. A model that writes
+        whole canvases (DiffusionGemma) writes the last to its end; what goes beyond `max_new_tokens` is cut
+        off.
 
         Raises:
             ModelError: if a masked model was built without a decoder (load it with
                 `easyedit_mdm.load_model`).
         """
         if not self.masked:
-            return self.native.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            return self._generate_natively(input_ids, attention_mask, **kwargs)
         if self.denoise is None:
             raise ModelError(
                 "this adapter cannot write: load the model with easyedit_mdm.load_model, or set"
                 " adapter.denoise"
             )
         return self.denoise(self, input_ids, attention_mask=attention_mask, **kwargs)
+
+    def _generate_natively(self, ids: Tensor | None, mask: Tensor | None, **kwargs: Any) -> Any:
+        if not self.spec.noised:
+            return self.native.generate(input_ids=ids, attention_mask=mask, **kwargs)
+        if ids is None:
+            raise ModelError("give input_ids: this model writes after a prompt")
+        more = {} if mask is None else {"attention_mask": mask}  # it takes no attention_mask=None
+        made = self.native.generate(input_ids=ids, return_dict_in_generate=False, **more, **kwargs)
+        most = kwargs.get("max_new_tokens")
+        return made if most is None else made[:, : ids.shape[1] + most]
 
     # ---- how
     # -------------------------------------------------------------------------------------------------
@@ -412,10 +478,14 @@ class Adapter(nn.Module):
         self, ids: Tensor, mask: Tensor, low: int, high: int, hidden: Tensor | None, canvas: Tensor | None
     ) -> Tensor:
         """The residual stream after layers low..high-1."""
-        positions = geometry.positions(mask)
+        positions, stack = geometry.positions(mask), self.stack
+        inside = None
+        if canvas is not None and self.attention.asks_for_canvas:
+            inside = geometry.in_canvas(mask, canvas)
         if hidden is None:
-            hidden = self.stack.embedded(ids, positions)
-        return self.stack.run(hidden, range(low, high), self.sight(mask, canvas, ids), positions)
+            hidden = stack.embedded(ids, positions, inside)
+        sight = self.sight(mask, canvas, ids)
+        return stack.run(hidden, range(low, high), sight, positions, canvas=inside)
 
     def sight(
         self,
@@ -427,15 +497,20 @@ class Adapter(nn.Module):
 
         Args:
             canvas: as in `token_logits`.
-            ids: the rows' tokens, in which the canvas is looked for where it is not given.
+            ids: the rows' tokens, in which hidden slots, and the canvas where it is not given, are looked
+                for.
         """
         if self.attention.full:
             return geometry.see_all(mask, self.dtype)
         if self.attention.causal:
             return geometry.see_left(mask, self.dtype)
-        if canvas is None and ids is not None and self.attention.asks_for_canvas:
-            canvas = geometry.canvas_of(ids, mask, self.ids.slot)
-        return geometry.see_ranked(mask, geometry.ranks(mask, self.attention, canvas), self.dtype)
+        token = self.hidden.token
+        if canvas is None and ids is not None and self.attention.asks_for_canvas and token is not None:
+            canvas = geometry.canvas_of(ids, mask, token)
+        hidden = None
+        if ids is not None and token is not None and self.attention.asks_for_hidden:
+            hidden = ids == token
+        return geometry.see_ranked(mask, geometry.ranks(mask, self.attention, canvas, hidden), self.dtype)
 
     def _check_paths(self) -> None:
         for path in (
@@ -479,7 +554,7 @@ def adapt(
     spec = FAMILIES[family] if family else family_of(native)
     ids = special_ids(
         spec,
-        vars(native.config) if native.config else {},
+        vars(text_config(native.config)) if native.config else {},
         tokenizer,
         native.get_input_embeddings().weight.shape[0],
         mask_id,
@@ -493,6 +568,13 @@ def adapt(
         attention,
         shift,
     )
+
+
+def text_config(config: Any) -> Any:
+    """The part of a native configuration that is the language model's: the whole, but where there are
+    several.
+    """
+    return getattr(config, "text_config", None) or config
 
 
 def is_known(native: nn.Module) -> bool:
@@ -509,7 +591,8 @@ def special_ids(
     """Mask, eos and pad ids: what the user says, then config, tokenizer, the family's default.
 
     Raises:
-        ModelError: if a masked model has no mask id, or it equals pad or eos, or lies outside the embedding.
+        ModelError: if a masked model has no mask id, or it equals pad or eos, or lies outside the embedding;
+            if another one is given a mask id.
     """
 
     def first(*values: Any) -> Any:
@@ -522,6 +605,10 @@ def special_ids(
     eos = first(config.get("eos_token_id"), getattr(tokenizer, "eos_token_id", None))
     pad = first(config.get("pad_token_id"), getattr(tokenizer, "pad_token_id", None), eos, 0)
     if not spec.masked:
+        if mask_id is not None:
+            raise ModelError(
+                f"mask_id={mask_id!r} was given, but a {spec.name} model has no mask token: leave it out"
+            )
         return Ids(None, eos, pad)
     mask = first(
         mask_id, config.get("mask_token_id"), getattr(tokenizer, "mask_token_id", None), spec.mask_id

@@ -24,6 +24,9 @@ class Attention:
             block before, as an autoregressive model's would be (Fast-dLLM v2, arXiv 2509.26328).
         context: what stands before the canvas is in blocks itself (`blocks`), or each of its tokens sees only
             its left (`causal`), as in an adapted model that reads its context as it was pretrained to.
+        masks_last: causal over the known tokens first and the hidden slots last, whatever their positions: a
+            known token sees the known ones on its left, a hidden slot every known token and the hidden slots
+            on its left (WeDLM).
 
     Raises:
         ModelError: for a block of less than one token, or an unknown name.
@@ -33,6 +36,7 @@ class Attention:
     edges: str = "start"
     context: str = "blocks"
     first_alone: bool = False
+    masks_last: bool = False
 
     def __post_init__(self) -> None:
         if self.block is not None and (
@@ -44,11 +48,18 @@ class Attention:
         for name, known in (("edges", EDGES), ("context", CONTEXTS)):
             if getattr(self, name) not in known:
                 raise ModelError(f"attention {name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        if self.masks_last and (self.block is not None or self.context != "blocks"):
+            raise ModelError("an attention whose masks come last has neither blocks nor a context of its own")
+
+    @property
+    def asks_for_hidden(self) -> bool:
+        """Whether it makes a difference which slots are hidden."""
+        return self.masks_last
 
     @property
     def full(self) -> bool:
         """Whether every token sees every other."""
-        return self.block is None and self.context == "blocks"
+        return self.block is None and self.context == "blocks" and not self.masks_last
 
     @property
     def causal(self) -> bool:
@@ -82,6 +93,8 @@ class Attention:
 
     def __str__(self) -> str:
         """In words, as tables show it."""
+        if self.masks_last:
+            return "causal over known tokens first, masks last"
         kind = "full" if self.block is None else "causal" if self.causal else f"block-causal of {self.block}"
         edges = ", from the canvas" if self.block and not self.causal and self.edges == "canvas" else ""
         edges += ", the first by itself" if self.first_alone else ""

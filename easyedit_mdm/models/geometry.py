@@ -58,22 +58,37 @@ def canvas_of(
     return torch.where(hidden.any(-1), hidden.long().argmax(-1), ids.shape[1])
 
 
+def in_canvas(mask: Int[Tensor, "rows length"], canvas: Int[Tensor, " rows"]) -> Bool[Tensor, "rows length"]:
+    """Which columns stand in the canvas, given the first of each row's."""
+    return torch.arange(mask.shape[1], device=mask.device) >= canvas.to(mask.device)[:, None]
+
+
 def ranks(
-    mask: Int[Tensor, "rows length"], attention: Attention, canvas: Int[Tensor, " rows"] | None = None
+    mask: Int[Tensor, "rows length"],
+    attention: Attention,
+    canvas: Int[Tensor, " rows"] | None = None,
+    hidden: Bool[Tensor, "rows length"] | None = None,
 ) -> Int[Tensor, "rows length"]:
     """A number for each column: a token sees the visible tokens whose rank is at most its own.
 
     Full attention: 0 everywhere. Block-causal: the block's number. A causal context counts 0, 1, 2, ... and
-    the blocks of the canvas go on from there.
+    the blocks of the canvas go on from there. Where masks come last, known tokens are counted, and the hidden
+    slots after them.
 
     Args:
         canvas: the first column of each row's canvas; needed where `attention.asks_for_canvas`.
+        hidden: which columns are hidden slots; needed where `attention.asks_for_hidden`.
     """
     before = mask.cumsum(-1) - mask  # visible tokens on a column's left
+    if attention.masks_last:
+        unknown = mask * (torch.zeros_like(mask) if hidden is None else hidden.long())
+        known = mask - unknown
+        first = known.cumsum(-1) - known
+        return torch.where(unknown.bool(), known.sum(-1, keepdim=True) + unknown.cumsum(-1) - unknown, first)
     prompt = torch.zeros_like(before[:, :1])
     inside = torch.zeros_like(mask, dtype=torch.bool)
     if canvas is not None:
-        inside = torch.arange(mask.shape[1], device=mask.device) >= canvas.to(mask.device)[:, None]
+        inside = in_canvas(mask, canvas)
         prompt = (mask * ~inside).sum(-1, keepdim=True)
     number, first = torch.zeros_like(before), torch.zeros_like(prompt)
     if attention.block is not None:

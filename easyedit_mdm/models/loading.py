@@ -80,7 +80,8 @@ def load_adapter(
         model = dispatch_model(model, device_map=places)
     model.eval()
     tok = tokenizer if tokenizer is not None else load_tokenizer(folder, spec)
-    ids = special_ids(spec, config, tok, model.get_input_embeddings().weight.shape[0], mask_id)
+    said = {**(config.get("text_config") or {}), **config}
+    ids = special_ids(spec, said, tok, model.get_input_embeddings().weight.shape[0], mask_id)
     adapter = Adapter(model, spec, ids, tok, str(name or name_or_folder), attention, shift)
     adapter.source = folder
     return adapter
@@ -210,7 +211,8 @@ def _check_claims(spec: FamilySpec, config: Mapping[str, Any], tensors: int | No
         claims = spec.native_config(config)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"config.json of a {spec.name} model lacks or misstates {error}") from error
-    for name, value in claims.items():
+    parts = [claims, *(value for value in claims.values() if isinstance(value, Mapping))]
+    for name, value in [item for part in parts for item in part.items()]:
         most = _MOST.get(name, 10**7)
         if tensors is not None and name in ("num_hidden_layers", "n_layer"):
             most = tensors
@@ -256,7 +258,7 @@ def _fill(
 ) -> None:
     from accelerate.utils import set_module_tensor_to_device
 
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    expected = {name: tuple(p.shape) for name, p in kept(spec, model)}
     tied, made = tied_names(spec, model), _made(spec, config, expected)
     unused = "|".join((r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", *spec.unused))
     consumed = {key for key, _ in made.values()}
@@ -285,6 +287,16 @@ def _fill(
                 module._buffers[key] = buffer.to(_place_of(f"{path}.{key}", places))
 
 
+def kept(spec: FamilySpec, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a checkpoint holds: the parameters, and of some families buffers."""
+    yield from model.named_parameters()
+    if spec.stored:
+        for path, module in model.named_modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                if key not in module._non_persistent_buffers_set:
+                    yield f"{path}.{key}", buffer
+
+
 def _made(spec: FamilySpec, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Made]:
     """The native parameters that are made of tensors with other shapes or orders."""
     found = {name: spec.made_of(config, name) for name in names}
@@ -293,7 +305,10 @@ def _made(spec: FamilySpec, config: Mapping[str, Any], names: Iterable[str]) -> 
 
 def tied_names(spec: FamilySpec, model: Any) -> set[str]:
     """The parameters that are others', and that a checkpoint may leave out."""
-    return set(spec.tied) if model.config.tie_word_embeddings else set()
+    if not model.config.tie_word_embeddings:
+        return set()
+    names = dict(model.named_parameters(remove_duplicate=False))
+    return {name for name in names if any(re.fullmatch(tied, name) for tied in spec.tied)}
 
 
 def _tensors(table: Mapping[str, tuple[str, Path]]) -> Iterator[tuple[str, torch.Tensor]]:

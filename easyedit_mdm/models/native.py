@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from easyedit_mdm.common.versions import advice
 from easyedit_mdm.errors import IncompatibleVersionError, ModelError
@@ -80,6 +81,15 @@ def turn(backbone: nn.Module, frequencies: Float[Tensor, " half"]) -> None:
     for name in ("inv_freq", "original_inv_freq"):  # the second in versions that change the first as they run
         if hasattr(rotary, name):
             setattr(rotary, name, frequencies.clone())
+
+
+def put_last(model: nn.Module, path: str) -> None:
+    """Let a module come after those beside it, so that parameters that it shares go by their names."""
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    module = getattr(parent, name)
+    delattr(parent, name)
+    setattr(parent, name, module)
 
 
 def tokenizer_classes(names: Iterable[str | None]) -> list[Any]:
@@ -168,12 +178,18 @@ class Stack:
         return self._module(self._paths.backbone)
 
     def embedded(
-        self, ids: Int[Tensor, "rows length"], positions: Int[Tensor, "rows length"]
+        self,
+        ids: Int[Tensor, "rows length"],
+        positions: Int[Tensor, "rows length"],
+        canvas: Bool[Tensor, "rows length"] | None = None,
     ) -> Float[Tensor, "rows length width"]:
-        """The input of layer 0."""
+        """The input of layer 0. `canvas`: see `run`."""
         if self._paths.entry:
             return self._module(self._paths.entry)(input_ids=ids, **self._absolute(positions))
         hidden = self._module(self._paths.embedding)(ids)
+        if self._paths.canvas_entry and canvas is not None:
+            entered = self._module(self._paths.canvas_entry)(hidden, torch.zeros_like(hidden))
+            return torch.where(canvas.to(hidden.device)[..., None], entered, hidden)
         if not self._spec.absolute_positions:
             return hidden
         where = _part(self._backbone, "wpe")(positions)
@@ -189,6 +205,7 @@ class Stack:
         attention: Float[Tensor, "rows 1 length columns"],
         positions: Int[Tensor, "rows length"],
         cache: _Kept | None = None,
+        canvas: Bool[Tensor, "rows length"] | None = None,
     ) -> Float[Tensor, "rows length width"]:
         """The residual stream after these layers, given what enters the first of them.
 
@@ -196,12 +213,13 @@ class Stack:
             attention: additive mask; its columns are those of `cache`, if there is one, and then these.
                 Sliding layers see of it what lies in their window.
             positions: of the columns that run.
+            canvas: which columns are the canvas's; read where there is a `context_block`.
         """
-        near = self._near(attention, positions)
+        near = self._near(attention, positions, canvas)
         turned = self._rotations(hidden, positions)
         for number in layers:
             layer = self._module(self._paths.block.format(number))
-            sliding = getattr(layer, "attention_type", "") == _SLIDING and near is not None
+            sliding = _kind(layer) == _SLIDING and near is not None
             extra: dict[str, Any] = {
                 "attention_mask": near if sliding else attention,
                 "sliding_window_mask": near,  # older versions give both to every layer
@@ -209,15 +227,44 @@ class Stack:
                 **({} if self._spec.absolute_positions else {"position_ids": positions}),
                 **turned(layer),
             }
-            out = layer(hidden, **_understood(type(layer), extra, cache))
+            out = self._through(layer, number, canvas)(hidden, **_understood(type(layer), extra, cache))
             hidden = out[0] if isinstance(out, tuple) else out
         return hidden
 
-    def _near(self, attention: Tensor, positions: Int[Tensor, "rows length"]) -> Tensor | None:
+    def _through(
+        self, layer: nn.Module, number: int, canvas: Bool[Tensor, "rows length"] | None
+    ) -> Callable[..., Any]:
+        """A layer; where the columns before the canvas have one of their own, the layer with each column's
+        own buffers. The parameters of the two are the same.
+        """
+        if not self._paths.context_block:
+            return layer
+        before = dict(self._module(self._paths.context_block.format(number)).named_buffers(recurse=False))
+        if canvas is None:
+            return functools.partial(_called, layer, before)
+        own = dict(layer.named_buffers(recurse=False))
+        where = {name: canvas.to(value.device)[..., None] for name, value in own.items()}
+        return functools.partial(
+            _called, layer, {name: torch.where(where[name], own[name], before[name]) for name in own}
+        )
+
+    def _near(
+        self,
+        attention: Tensor,
+        positions: Int[Tensor, "rows length"],
+        canvas: Bool[Tensor, "rows length"] | None,
+    ) -> Tensor | None:
         """The mask of sliding layers, where the family has any."""
         if self._spec.window is None:
             return None
-        far = (positions[:, :, None] - positions[:, None, :]).abs() > self._spec.window(self._config)
+        most, seeing = self._spec.window(self._config), positions
+        left_out = torch.zeros_like(positions[:, :1]).bool()
+        if canvas is not None and self._paths.context_block:
+            left_out = canvas
+            first = positions.masked_fill(~canvas, positions.shape[1]).amin(-1, keepdim=True)
+            seeing = torch.where(canvas, first, positions)
+        distance = seeing[:, :, None] - positions[:, None, :]
+        far = (distance > most) | ((distance < -most) & ~left_out[:, :, None])
         return attention.masked_fill(far[:, None].to(attention.device), torch.finfo(attention.dtype).min)
 
     def _rotations(
@@ -235,7 +282,7 @@ class Stack:
             """Made once a kind."""
             module = _part(self._backbone, "rotary_emb")
             names, _ = _parameters(cast(type, type(module)))
-            kind = getattr(layer, "attention_type", "") if "layer_type" in names else ""
+            kind = _kind(layer) if "layer_type" in names else ""
             if kind not in kinds:
                 kinds[kind] = module(hidden, positions, kind) if kind else module(hidden, positions)
             return {"position_embeddings": kinds[kind]}
@@ -247,6 +294,14 @@ class Stack:
         for path in self._paths.norm:
             hidden = self._module(path)(hidden)
         return hidden
+
+    def logits(self, normed: Float[Tensor, "rows slots width"]) -> Float[Tensor, "rows slots vocab"]:
+        """What the head makes of what `normed` gives."""
+        logits = self._module(self._paths.head)(normed)
+        if not self._spec.softcap:
+            return logits
+        most = getattr(self._config, self._spec.softcap)
+        return most * torch.tanh(logits.float() / most)
 
     def keys_and_values(
         self,
@@ -274,6 +329,17 @@ class Stack:
         out = self.run(hidden, layers, attention, positions, cache)
         _check_noted(cache.noted, layers)
         return out
+
+
+def _kind(layer: nn.Module) -> str:
+    """What a layer's attention is called, where a model has several kinds."""
+    own = getattr(layer, "attention_type", "")
+    return own or getattr(getattr(layer, "self_attn", None), "layer_type", "") or ""
+
+
+def _called(layer: nn.Module, buffers: dict[str, Tensor], *args: Any, **more: Any) -> Any:
+    """A layer with other buffers, for one call."""
+    return functional_call(layer, buffers, args, more)
 
 
 def _incompatible(what: str) -> IncompatibleVersionError:

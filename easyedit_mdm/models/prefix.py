@@ -39,7 +39,7 @@ class Prefix:
 
 def can_keep(adapter: Adapter) -> bool:
     """Whether an adapter's model takes keys and values of earlier columns from this module."""
-    return not adapter.masked and not adapter.spec.absolute_positions
+    return not adapter.denoises and not adapter.spec.absolute_positions
 
 
 @torch.no_grad()
@@ -79,4 +79,4 @@ def logits_after(
     )
     where = geometry.sources(at, mask) - prefix.columns
     normed = adapter.stack.normed(geometry.gather_rows(states, where))
-    return adapter.module(adapter.spec.paths.head)(normed).to(mask.device)
+    return adapter.stack.logits(normed).to(mask.device)

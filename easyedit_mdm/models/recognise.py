@@ -70,7 +70,7 @@ def check_causal(spec: FamilySpec, config: Config) -> None:
     Raises:
         CheckpointError: naming what in its configuration speaks of diffusion, or of code of its own.
     """
-    signs = [] if spec.masked else _signs(spec, config)
+    signs = [] if spec.denoises else _signs(spec, config)
     if signs:
         raise CheckpointError(
             f"config.json says {architecture(config)}, which is autoregressive, but also {', '.join(signs)}:"
@@ -150,7 +150,7 @@ def family_of(native: Any) -> FamilySpec:
     kind, name = getattr(native.config, "model_type", ""), type(native).__name__
     computing = [FAMILIES[n] for n in FAMILIES if name in class_names(FAMILIES[n])]
     for spec in computing:
-        if architecture(config) in spec.architectures and spec.masked:
+        if architecture(config) in spec.architectures and spec.denoises:
             return spec
     for spec in computing:
         if kind in spec.native_model_types:

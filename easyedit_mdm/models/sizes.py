@@ -57,6 +57,45 @@ _MODERNBERT: dict[str, Any] = {
     "num_hidden_layers": 22, "num_attention_heads": 12, "max_position_embeddings": 8192,
     "torch_dtype": "float32",
 }  # fmt: skip
+_QWEN3_8B: dict[str, Any] = {
+    **_QWEN3, "architectures": ["Qwen3ForCausalLM"], "hidden_size": 4096, "intermediate_size": 12288,
+    "num_hidden_layers": 36, "num_attention_heads": 32, "tie_word_embeddings": False,
+}  # fmt: skip
+_RND1: dict[str, Any] = {
+    **_QWEN3, "architectures": ["RND1LM"], "hidden_size": 2048, "intermediate_size": 6144,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+# of the next three no config.json was seen: the sizes are those that others report
+_LLADA2: dict[str, Any] = {
+    "architectures": ["LLaDA2MoeModelLM"], "vocab_size": 157184, "hidden_size": 2048,
+    "intermediate_size": 5120, "num_hidden_layers": 20, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "head_dim": 128, "max_position_embeddings": 32768, "num_experts": 256, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512, "num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 8,
+    "topk_group": 4, "routed_scaling_factor": 2.5, "partial_rotary_factor": 0.5, "rope_theta": 600000.0,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+_LLADA_MOE: dict[str, Any] = {
+    "architectures": ["LLaDAMoEModelLM"], "vocab_size": 157184, "hidden_size": 2048,
+    "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "dense_intermediate_size": 8192, "expert_intermediate_size": 1024, "num_experts": 64,
+    "num_experts_per_tok": 8, "moe_layer_freq": [1] * 16, "qk_layernorm": True,
+    "max_position_embeddings": 8192, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+_DIFFUSION_GEMMA: dict[str, Any] = {
+    "architectures": ["DiffusionGemmaForBlockDiffusion"], "dtype": "bfloat16", "canvas_length": 256,
+    "text_config": {
+        "vocab_size": 262144, "hidden_size": 2816, "intermediate_size": 2112, "num_hidden_layers": 30,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 2,
+        "head_dim": 256, "global_head_dim": 512, "moe_intermediate_size": 704, "num_experts": 128,
+        "top_k_experts": 8, "sliding_window": 1024, "max_position_embeddings": 262144,
+    },
+    "vision_config": {
+        "model_type": "gemma4_vision", "hidden_size": 1152, "intermediate_size": 4304,
+        "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 72,
+    },
+}  # fmt: skip
 # the sizes in the published config.json of the models that hyperparameter files ship for, for those who have
 # not fetched them yet
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -68,6 +107,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "google-bert/bert-base-uncased": _BERT, "answerdotai/ModernBERT-base": _MODERNBERT,
     "Efficient-Large-Model/Fast_dLLM_v2_7B": {**_DREAM, "architectures": ["Fast_dLLM_QwenForCausalLM"],
         "bd_size": 32},
+    "Qwen/Qwen3-8B": _QWEN3_8B, "tencent/WeDLM-8B-Base": {**_QWEN3_8B, "architectures": ["WeDLMForCausalLM"]},
+    "radicalnumerics/RND1-Base-0910": _RND1, "inclusionAI/LLaDA2.0-mini": _LLADA2,
+    "inclusionAI/LLaDA-MoE-7B-A1B-Instruct": _LLADA_MOE,
+    "google/diffusiongemma-26B-A4B-it": _DIFFUSION_GEMMA,
     "Gen-Verse/TraDo-4B-Instruct": _SDAR,  # trained from SDAR; its own config.json was not seen
     "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": _A2D, "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1": _A2D,
 }  # fmt: skip

@@ -26,6 +26,11 @@ class ModulePaths:
         entry: what makes layer 0's input of (input_ids, position_ids), where that is more than the embedding.
         norm: what stands between the last layer and the head, in this order.
         head: the linear map that ends in logits.
+        context_block: the layers that what stands before the canvas goes through, where it does not go
+            through `block` (DiffusionGemma's encoder). Their parameters are those of `block`, their buffers
+            are not.
+        canvas_entry: what the canvas goes through after the embedding, as (embedded, zeros).
+        shares: a module all of whose parameters another one has, too; they go by the other's names.
     """
 
     backbone: str = "model"
@@ -37,6 +42,9 @@ class ModulePaths:
     entry: str = ""
     norm: tuple[str, ...] = ("model.norm",)
     head: str = "lm_head"
+    context_block: str = ""
+    canvas_entry: str = ""
+    shares: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,8 @@ class FamilySpec:
 
     Attributes:
         name: the family's name.
-        paradigm: `causal` (writes from left to right) or `masked` (writes by denoising masks).
+        paradigm: `causal` (writes from left to right), `masked` (writes by denoising masks), or `noised` (by
+            denoising random tokens).
         architectures: values of `config.json`'s `architectures[0]` that belong to it.
         probe: a key that a checkpoint of this family contains; tells apart families that share an
             architecture name.
@@ -59,7 +68,7 @@ class FamilySpec:
         shift: the raw logits at position j predict token j + 1 (causal models, Dream); where `config.json`
             decides, a function of it.
         attention: who sees whom; where `config.json` decides (a block's size), a function of it. None: causal
-            for causal families, full for masked ones.
+            for causal families, full for others.
         mask_id: the mask token's id where neither user, config nor tokenizer names one.
         tokenizer: name of a transformers tokenizer class to fall back on where the folder names one that is
             not native.
@@ -71,13 +80,17 @@ class FamilySpec:
             starts higher up must not.
         bidirectional: the native class lets every token see every other by itself, and takes a 2-D attention
             mask.
-        window: of the native configuration, how far a token of a sliding layer sees to each side.
+        window: of the native configuration, how far a token of a sliding layer sees to each side; where
+            there is a `context_block`, the canvas is seen whole, and as far before it as from its first
+            token.
+        softcap: what the native configuration calls the bound c of logits, which are c tanh(raw / c).
         experts: of `config.json`, the mixtures of experts that stand in place of the native class's MLPs.
         made_of: of `config.json` and a native parameter's name, the checkpoint's tensor that it is made of
             and how, where it is not that tensor as it is (fused or reordered ones); None for all others.
         frequencies: of `config.json`, the rotation's frequencies, where they are not the native class's.
-        tied: parameters that are the embedding's (or another's) where `tie_word_embeddings` says so; a
-            checkpoint may leave them out.
+        tied: parameters that are the embedding's (or another's) where `tie_word_embeddings` says so, as
+            regular expressions; a checkpoint may leave them out.
+        stored: the checkpoint holds buffers, too.
         unused: tensors of checkpoints that the native class has no place for, as regular expressions.
         aliases: (ending, ending) of tensors' names that older checkpoints have, and their native one.
     """
@@ -98,10 +111,12 @@ class FamilySpec:
     ending: str = ""
     bidirectional: bool = False
     window: Callable[[Any], int] | None = None
+    softcap: str = ""
     experts: Callable[[Config], Experts] | None = None
     made_of: Callable[[Config, str], Made | None] = lambda config, name: None
     frequencies: Callable[[Config], Tensor] | None = None
-    tied: tuple[str, ...] = ("lm_head.weight",)
+    tied: tuple[str, ...] = (r"lm_head\.weight",)
+    stored: bool = False
     unused: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     since: str = ""
@@ -132,13 +147,13 @@ class FamilySpec:
         Raises:
             CheckpointError: for a block that no model can have, or one for a causal family.
         """
-        if block is not None and not self.masked:
+        if block is not None and not self.denoises:
             raise CheckpointError(
                 f"block={block!r} was given, but a {self.name} model is causal: leave it out"
             )
         try:
             found = self.attention(config) if callable(self.attention) else self.attention
-            found = found or (FULL if self.masked else CAUSAL)
+            found = found or (FULL if self.denoises else CAUSAL)
             return found if block is None else replace(found, block=block)
         except ModelError as error:
             raise CheckpointError(
@@ -146,9 +161,19 @@ class FamilySpec:
             ) from error
 
     @property
+    def denoises(self) -> bool:
+        """Whether its models write by denoising, so that slots of a target can be hidden, in any order."""
+        return self.paradigm != "causal"
+
+    @property
     def masked(self) -> bool:
-        """Whether this is a masked diffusion family."""
+        """Whether what a hidden slot shows is a mask."""
         return self.paradigm == "masked"
+
+    @property
+    def noised(self) -> bool:
+        """Whether what a hidden slot shows is a random token."""
+        return self.paradigm == "noised"
 
 
 def _substitute(key: str, pairs: Iterable[tuple[str, str]]) -> str:

@@ -40,7 +40,7 @@ def _row(spec: FamilySpec) -> tuple[str, ...]:
         native,
         _attention(spec),
         "config" if callable(spec.shift) else "yes" if spec.shift else "no",
-        mask if spec.masked else "",
+        mask if spec.denoises else "",
         _site(spec),
         spec.verified,
     )
@@ -57,4 +57,4 @@ def _attention(spec: FamilySpec) -> str:
     if callable(spec.attention):
         first = (spec.attention.__doc__ or "").strip().splitlines()[0].rstrip(".")
         return first[:1].lower() + first[1:]
-    return str(spec.attention or (FULL if spec.masked else CAUSAL))
+    return str(spec.attention or (FULL if spec.denoises else CAUSAL))

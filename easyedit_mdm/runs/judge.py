@@ -61,7 +61,7 @@ class Judge:
         if self.rungs:
             rungs = ladder(adapter, [case.prompt], [case.target_new], self.decode)[0]
             result |= {"ladder": rungs, "mirage_gap": mirage_gap(rungs)}
-            if adapter.masked:
+            if adapter.denoises:
                 result["given_k"] = [*given_k(adapter, case.prompt, case.target_new, self.decode.seed)]
         if case.target_true:
             result["counterfact"] = counterfact_scores(

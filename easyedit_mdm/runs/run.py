@@ -314,7 +314,7 @@ def judge_of(config: BenchConfig, method: BenchMethod) -> Judge:
 def header_of(config: BenchConfig, method: BenchMethod, loaded: Loaded, judge: Judge) -> Header:
     """Everything that determines the result."""
     adapter = method.adapter
-    schedule = method.settings.get("state_schedule", "") if adapter.masked else ""
+    schedule = method.settings.get("state_schedule", "") if adapter.denoises else ""
     name = str(method.settings["model_name"])
     return {
         "header": True,

@@ -130,12 +130,13 @@ def collect(
             every `every` seconds and removed by whoever stores the result.
 
     Raises:
-        StatisticsError: if the text is shorter than `config.tokens`, or text is to be masked for an
-            autoregressive model.
+        StatisticsError: if the text is shorter than `config.tokens`, or text is to be masked for a model
+            without masks.
     """
     if config.mask_ratio != 0 and not adapter.masked:
         raise StatisticsError(
-            f"mom2_mask_ratio={config.mask_ratio!r}: {adapter.name} is autoregressive and has no mask; use 0"
+            f"mom2_mask_ratio={config.mask_ratio!r}: {adapter.name} ({adapter.spec.paradigm}) has no mask to"
+            " put into a text; use 0"
         )
     sums = _load(checkpoint, sites) if checkpoint is not None and checkpoint.exists() else _Sums()
     rows = token_rows(adapter, source, min(config.context_length, adapter.max_positions))
@@ -165,7 +166,7 @@ def _add_batch(
     adapter: Adapter, sites: Sequence[Site], batch: list[Tensor], config: CollectConfig, sums: _Sums
 ) -> None:
     masked = [_masked(row, sums.rows + i, config) for i, row in enumerate(batch)]
-    shown = [torch.where(hidden, adapter.ids.slot, row) for row, hidden in zip(batch, masked)]
+    shown = [adapter.hidden.around(row, ~hidden) for row, hidden in zip(batch, masked)]
     ids, mask = right_padded(shown, adapter.ids.pad, adapter.device)
     keep, _ = right_padded([(~hidden).long() for hidden in masked], 0, adapter.device)
     index = keep.flatten().nonzero()[: config.tokens - sums.keys, 0]

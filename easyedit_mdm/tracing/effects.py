@@ -135,6 +135,8 @@ class FactTrace:
         tokens, classes: text and class (`tracing.facts.CLASSES`) of each token that is restored.
         samples: corrupted runs.
         joint: the answer's whole log-likelihood: `{"method", "clean", "corrupted"}`.
+        experts: of each layer that is a mixture, by number: the experts that the subject's last token goes
+            through in the clean run with nothing revealed, the heaviest first, as (number, weight).
         passes, rows: forward passes that all of it took, and rows in them.
     """
 
@@ -144,14 +146,20 @@ class FactTrace:
     samples: int
     joint: dict[str, Any]
     states: list[StateTrace]
+    experts: dict[int, list[tuple[int, float]]]
     passes: int
     rows: int
     seconds: float
 
     def record(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """As JSON holds it; `experts` only of a model that has any."""
+        experts = {
+            str(layer): [{"expert": number, "weight": round(weight, DIGITS)} for number, weight in through]
+            for layer, through in self.experts.items()
+        }
         return {
-            **asdict(self.placed.fact), "n_tokens": len(self.placed.answer), "tokens": self.tokens,
+            **asdict(self.placed.fact), **({"experts": experts} if experts else {}),
+            "n_tokens": len(self.placed.answer), "tokens": self.tokens,
             "classes": self.classes, "samples": self.samples,
             "joint": self.joint, "states": [state.record() for state in self.states], "forwards": self.passes,
             "rows": self.rows,
@@ -199,7 +207,7 @@ def trace_facts(
 
 
 def _states_of(adapter: Adapter, placed: Placed, config: TraceConfig) -> int:
-    return max(1, len(config.counts(len(placed.answer)))) if adapter.masked else 1
+    return max(1, len(config.counts(len(placed.answer)))) if adapter.denoises else 1
 
 
 def trace_fact(
@@ -230,7 +238,7 @@ def trace_fact(
             for shown in revealed
         ]
         joint = whole_likelihood(adapter, placed, corruption)
-    slots = len(placed.answer) if adapter.masked else len(placed.answer) - 1
+    slots = len(placed.answer) if adapter.denoises else len(placed.answer) - 1
     return _told(
         adapter, placed, slots, corruption.samples, joint, states, count, time.perf_counter() - began
     )
@@ -246,11 +254,28 @@ def _told(
     count: Count,
     seconds: float,
 ) -> FactTrace:
-    shown = [adapter.ids.slot] * slots if adapter.masked else placed.answer[:slots].tolist()
-    tokens = [adapter.tokenizer.decode([t]) for t in placed.ids.tolist() + shown]
+    hidden = adapter.hidden.slots(slots) if adapter.denoises else placed.answer[:slots]
+    tokens = [adapter.tokenizer.decode([t]) for t in placed.ids.tolist() + hidden.tolist()]
+    experts = experts_of(adapter, placed)
+    classes = placed.classes(slots)
     return FactTrace(
-        placed, tokens, placed.classes(slots), samples, joint, states, count.passes, count.rows, seconds
+        placed, tokens, classes, samples, joint, states, experts, count.passes, count.rows, seconds
     )
+
+
+def experts_of(adapter: Adapter, placed: Placed) -> dict[int, list[tuple[int, float]]]:
+    """Through which experts of each mixture the subject's last token goes, with nothing revealed, as
+    `FactTrace.experts` says; empty for a model without mixtures.
+    """
+    shown = torch.zeros(len(placed.answer), dtype=torch.bool)
+    row = torch.cat([placed.ids, adapter.behind(placed.answer, shown)])[None].to(adapter.device)
+    canvas = torch.tensor([len(placed.ids)], device=row.device)
+    found = {}
+    for layer in adapter.mixtures:
+        weights, numbers = (part[0, placed.end - 1] for part in adapter.routes(layer, row, canvas=canvas))
+        through = zip(numbers.tolist(), weights.float().tolist())
+        found[layer] = sorted(through, key=lambda one: -one[1])
+    return found
 
 
 def _revealed(
@@ -258,7 +283,7 @@ def _revealed(
 ) -> list[Bool[Tensor, " slots"]]:
     """The states to trace: which slots of the answer show their token in each."""
     slots = len(placed.answer)
-    if not adapter.masked:
+    if not adapter.denoises:
         return [torch.zeros(slots, dtype=torch.bool)]
     counts = config.counts(slots)
     if not counts:
@@ -313,7 +338,9 @@ def trace_state(runs: Runs, tick: Callable[[], Any] = lambda: None) -> StateTrac
 def _measured(runs: Runs, answer: Answer, samples: Tensor | None) -> dict[str, Float[Tensor, " rows"]]:
     """Every measure of some runs, in float64."""
     found = {"probability": answer.joint.exp(), "log_probability": answer.joint}
-    return {**found, "final_log_probability": final(runs, answer, samples)} if runs.adapter.masked else found
+    return (
+        {**found, "final_log_probability": final(runs, answer, samples)} if runs.adapter.denoises else found
+    )
 
 
 def whole_likelihood(adapter: Adapter, placed: Placed, corruption: Corruption) -> dict[str, Any]:
@@ -321,7 +348,7 @@ def whole_likelihood(adapter: Adapter, placed: Placed, corruption: Corruption) -
     beyond five tokens from left to right.
     """
     slots = Slots(adapter.attention.blocks(len(placed.ids), len(placed.answer)))
-    method = "causal" if not adapter.masked else "exact" if slots.states <= MOST_STATES else "left_to_right"
+    method = "causal" if not adapter.denoises else "exact" if slots.states <= MOST_STATES else "left_to_right"
     corrupted = []
     for sample in range(corruption.samples):
         with corruption.at(adapter, torch.tensor([sample])):

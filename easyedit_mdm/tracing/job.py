@@ -251,6 +251,7 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
         kinds=TITLES,
         show=show,
         ranges=ranges,
+        shown=SHOWN,
     )
     write_text(folder / "trace.html", page, errors="backslashreplace")
 

@@ -106,20 +106,20 @@ class Runs:
             window,
             max_rows,
         )
-        self.canvas = (
-            torch.where(revealed, placed.answer, adapter.ids.slot) if adapter.masked else placed.answer
-        )
+        self.canvas = adapter.hidden.around(placed.answer, revealed) if adapter.denoises else placed.answer
         self.slots = Slots(adapter.attention.blocks(len(placed.ids), len(placed.answer)))
-        self.hidden = (~revealed).nonzero().flatten() if adapter.masked else torch.arange(len(placed.answer))
+        self.hidden = (
+            (~revealed).nonzero().flatten() if adapter.denoises else torch.arange(len(placed.answer))
+        )
         inside = torch.tensor(self.slots.inside(int(revealed.sum())))
-        self.read = (~revealed & inside).nonzero().flatten() if adapter.masked else self.hidden
+        self.read = (~revealed & inside).nonzero().flatten() if adapter.denoises else self.hidden
         self.clean = self._read_clean()
         self.corrupted = self._read_corrupted()
 
     @property
     def tokens(self) -> int:
         """Tokens that can be restored: all of the prompt, and the slots that anything is read after."""
-        return self.placed.length if self.adapter.masked else self.placed.length - 1
+        return self.placed.length if self.adapter.denoises else self.placed.length - 1
 
     def layers_of(self, kind: str, layer: int) -> range:
         """The layers that are restored together: for `hidden` the one, else the window about it, cut off at

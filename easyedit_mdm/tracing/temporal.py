@@ -32,18 +32,25 @@ def final(runs: Runs, answer: Answer, samples: Int[Tensor, " rows"] | None) -> F
     rows = torch.arange(len(answer.right))
     first = answer.sure.argmax(1)
     canvas = runs.canvas.repeat(len(rows), 1)
-    canvas[rows, runs.read[first]] = answer.token[rows, first]
+    written = runs.read[first]
+    canvas[rows, written] = answer.token[rows, first]
     owner = torch.zeros_like(rows) if samples is None else samples
-    different, place = torch.unique(torch.cat([owner[:, None], canvas], 1), dim=0, return_inverse=True)
-    after = _go_on(runs, different[:, 1:].clone(), None if samples is None else different[:, 0])
+    alike = torch.cat([owner[:, None], written[:, None], canvas], 1)
+    different, place = torch.unique(alike, dim=0, return_inverse=True)
+    after = _go_on(
+        runs, different[:, 2:].clone(), different[:, 1], None if samples is None else different[:, 0]
+    )
     return answer.right[rows, first].double() + after[place]
 
 
 def _go_on(
-    runs: Runs, canvas: Int[Tensor, "rows slots"], samples: Int[Tensor, " rows"] | None
+    runs: Runs,
+    canvas: Int[Tensor, "rows slots"],
+    written: Int[Tensor, " rows"],
+    samples: Int[Tensor, " rows"] | None,
 ) -> Float[Tensor, " rows"]:
-    """Denoise canvases of equally many masked slots to their end; returns what the right tokens got where
-    they were due.
+    """Denoise canvases of equally many hidden slots, one of which is `written` by now, to their end; returns
+    what the right tokens got where they were due.
 
     As many slots are revealed in one row as in another, so that the same block is open in all.
     """
@@ -51,7 +58,7 @@ def _go_on(
     rows = torch.arange(len(canvas))
     masked = torch.zeros_like(canvas, dtype=torch.bool)
     masked[:, runs.hidden] = True
-    masked &= canvas == runs.adapter.ids.mask
+    masked[rows, written] = False
     shown = canvas.shape[1] - len(runs.hidden)
     for k in range(shown + 1, canvas.shape[1]):
         said = runs.answer(canvas, samples)

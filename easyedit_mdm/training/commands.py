@@ -78,7 +78,7 @@ def adapt_model(job: AdaptJob) -> dict[str, Any]:
     console = Console()
     _check(job)
     base = load_model(job.model, dtype="float32", device=_device(job.device))
-    if base.masked:
+    if base.denoises:
         raise CheckpointError(
             f"{job.model} is a masked model already: adapt starts from an autoregressive one "
             "(--from takes an adapter)"

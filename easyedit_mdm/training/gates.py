@@ -83,7 +83,8 @@ def first_slots(adapter: Adapter, facts: Sequence[GateFact]) -> list[tuple[float
     likeliest.
     """
     rows = [
-        [*encode(adapter, fact.prompt.rstrip()), *[adapter.ids.slot] * len(fact.tokens)] for fact in facts
+        [*encode(adapter, fact.prompt.rstrip()), *adapter.hidden.slots(len(fact.tokens)).tolist()]
+        for fact in facts
     ]
     found: list[tuple[float, bool]] = [(0.0, False)] * len(facts)
     for group in similar([len(row) for row in rows], ROWS):

@@ -51,7 +51,8 @@ def to_peft(edit: PlainEdit, folder: str | Path) -> Path:
     of its singular value decomposition.
 
     Raises:
-        EditError: if the edit changes something that is not the weight of a linear map.
+        EditError: if the edit changes something that is not the weight of a linear map, or a weight that
+            several modules share.
         MissingPackageError: without `peft`.
         FileError: if the folder exists and is not empty, or cannot be written.
     """
@@ -61,6 +62,11 @@ def to_peft(edit: PlainEdit, folder: str | Path) -> Path:
         raise MissingPackageError(
             "writing a LoRA adapter needs peft: pip install 'easyedit-mdm[peft]'"
         ) from None
+    if edit.card.get("base", {}).get("paradigm") == "noised":
+        raise EditError(
+            "the edited weight is shared by two modules (an encoder's and a decoder's), and LoRA would change"
+            " one of them: use export --merged"
+        )
     factors = {_module(change): _factors(change) for change in edit.changes}
     ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
     most = max(ranks.values())

@@ -77,13 +77,13 @@ class KeyStates:
 
 def key_states(adapter: Adapter, fact: Fact, hparams: ROMEMDMHyperParams) -> list[KeyStates]:
     """The states under which the key is read; the first holds those of the bare prompt."""
-    if not adapter.masked:
-        return [KeyStates(tuple(range(len(fact.contexts))), [fact.target], torch.ones(1))]
     name = "full_mask" if hparams.key_states == "full_mask" else "enumerate"
-    plan, slot = Plan.of(adapter, fact, name, hparams.max_states), adapter.ids.slot
+    plan = Plan.of(adapter, fact, name, hparams.max_states)
     return [
         KeyStates(
-            contexts, [torch.where(shown, fact.target, slot) for shown in states.revealed], states.weights
+            contexts,
+            [adapter.behind(fact.target, shown, draw) for draw, shown in enumerate(states.revealed)],
+            states.weights,
         )
         for contexts, states in plan.draw(0, fact_generator(fact, hparams.seed))
     ]

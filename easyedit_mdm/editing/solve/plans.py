@@ -33,9 +33,7 @@ def groups(adapter: Adapter, fact: Fact) -> list[Group]:
     length = len(fact.target)
     found: dict[tuple[int, ...], list[int]] = {}
     for number, prompt in enumerate(fact.contexts):
-        # one row of an autoregressive model reads all slots, each after the right ones before it
-        blocks = adapter.attention.blocks(len(prompt.ids), length) if adapter.masked else (length,)
-        found.setdefault(blocks, []).append(number)
+        found.setdefault(adapter.blocks(len(prompt.ids), length), []).append(number)
     return [Group(tuple(contexts), blocks) for blocks, contexts in found.items()]
 
 
@@ -50,8 +48,8 @@ class Plan:
     def of(cls, adapter: Adapter, fact: Fact, name: str, max_states: int = MAX_STATES) -> Plan:
         """The schedule called `name` for a fact."""
         some = tuple(groups(adapter, fact))
-        # an autoregressive model has one state a target: each slot sees the slots on its left
-        name = name if adapter.masked else "full_mask"
+        # where each slot sees the slots on its left, a target has one state
+        name = name if adapter.denoises else "full_mask"
         return cls(some, tuple(schedule(name, group.blocks, max_states) for group in some))
 
     @property

@@ -53,7 +53,7 @@ def rolled_out(
             [deltas[i] for i in going],
         )
         through = None if rights is None else rights[going]
-        for i, logits in zip(going, _slots(adapter, site, *given, through)):
+        for i, logits in zip(going, _slots(adapter, site, *given, through, step)):
             scored = ~revealed[i] & torch.tensor(blocks[i].inside(step))
             met[i].append((revealed[i].clone(), scored, shown[i].clone()))
             token = writable(adapter, logits).argmax(-1)
@@ -80,9 +80,13 @@ def _slots(
     shown: Sequence[Int[Tensor, " _"]],
     deltas: Sequence[Float[Tensor, " width"]],
     rights: Float[Tensor, "going inner"] | None,
+    draw: int,
 ) -> list[Float[Tensor, "_ vocab"]]:
-    """Logits at each fact's slots, with its delta at the subject's token, or in the weights."""
-    tails = [torch.where(r, s, adapter.ids.slot) for r, s in zip(revealed, shown)]
+    """Logits at each fact's slots, with its delta at the subject's token, or in the weights.
+
+    `draw`: number of the draw of noise, where hidden slots show it.
+    """
+    tails = [adapter.behind(s, r, draw) for r, s in zip(revealed, shown)]
     ids, mask = right_padded(
         [torch.cat([f.contexts[0].ids, tail]) for f, tail in zip(facts, tails)],
         adapter.ids.pad,

@@ -114,6 +114,7 @@ def build_rows(
     states: dict[int, list[tuple[tuple[int, ...], States]]],
     kl_position: str,
     dealt: bool = False,
+    draw: int = 0,
 ) -> Rows:
     """Rows for some facts (by number), each in its states: contexts x states, and one anchor row a fact.
 
@@ -124,6 +125,7 @@ def build_rows(
             once.
         dealt: state s stands in context c only at the steps t with (c + t) mod states = s, and weighs what
             the states of a step weigh together.
+        draw: number of the first draw of noise; each row of a fact has one of its own.
     """
     columns: dict[str, list] = {
         name: [] for name in Rows.__dataclass_fields__ if name not in ("mask", "reach")
@@ -163,18 +165,16 @@ def build_rows(
             period = len(group.weights)
             for s, (revealed, scored, weight) in enumerate(zip(group.revealed, group.scored, group.weights)):
                 shown = fact.target if group.shown is None else group.shown[s]
-                tail = torch.where(revealed, shown, adapter.ids.slot) if adapter.masked else fact.target[:-1]
+                tails = [adapter.behind(shown, revealed, draw + s * len(fact.contexts) + c) for c in contexts]
                 share = scored.float() * ((1.0 if dealt else weight) / scored.sum() / len(fact.contexts))
-                for c in contexts:
+                for c, tail in zip(contexts, tails):
                     prompt, turn = fact.contexts[c], (s - c) % period if dealt else -1
                     read = list(range(len(prompt.ids), len(prompt.ids) + len(fact.target)))
                     add(i, prompt, tail, read, fact.target, share, False, turn, period)
-        filler = torch.tensor([adapter.ids.slot])
+        filler = torch.zeros(1, dtype=torch.long)
         stop = len(fact.anchor.ids) if kl_position == "slot" else fact.anchor.site + 1
-        anchor, tail = (
-            replace(fact.anchor, ids=fact.anchor.ids[:stop]),
-            filler if adapter.masked else filler[:0],
-        )
+        anchor = replace(fact.anchor, ids=fact.anchor.ids[:stop])
+        tail = adapter.behind(filler, torch.zeros(1, dtype=torch.bool), draw)
         add(i, anchor, tail, [stop], filler, torch.zeros(1), True, -1, 1)
     batch, mask = right_padded(columns.pop("ids"), adapter.ids.pad, adapter.device)
     tensors = {

@@ -54,7 +54,7 @@ def settled(adapter: Adapter, site: Site, facts: Sequence[Fact]) -> Site:
         return site
     chosen: set[int] = set()
     for fact in facts:
-        slots = torch.full_like(fact.target, adapter.ids.slot) if adapter.masked else fact.target[:0]
+        slots = adapter.behind(fact.target, torch.zeros(len(fact.target), dtype=torch.bool))
         for prompt in fact.contexts:
             ids = torch.cat([prompt.ids, slots])[None].to(adapter.device)
             canvas = torch.tensor([len(prompt.ids)], device=ids.device)

@@ -45,6 +45,8 @@ from easyedit_mdm.models.hooks import (
 )
 from easyedit_mdm.models.prefix import Prefix, can_keep, logits_after, read_prefix
 
+_DRAWS = 10_000  # of noise that a fact's rows of one step have to themselves
+
 
 @dataclass
 class Optimised:
@@ -324,6 +326,7 @@ class _Forward:
             states,
             self.hparams.kl_position,
             self.plans[active[0]].dealt,
+            step * _DRAWS,
         )
         self._counted(rows, self.layer)
         module = self.adapter.module(self.site.name)

@@ -3,6 +3,7 @@
 from easyedit_mdm.models.families import (  # noqa: F401  (registration)
     a2d,
     bert,
+    diffusion_gemma,
     dream,
     fast_dllm,
     gpt2,
@@ -18,6 +19,7 @@ from easyedit_mdm.models.families import (  # noqa: F401  (registration)
     qwen3_moe,
     sdar,
     stable_diffcoder,
+    wedlm,
 )
 from easyedit_mdm.models.families._registry import FAMILIES
 

@@ -56,7 +56,7 @@ FAMILIES.register("bert")(
         absolute_positions=True,
         bidirectional=True,
         native_model_types=("bert",),
-        tied=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
+        tied=(r"cls\.predictions\.decoder\.(weight|bias)",),
         unused=(r"^bert\.pooler\.", r"^cls\.seq_relationship\.", r"embeddings\.position_ids$"),
         aliases=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
         releases="BERT and what has its class",

@@ -60,7 +60,7 @@ FAMILIES.register("modernbert")(
         bidirectional=True,
         window=lambda native: native.local_attention // 2,
         native_model_types=("modernbert",),
-        tied=("decoder.weight",),
+        tied=(r"decoder\.weight",),
         since="4.48",
         releases="ModernBERT, dLLM's ModernBERT-chat",
         verified=(
