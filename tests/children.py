@@ -18,7 +18,8 @@ import pytest
 import torch
 
 PRELOADED = [
-    "easyedit_mdm.runs.sweep", "easyedit_mdm.cli.edits", "easyedit_mdm.statistics", "accelerate", "transformers.models.auto",
+    "easyedit_mdm.runs.sweep", "easyedit_mdm.cli.edits", "easyedit_mdm.statistics", "accelerate",
+    "transformers.models.auto",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
 ]  # fmt: skip
