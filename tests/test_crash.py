@@ -9,7 +9,6 @@ import json
 import os
 import random
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from easyedit_mdm.tracing.job import TraceJob, trace
 from easyedit_mdm.twins.folders import twin_folder
 
 SHORT = 4
+LATER = 0.2
 # points at which the long form kills each command, 200 in all; EASYEDIT_MDM_KILLS takes a share of them
 LONG = {"bench": 60, "sequential": 40, "stats": 40, "sweep": 20, "edit": 20, "trace": 20}
 SHARE = int(os.environ.get("EASYEDIT_MDM_KILLS", "200")) / sum(LONG.values())
@@ -137,7 +137,7 @@ def kills(
     time. Returns how many struck.
 
     A moment is a number of changes of the files, which a slow machine comes through as a fast one does, and
-    up to the mean time between two changes more.
+    up to LATER seconds more.
     """
 
     def run(here: Path, kill_at: int | None = None, later: float = 0.0) -> tuple[bool, int]:
@@ -148,15 +148,13 @@ def kills(
         return child.exitcode == 0, seen
 
     (folder / "whole").mkdir()
-    began = time.monotonic()
     length = run(folder / "whole")[1]
-    gap = (time.monotonic() - began) / length
     wanted, rng, struck = result(folder / "whole"), random.Random(0), 0
     for number in range(points):
         here = folder / str(number)
         here.mkdir()
         moment = int((number + rng.random()) / points * length)
-        struck += not run(here, moment, rng.random() * gap)[0]
+        struck += not run(here, moment, rng.random() * LATER)[0]
         assert run(here)[0], "and the second time to the end"
         assert result(here) == wanted, f"killed at point {number}"
         assert not [p for p in here.rglob("*") if p.name.endswith((".part", ".tmp"))], (

@@ -46,6 +46,13 @@ def test_a_bomb_of_anchors(tmp_path, kind):
         read_yaml(tmp_path / "bomb.yaml")
 
 
+def test_ten_thousand_brackets(tmp_path):
+    """Refused at the 33rd, where PyYAML alone takes time that grows with the square of their number."""
+    (tmp_path / "deep.yaml").write_text("layers: " + "[" * 10_000)
+    with bounded(), pytest.raises(HyperParameterError, match="nested more than 32 deep"):
+        read_yaml(tmp_path / "deep.yaml")
+
+
 def claimed(file: Path, name: str, size: int, holes: bool) -> None:
     """A safetensors file that claims a float32 matrix of size x size; its bytes are a hole, or missing."""
     head = {name: {"dtype": "F32", "shape": [size, size], "data_offsets": [0, 4 * size * size]}}

@@ -14,24 +14,35 @@ import yaml
 from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.errors import HyperParameterError
 
+DEEPEST = 32  # lists in lists; PyYAML's time grows with the square of their depth
+
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with EasyEdit's numbers (`5e-1` is one), and without aliases, which make a few
-    lines endless.
+    """PyYAML's safe loader with EasyEdit's numbers (`5e-1` is one), and without aliases and deep nesting,
+    which make a few lines endless.
     """
+
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """As PyYAML's.
 
         Raises:
-            ComposerError: for an alias.
+            ComposerError: for an alias, or lists in lists more than `DEEPEST` deep.
         """
         if self.check_event(yaml.events.AliasEvent):
             event = self.peek_event()
             raise yaml.composer.ComposerError(
                 None, None, f"alias *{event.anchor} is not read: write the value out", event.start_mark
             )
-        return super().compose_node(parent, index)
+        if self.depth >= DEEPEST:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, f"nested more than {DEEPEST} deep", mark)
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
 
 _Loader.add_implicit_resolver(

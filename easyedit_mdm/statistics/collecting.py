@@ -226,7 +226,12 @@ def _load(file: Path, sites: Sequence[Site]) -> _Sums:
     with opened_tensors(file, StatisticsError, "the checkpoint of an unfinished collection") as stored:
         progress = json.loads(stored.metadata()["progress"])
         rows, keys, batches = (progress[name] for name in ("rows", "keys", "batches"))
-        sums = {site.name: [stored.get_tensor(f"{site.name}|{half}") for half in range(2)] for site in sites}
+        # copied into memory of torch's own: sums in a mapped file may be rounded otherwise, as their
+        # alignment differs
+        sums = {
+            site.name: [stored.get_tensor(f"{site.name}|{half}").clone() for half in range(2)]
+            for site in sites
+        }
     if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in (rows, keys, batches)):
         raise StatisticsError(
             f"{file} is not the checkpoint of an unfinished collection (progress {progress!r}): remove it"
