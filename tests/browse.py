@@ -36,7 +36,7 @@ def write(folder: Path) -> None:
     failed = {"case_id": 1, "subject": EVIL, "target_new": EVIL, "error": EVIL}
     folder.mkdir(parents=True, exist_ok=True)
     compare([run_file(folder / "run.jsonl", header(label=EVIL), one, failed)], folder / "report", resamples=5)
-    job = TraceJob(["twin-llama"], prompt=f"{EVIL} was born in", subject=EVIL, target="Zoter")
+    job = TraceJob(["twin-llama"], prompt=f"{EVIL} was born in", subject=EVIL)
     trace(job, folder / "trace", TraceConfig(samples=1), resamples=5)
 
 
