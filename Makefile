@@ -15,7 +15,7 @@ INSTALL      := $(BIN)/python -m pip --disable-pip-version-check -q install --no
 PINS         := $(if $(filter locked,$(TRANSFORMERS)),-c constraints.txt,$(if $(filter oldest,$(TRANSFORMERS)),-c build/oldest.txt))
 WANTED       := $(if $(filter locked oldest newest,$(TRANSFORMERS)),,"transformers==$(TRANSFORMERS)")
 
-.PHONY: demo test lint lock matrix smollm2 docs clean
+.PHONY: demo test lint lock matrix smollm2 docs clean wheel app-test lm-eval-test
 
 demo: $(VENV)/.installed
 	$(BIN)/easyedit-mdm demo --out demo
@@ -46,6 +46,25 @@ build/env-docs/.installed: pyproject.toml # an environment of its own: it only r
 
 matrix: # the whole suite on six versions of transformers; writes docs/compatibility.md
 	$(PYTHON) tests/versions.py matrix
+
+wheel: # build it, install it in an empty environment, run the demo from another folder
+	rm -rf dist build/wheel && mkdir -p build/wheel/elsewhere
+	$(PYTHON) -m venv build/wheel/build && build/wheel/build/bin/python -m pip -q install build
+	build/wheel/build/bin/python -m build
+	$(PYTHON) -m venv build/wheel/env
+	build/wheel/env/bin/python -m pip -q install "$(TORCH)" dist/*.whl
+	build/wheel/env/bin/python -m pip -q install --no-deps easyeditor==0.0.1.dev0
+	cd build/wheel/elsewhere && ../env/bin/easyedit-mdm demo --out demo
+
+app-test: # the app in a real browser (Debian: apt-get install chromium); screenshots in build/app
+	test -d build/env-app || $(PYTHON) -m venv build/env-app
+	build/env-app/bin/python -m pip -q install "$(TORCH)" -e ".[app]" pytest playwright
+	EASYEDIT_MDM_BROWSER=1 build/env-app/bin/python -m pytest -o addopts= -o filterwarnings=default tests/test_app_browser.py
+
+lm-eval-test: # the tests that need lm-evaluation-harness
+	test -d build/env-lmeval || $(PYTHON) -m venv build/env-lmeval
+	build/env-lmeval/bin/python -m pip -q install "$(TORCH)" -e ".[lm-eval]" pytest
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 build/env-lmeval/bin/python -m pytest -o addopts= -o filterwarnings=default tests/test_lm_eval.py
 
 # torch first and by itself: whatever else asks for torch then finds it there
 $(VENV)/.installed: pyproject.toml Makefile constraints.txt

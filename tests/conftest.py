@@ -252,7 +252,7 @@ def tiny_config(family: str, vocabulary: int) -> dict:
                 "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
                 "global_head_dim": 16, "num_global_key_value_heads": 1,
                 "max_position_embeddings": 128, "num_experts": 4, "top_k_experts": 2,
-                "moe_intermediate_size": 12, "sliding_window": 4, "use_bidirectional_attention": "vision",
+                "moe_intermediate_size": 16, "sliding_window": 4, "use_bidirectional_attention": "vision",
                 "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
                 "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": True,
             },
@@ -291,7 +291,7 @@ def tiny_config(family: str, vocabulary: int) -> dict:
 
 # mean and standard deviation of tensors: norms on every branch would make the prompt of a random model count
 # for nothing
-OWN_WEIGHTS = {"diffusion-gemma": {"layer_scalar": (0.4, 0.05), "embed_tokens.weight": (0.0, 0.4)}}
+OWN_WEIGHTS = {"diffusion-gemma": {"layer_scalar": (0.4, 0.05), "embed_tokens.weight": (0.0, 0.2)}}
 
 
 def write_checkpoint(

@@ -89,9 +89,8 @@ def test_who_sees_whom(tiny, family):
     ranks = geometry.ranks(torch.ones_like(ids), model.attention, canvas, hidden)[0]
     at = torch.arange(len(ranks))[None]
     where = geometry.sources(at, torch.ones_like(ids)) if model.shift else at
-    noise = (
-        0.0 if model.spec.experts is None else 1e-5
-    )  # what goes through one expert together changes its rounding
+    # what goes through one expert together changes its rounding
+    noise = 0.0 if model.spec.experts is None and not model.hidden.noise else 1e-5
     assert torch.equal(moved > max(noise, 1e-6), ranks[where[0]] >= ranks[-1])
     assert model.denoises or moved.max() <= noise
 
@@ -104,7 +103,8 @@ def test_alignment(tiny, family):
     ids = rows()[2][None]
     if model.hidden.noise:  # the native class reads the canvas apart, and predicts nothing else
         raw = model(ids[:, :5], decoder_input_ids=ids[:, 5:]).logits
-        assert (model.token_logits(ids, canvas=torch.tensor([5]))[:, 5:] - raw).abs().max() < 1e-5
+        ours = model.token_logits(ids, canvas=torch.tensor([5]))[:, 5:]
+        assert (ours - raw).abs().max() < 5e-5  # through a cache there: other sums
         for refused in ({}, {"canvas": torch.tensor([5])}):
             with pytest.raises(ModelError, match="decoder_input_ids"):
                 model(ids, **refused)

@@ -27,6 +27,7 @@ from easyedit_mdm.models.prompts import encode, span, target_ids
 from easyedit_mdm.models.tables import with_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+RUNNER = Path(__file__).parent.parent / "benchmarks" / "families_easyedit.json"
 ENCODERS = ["bert", "modernbert"]
 REFERENCES = {
     "a2d_qwen3": {"mask_id": 190},
@@ -178,6 +179,20 @@ def test_blocks_that_no_model_has(tmp_path):
         load_model(tmp_path / "llama", block=4)
     with pytest.raises(ModelError, match="edges"):
         Attention(4, "left")
+    with pytest.raises(ModelError, match="neither blocks nor a context"):
+        Attention(4, masks_last=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "entry"),
+    [("fast-dllm-v2", "bd_size"), ("llada2", "block_size"), ("sdar-moe", "block_size")],
+)
+def test_a_block_of_no_tokens(tmp_path, family, entry):
+    """Named with its family, whatever the configuration calls it."""
+    write_checkpoint(tmp_path, family)
+    (tmp_path / "config.json").write_text(json.dumps({**tiny_config(family, 192), entry: 0}))
+    with pytest.raises(CheckpointError, match=f"{family}: a block of 0 tokens"):
+        load_model(tmp_path)
 
 
 # ---- against the published code
@@ -570,6 +585,18 @@ def test_a_missing_expert(tmp_path, family):
         load_model(tmp_path)
 
 
+def test_missing_experts_in_one_tensor(tmp_path):
+    """DiffusionGemma's are one tensor a layer, and a buffer that is stored is missed, too."""
+    tensors = write_checkpoint(tmp_path, "diffusion-gemma")
+    for lost in (
+        "model.decoder.layers.1.experts.down_proj",
+        "model.encoder.language_model.layers.0.layer_scalar",
+    ):
+        save_file({k: v for k, v in tensors.items() if k != lost}, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=f"1 parameters are missing, such as {re.escape(lost)}"):
+            load_model(tmp_path)
+
+
 @torch.no_grad()
 def test_qwen3_moe_is_transformers_own(tmp_path):
     """Our mixtures inside the dense class, against the class that transformers has for them."""
@@ -710,7 +737,9 @@ def test_a_wrong_mask_id(tmp_path, family):
         load_model(tmp_path, mask_id=0)
 
 
-@pytest.mark.parametrize("family", ["sdar", "mmada", "illada", "masked-llama"])
+@pytest.mark.parametrize(
+    "family", ["sdar", "mmada", "illada", "masked-llama", "llada2", "wedlm", "diffusion-gemma"]
+)
 def test_a_truncated_shard(tmp_path, family):
     """A shard that ends too soon is named, and nothing is loaded from it."""
     write_checkpoint(tmp_path, family, shards=2)
@@ -720,12 +749,37 @@ def test_a_truncated_shard(tmp_path, family):
         load_model(tmp_path)
 
 
-def test_the_page_has_the_table():
-    """docs/families.md holds the registry's table."""
+def with_runner(page: str) -> str:
+    """A page whose table of what EasyEdit's runner did is made anew."""
+    rows = ["| family | records | likelier | written | log-likelihood, before | after |", "|" + " --- |" * 6]
+    for found in sorted(json.loads(RUNNER.read_text()).values(), key=lambda one: one["family"]):
+        before, after = found["log_likelihood_before"], found["log_likelihood_after"]
+        rose = sum(b < a for b, a in zip(before, after))
+        told = [", ".join(f"{x:.1f}" for x in values) for values in (before, after)]
+        cells = [f"`{found['family']}`", found["records"], rose, found["written"], *told]
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    made = "<!-- runner -->\n" + "\n".join(rows) + "\n<!-- /runner -->"
+    assert page.count("<!-- runner -->") == 1
+    return re.sub(r"<!-- runner -->.*<!-- /runner -->", lambda _: made, page, flags=re.DOTALL)
+
+
+def test_the_page_has_the_tables():
+    """docs/families.md holds the registry's table, and what benchmarks/families_easyedit.py found."""
     page = PAGE.read_text()
     assert with_table(page) == page, "the registry has changed: python tests/test_families.py"
+    assert with_runner(page) == page, "the benchmark has been run anew: python tests/test_families.py"
     assert all(FAMILIES[name].releases and FAMILIES[name].verified for name in FAMILIES)
 
 
+def test_what_the_runner_did():
+    """Of each family with a reference checkpoint: three records, each likelier, at least one written."""
+    found = json.loads(RUNNER.read_text())
+    assert {*REFERENCES, "wedlm", "diffusion_gemma", "llada", "dream"} == set(found)
+    for one in found.values():
+        pairs = list(zip(one["log_likelihood_before"], one["log_likelihood_after"], strict=True))
+        assert one["records"] == len(pairs) == 3 and all(before < after for before, after in pairs)
+        assert one["written"] >= 1, one
+
+
 if __name__ == "__main__":
-    PAGE.write_text(with_table(PAGE.read_text()))
+    PAGE.write_text(with_runner(with_table(PAGE.read_text())))

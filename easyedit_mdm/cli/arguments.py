@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from easyedit_mdm.common.requests import EditRequest
-from easyedit_mdm.errors import DataError, EditError, FileError, HyperParameterError, RequestError
+from easyedit_mdm.errors import (
+    DataError,
+    EditError,
+    FileError,
+    HyperParameterError,
+    MissingPackageError,
+    RequestError,
+)
 
 
 def free(*folders: str | Path | None) -> None:
@@ -29,6 +37,21 @@ def there(kind: type[EditError] | type[DataError], what: str, *paths: str | Path
     for path in paths:
         if path is not None and not Path(path).exists():
             raise kind(f"{path} cannot be read (no such file or folder): give {what}")
+
+
+def extra(module: str) -> None:
+    """Check that the package of an extra is installed.
+
+    Raises:
+        MissingPackageError: if not, with the command that installs it.
+    """
+    name = {"lm_eval": "lm-eval", "gradio": "app"}[module]
+    if find_spec(module) is None:
+        raise MissingPackageError(
+            f"the package {module} is not installed: pip install 'easyedit-mdm[{name}]' (best in an"
+            " environment of its own)",
+            name=module,
+        )
 
 
 def named_hparams(path: str) -> str:

@@ -256,6 +256,63 @@ def export(
     export_edit(edit, peft, merged, model, device)
 
 
+@app.command("app")
+def app_(
+    port: Annotated[int | None, Option(help="port (default: 7860, or the next free one)")] = None,
+    open_browser: Annotated[bool, Option("--open", help="open it in the browser")] = False,
+) -> None:
+    """A page in the browser: edit facts and watch a model write. For this machine alone.
+
+    Needs the extra app.
+    """
+    args.extra("gradio")
+    from easyedit_mdm.cli.app import serve
+
+    serve(port, open_browser)
+
+
+@app.command()
+def damage(
+    model: Annotated[str, Argument(metavar="MODEL", help="a twin, a folder or a hub id")],
+    edits: Annotated[str, Option(metavar="DIR", help="folder of an edit, or of several")],
+    tasks: Annotated[str, Option(help="tasks of lm-evaluation-harness, with commas between them")],
+    include_path: Annotated[str | None, Option(help="folder of task files of your own")] = None,
+    limit: Annotated[int | None, Option(help="documents of each task, the first ones (default: all)")] = None,
+    out: Annotated[str | None, Option(help="folder for damage.md and damage.json; must not exist")] = None,
+    samples: Annotated[int, Option(help="of a likelihood that is estimated, a multiple of 8")] = 128,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """What edits do to a model's other abilities: tasks of lm-evaluation-harness before and after.
+
+    Needs the extra lm-eval.
+    """
+    args.free(out)
+    args.there(EditError, "a folder that easyedit-mdm edit wrote", edits)
+    args.extra("lm_eval")
+    from easyedit_mdm.cli.damage import tell_damage
+
+    tell_damage(model, edits, tasks, include_path, limit, out, samples=samples, seed=seed, device=device)
+
+
+@app.command(
+    "lm-eval",
+    add_help_option=False,
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
+)
+def lm_eval(
+    arguments: Annotated[list[str] | None, Argument(metavar="...", show_default=False)] = None,
+) -> None:
+    """lm-evaluation-harness's own command line, with --model easyedit_mdm.
+
+    Such as: lm-eval run --model easyedit_mdm --model_args pretrained=twin-llada,edits=DIR --tasks ...
+    """
+    args.extra("lm_eval")
+    from easyedit_mdm.harness.run import run_harness
+
+    run_harness(arguments or [])
+
+
 @app.command()
 def stats(
     model: Model,

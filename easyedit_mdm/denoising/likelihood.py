@@ -42,6 +42,7 @@ def log_likelihood(
     samples: int = 128,
     seed: int = 0,
     max_rows: int = 256,
+    draws: Sequence[int] | None = None,
 ) -> list[float]:
     """log p(target | prompt) in nats, the sum over its tokens, one a pair.
 
@@ -53,6 +54,8 @@ def log_likelihood(
             place in the list; of `llada`, two targets at the same place get the same draws, whatever their
             lengths.
         max_rows: rows of one forward pass.
+        draws: a number a pair; pairs with the same one get the same draws, wherever they stand in the list.
+            By default their place.
 
     Raises:
         HyperParameterError: for an unknown method, or one that the model or the target's length does not
@@ -61,9 +64,9 @@ def log_likelihood(
     rows, right, weights, owner = [], [], [], []
     for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
         slots = Slots(adapter.attention.blocks(len(prompt), len(target)))
-        how = method or default_method(adapter, slots)
+        how, drawn = method or default_method(adapter, slots), number if draws is None else draws[number]
         revealed, share = _plan(
-            adapter, slots, how, samples, torch.Generator().manual_seed(seed * 1_000_003 + number)
+            adapter, slots, how, samples, torch.Generator().manual_seed(seed * 1_000_003 + drawn)
         )
         for draw, (shown, weight) in enumerate(zip(revealed, share)):
             tail = target if how == "causal" else adapter.hidden.around(target, shown, draw)

@@ -5,10 +5,9 @@ untouched.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,27 @@ from typing import Any
 import torch
 
 from easyedit_mdm.api import wrap_model
-from easyedit_mdm.denoising import DecodeConfig
 from easyedit_mdm.editing import METHODS
-from easyedit_mdm.editing.edit.stack import identity
 from easyedit_mdm.editing.hparams import find_hparams, read_yaml
 from easyedit_mdm.editing.methods import Method
 from easyedit_mdm.errors import HyperParameterError, MissingPackageError
 from easyedit_mdm.evaluation.fluency import ngram_counts
 from easyedit_mdm.host.calls import understand_old_cache_name
-from easyedit_mdm.host.evaluation import LOCALITY_GROUP, edit_quality, meta, multi_step, public
+from easyedit_mdm.host.evaluation import multi_step, public
 from easyedit_mdm.host.finding import Host
 from easyedit_mdm.host.importing import host_module, import_easyedit
-from easyedit_mdm.host.names import LoadedName, is_ours_to_load, load_named
+from easyedit_mdm.host.inside import (
+    apply_function,
+    decode_config,
+    is_masked,
+    locality_meta,
+    masked_quality,
+    with_model,
+)
+from easyedit_mdm.host.names import LoadedName
 from easyedit_mdm.host.on_cpu import CudaMeansCpu
 from easyedit_mdm.host.statistics import join_statistics
-from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import is_known
-from easyedit_mdm.session import Session
 
 _OUR_WORDS = "_easyedit_mdm_words"
 _EDITOR_CALLS = (
@@ -87,56 +90,8 @@ def _join_method(table: dict[str, Any], form: str, name: str, method: Method) ->
     """A method in EasyEdit's table, its hyperparameters wherever a runner reads those of the method that it
     stands for.
     """
-    table[name] = _apply_function(name, form)
+    table[name] = apply_function(name, form)
     _join_hparams(method.stands_for)
-
-
-def _apply_function(name: str, form: str) -> Callable[..., tuple[Any, dict[str, torch.Tensor]]]:
-    def apply(
-        model: Any,
-        tok: Any,
-        requests: Sequence[Mapping[str, Any]] | Mapping[str, Any],
-        hparams: Any,
-        copy: bool = False,
-        return_orig_weights: bool = False,
-        keep_original_weight: bool = False,
-        **_: Any,
-    ) -> tuple[Any, dict[str, torch.Tensor]]:
-        """EasyEdit's calling convention: edits the model, returns it with the original weights.
-
-        The head always wants the weights back; the wheel's `keep_original_weight=False` means that the edit
-        stays and nothing is returned.
-        """
-        if copy:
-            model = _deepcopy(model)
-        adapter = wrap_model(model, tok)
-        listed = [dict(r) for r in ([requests] if isinstance(requests, Mapping) else requests)]
-        originals: dict[str, torch.Tensor] = {}
-        for edit in _session(adapter, hparams).edit(listed):
-            originals = {
-                **edit.originals(adapter),
-                **originals,
-            }  # of several edits of a weight, the first one's
-        wanted = return_orig_weights and (form == "head" or keep_original_weight)
-        return model, originals if wanted else {}
-
-    apply.__name__ = f"apply_{name.lower().replace('-', '_')}_to_model"
-    return apply
-
-
-_deepcopy = copy.deepcopy
-
-
-def _session(adapter: Adapter, hparams: Any) -> Session:
-    """The editor's own session, which lasts as long as the editor; a new one where the model is not its
-    editor's.
-    """
-    name = hparams.model_name
-    if not isinstance(name, LoadedName) or identity(name.model) is not identity(adapter):
-        return Session(adapter, hparams)
-    if name.session is None or identity(name.session.model) is not identity(adapter):
-        name.session = Session(adapter, hparams)
-    return name.session
 
 
 def _join_editor(editor: Any, host: Host) -> type:
@@ -162,11 +117,9 @@ def mdm_editor(base: Any, form: str) -> type:
         """
 
         def __init__(self, hparams: Any, *args: Any, **kwargs: Any) -> None:
-            if hparams is not None and is_ours_to_load(hparams.model_name, hparams.alg_name):
-                hparams = copy.copy(hparams)
-                hparams.model_name = load_named(hparams)
-                if form == "wheel":
-                    hparams.device = _wheel_device(hparams.device)
+            given, hparams = hparams, with_model(hparams)
+            if hparams is not given and form == "wheel":
+                hparams.device = _wheel_device(hparams.device)
             super().__init__(hparams, *args, **kwargs)
             understand_old_cache_name(self.model)
 
@@ -220,14 +173,9 @@ def _join_evaluation(editor: Any) -> None:
         *args: Any,
         **kwargs: Any,
     ) -> dict:
-        config = hparams.decode_config() if hasattr(hparams, "decode_config") else DecodeConfig()
-        if isinstance(model, Adapter) and model.denoises:
+        if is_masked(model):
             options = dict(zip(("eval_metric", "test_generation"), args)) | kwargs
-            if (
-                options.get("eval_metric") == "exact match"
-            ):  # the editor's default, which its own metrics read as token accuracy
-                options["eval_metric"] = "token_em"
-            return edit_quality(model, record, config, **options)
+            return masked_quality(model, hparams, record, **options)
         result = theirs(model, model_name, hparams, tok, record, device, *args, **kwargs)
         # a model that an EasyEdit method has wrapped (LoRA, WISE, ...) has no adapter: its record stays
         # EasyEdit's own
@@ -236,7 +184,7 @@ def _join_evaluation(editor: Any) -> None:
                 "easyedit_mdm"  # not nltk's, so that the figures are not compared with EasyEdit's
             )
         if (isinstance(model_name, LoadedName) or hparams.alg_name in METHODS) and is_known(model):
-            result["multi_step"] = public(multi_step(wrap_model(model, tok), record, config))
+            result["multi_step"] = public(multi_step(wrap_model(model, tok), record, decode_config(hparams)))
         return result
 
     editor.compute_edit_quality = compute_edit_quality
@@ -247,9 +195,8 @@ def _join_evaluation(editor: Any) -> None:
         def build_locality_metric_meta(
             key: str, hparams: Any, model_name: Any, *args: Any, **kwargs: Any
         ) -> dict:
-            if isinstance(model_name, LoadedName) and isinstance(model_name.model, Adapter):
-                return meta(f"locality.{key}_acc", LOCALITY_GROUP)
-            return their_meta(key, hparams, model_name, *args, **kwargs)
+            ours = locality_meta(key, model_name)
+            return their_meta(key, hparams, model_name, *args, **kwargs) if ours is None else ours
 
         editor.build_locality_metric_meta = build_locality_metric_meta
 

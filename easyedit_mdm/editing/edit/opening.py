@@ -13,7 +13,7 @@ from easyedit_mdm.editing.edit.stack import PlainEdit
 from easyedit_mdm.models import Adapter
 
 README, BASE_README = "README.md", "README-base.md"
-# families that dLLM (github.com/ZHZisZZ/dllm) has a class for; read in its dllm/utils/models.py, not run
+# families that dLLM (github.com/ZHZisZZ/dllm) has a class for, by its dllm/utils/models.py
 _IN_DLLM = ("llada", "llada-moe", "llada2", "dream", "a2d-qwen3", "bert", "modernbert")
 _HERE = "from easyedit_mdm import load_model\n\nmodel = load_model({folder!r})"
 
