@@ -83,10 +83,11 @@ def changes_seen(
 def snapshot(folder: Path) -> set[tuple[str, int, int]]:
     """Every file with its size and time."""
     found = set()
-    for path in folder.rglob("*"):
-        try:
-            told = path.stat()
-        except FileNotFoundError:  # gone since it was listed
-            continue
-        found.add((str(path), told.st_size, told.st_mtime_ns))
+    for place, folders, names in os.walk(folder):  # passes over folders that are gone since they were listed
+        for path in (Path(place, name) for name in [*folders, *names]):
+            try:
+                told = path.stat()
+            except FileNotFoundError:
+                continue
+            found.add((str(path), told.st_size, told.st_mtime_ns))
     return found
