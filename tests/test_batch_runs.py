@@ -5,6 +5,7 @@ middle.
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from test_bench import alike, lines
@@ -33,16 +34,16 @@ def config(tmp_path, monkeypatch):
     """Five facts of the twins' world, two a batch, with few optimiser steps."""
     monkeypatch.setattr(running, "WATCHED", 12)
 
-    def make(method: str, mode: str, **changes) -> BenchConfig:
+    def make(method: str, mode: str, prefixes: str = 'templates: ["{}"]', **changes) -> BenchConfig:
         text = find_hparams(f"{method}/twin-llama").read_text()
         lines_ = [
             line
             for line in text.splitlines()
-            if not line.startswith(("v_num_grad_steps", "context_templates"))
+            if not line.startswith(("v_num_grad_steps", "context_", "mom2_n_tokens"))
         ]
         file = tmp_path / f"{method}.yaml"
         file.write_text(
-            "\n".join([*lines_, "v_num_grad_steps: 3", 'context_templates: ["{}"]', "mom2_n_tokens: 2000"])
+            "\n".join([*lines_, "v_num_grad_steps: 3", f"context_{prefixes}", "mom2_n_tokens: 2000"])
         )
         given = {"limit": 5, "light": True, "mode": mode, "batch_size": 2, **changes}
         return BenchConfig(method, str(file), "twins_validation", **given)
@@ -106,6 +107,23 @@ def test_killed_in_the_middle(config, tmp_path, monkeypatch, method, mode):
     if mode == "sequential":
         assert [w["edited"] for w in read_batches(cut)] == [2, 4, 5]
         assert all(len(w["first"]["exact"]) == 2 for w in read_batches(cut))
+
+
+def test_resumed_edits_take_the_unedited_models_part(config, tmp_path, monkeypatch):
+    """Context prefixes that the model writes, and second moments, are the unedited model's after a kill too,
+    although the model carries edits when the run goes on.
+    """
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    asked = config("MEMIT_MDM", "sequential", "template_length_params: [[4, 1]]", limit=2, batch_size=1)
+    bench(asked, whole)
+    kept = sorted((tmp_path / "cache").glob("mom2-*"))
+    cut.write_text("".join(whole.read_text().splitlines(keepends=True)[:2]))
+    first = batches_file(whole).read_text().splitlines(keepends=True)[:1]
+    batches_file(cut).write_text("".join(first))
+    shutil.copytree(edits_folder(whole) / "00000", edits_folder(cut) / "00000")
+    bench(asked, cut, resume=True)
+    assert lines(cut) == alike(lines(whole))
+    assert sorted((tmp_path / "cache").glob("mom2-*")) == kept, "no second moments of an edited model"
 
 
 def test_one_fact_at_a_time_in_sequence(config, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from easyedit_mdm.denoising import DecodeConfig, decode
+from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import encode
 from easyedit_mdm.models import Adapter
 
@@ -38,6 +39,14 @@ def context_templates(
         texts = [t for length, n in length_params for t in _write(adapter, length, n, generator)]
         written[key] = ("{}", *(t.replace("{", "").replace("}", "") + ". {}" for t in texts))
     return written[key]
+
+
+def prefixes_of(adapter: Adapter, hparams: ROMEMDMHyperParams) -> Sequence[str]:
+    """The context prefixes of an edit: those that the hyperparameters give, or that the model writes when it
+    is first asked.
+    """
+    given = hparams.context_templates
+    return given or context_templates(adapter, hparams.context_template_length_params, hparams.seed)
 
 
 def _write(adapter: Adapter, length: int, n: int, generator: torch.Generator) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from easyedit_mdm.editing.context import context_templates
+from easyedit_mdm.editing.context import prefixes_of
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import EditRequest, Prompt, anchor, locate, target_ids
 from easyedit_mdm.errors import RequestError
@@ -37,9 +37,7 @@ def tokenise(adapter: Adapter, request: EditRequest, hparams: ROMEMDMHyperParams
     Raises:
         RequestError: if the longest row exceeds the model's positions, or the target the metric's canvas.
     """
-    templates = hparams.context_templates or context_templates(
-        adapter, hparams.context_template_length_params, hparams.seed
-    )
+    templates = prefixes_of(adapter, hparams)
     if "{}" not in templates[:1]:
         templates = ["{}", *templates]
     target = target_ids(adapter, request.prompt, request.target_new)

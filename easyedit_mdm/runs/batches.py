@@ -23,12 +23,14 @@ from tqdm import tqdm
 from easyedit_mdm.common.files import append_line, explained, new_folder, write_tensors
 from easyedit_mdm.data.cases import BenchCase
 from easyedit_mdm.editing import Edit
+from easyedit_mdm.editing.context import prefixes_of
 from easyedit_mdm.errors import DataError, EasyEditMDMError, EditError
 from easyedit_mdm.evaluation import perplexity, score_prompts
 from easyedit_mdm.evaluation.records import CaseRecord, EditFigures, Judgement, scores
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.runs.judge import Judge, history, kept
 from easyedit_mdm.runs.methods import BenchMethod, Undo
+from easyedit_mdm.statistics import note_base
 
 # facts of the first batch, of the last one and of the untouched ones that are scored after every batch
 WATCHED = 50
@@ -89,6 +91,8 @@ def run_batches(
     _cut(batches_file(path), finished)
     undos: list[Undo] = []
     try:
+        if finished and plan.keep:
+            _note_base(method)
         for number in range(finished if plan.keep else 0):
             undos.append(_again(method, groups[number], edits_folder(path) / f"{number:05d}"))
         bar = tqdm(groups[finished:], initial=finished, total=len(groups), desc="batches", unit="batch")
@@ -177,6 +181,15 @@ def _edit(
             undo()
             raise
     return figures, undo
+
+
+def _note_base(method: BenchMethod) -> None:
+    """What edits take from the unedited model, taken before finished edits are put back into it: the context
+    prefixes that it writes, and whose second moments count.
+    """
+    if method.session is not None:
+        prefixes_of(method.session.model, method.session.hparams)
+        note_base(method.session.model)
 
 
 def _again(method: BenchMethod, group: Sequence[BenchCase], folder: Path) -> Undo:

@@ -2,7 +2,7 @@
 
 from easyedit_mdm.statistics.collecting import CollectConfig, collect
 from easyedit_mdm.statistics.moments import SecondMoments
-from easyedit_mdm.statistics.store import cache_folder, key_width, moments_for, read
+from easyedit_mdm.statistics.store import cache_folder, key_width, moments_for, note_base, read
 from easyedit_mdm.statistics.texts import TextSource, text_source
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "collect",
     "key_width",
     "moments_for",
+    "note_base",
     "read",
     "text_source",
 ]

@@ -102,6 +102,14 @@ def moments_for(
     return [cache[wanted[site.name]] for site in sites]
 
 
+def note_base(adapter: Adapter) -> None:
+    """Take the model as it is now for the base model, whose statistics edits use from now on. Only where it
+    was not seen before.
+    """
+    if adapter.native not in _FIRST_SEEN:
+        _FIRST_SEEN[adapter.native] = model_fingerprint(adapter.native)
+
+
 def key_width(adapter: Adapter, site: Site) -> int:
     """The number of dimensions of a site's keys."""
     weight = adapter.weight_of(site.name)
