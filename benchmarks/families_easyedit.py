@@ -48,6 +48,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "llada2_moe": {"mask_id": 190, "block": 4},
 }
 
+# where the common settings write no target of three
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fast_dllm_v2": {"fact_token": "last"},
+    "diffusion_gemma": {"v_num_grad_steps": 250},
+}
+
 
 def tokenizer_for(texts: list[str], words: list[str]) -> PreTrainedTokenizerFast:
     """A byte-pair tokenizer with fewer tokens than the checkpoints have, in which some words are one token
@@ -95,6 +101,7 @@ def settings(folder: Path, name: str) -> dict[str, Any]:
         "optimise_through": "weights",
         "kl_factor": 0.0, "mom2_adjustment": False, "context_templates": ["{}"], "early_stop_loss": 0.05,
         "state_schedule": "enumerate", "max_states": 7, "seed": 0, **OPTIONS.get(name, {}),
+        **SETTINGS.get(name, {}),
     }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def lines(
         .draw(0, fact_generator(fact, hparams.seed))
         .revealed
     )
-    tails = [torch.where(revealed, fact.target, model.ids.slot) for revealed in states]
+    tails = [model.hidden.around(fact.target, revealed) for revealed in states]
     rows = SiteRows.of((fact.contexts[0], tail) for tail in tails)
     found = []
     for layer, moment in moments.items():

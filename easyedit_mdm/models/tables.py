@@ -40,7 +40,7 @@ def _row(spec: FamilySpec) -> tuple[str, ...]:
         native,
         _attention(spec),
         "config" if callable(spec.shift) else "yes" if spec.shift else "no",
-        mask if spec.denoises else "",
+        mask if spec.masked else "none: noise" if spec.noised else "",
         _site(spec),
         spec.verified,
     )

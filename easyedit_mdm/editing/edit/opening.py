@@ -54,6 +54,8 @@ def ways_to_open(adapter: Adapter, config: Mapping[str, Any], folder: Path) -> l
 
 def _transformers(adapter: Adapter, config: Mapping[str, Any], folder: Path) -> Way:
     spec = adapter.spec
+    if spec.noised:
+        return _loaded(f"{spec.native}{spec.ending}", "", "A class of transformers' own.")
     if not adapter.masked or spec.bidirectional:
         return _loaded(f"AutoModel{spec.ending or 'ForCausalLM'}", "", "A class of transformers' own.")
     named = config.get("auto_map")
