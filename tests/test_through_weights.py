@@ -8,6 +8,8 @@ import dataclasses
 
 import pytest
 import torch
+from test_batch_methods import hparams as batch_hparams
+from test_batch_methods import statistics  # noqa: F401 - an automatic fixture: statistics of tiny models
 from test_rome import REQUEST, hparams
 
 from easyedit_mdm import EditRequest, make_edit, score_prompts
@@ -135,14 +137,63 @@ def test_states_are_those_that_the_edited_model_meets(tiny):
     assert not torch.allclose(_slots(model, site, *given, [delta], None)[0], really, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "ROME_MDM"])
-def test_other_methods_say_that_they_cannot(method):
-    """What an update does elsewhere is known beforehand for one fact in one layer only: the rest refuses
-    instead of ignoring it.
-    """
-    base = METHODS[method].hparams.from_hparams(f"{method}/twin-llada")
+def test_r_rome_says_that_it_cannot():
+    """Its residual is not delta: it refuses instead of ignoring the setting."""
+    base = METHODS["R-ROME_MDM"].hparams.from_hparams("R-ROME_MDM/twin-llada")
     with pytest.raises(HyperParameterError, match="optimise_through='weights' is not one of activation"):
         dataclasses.replace(base, optimise_through="weights")
+
+
+BATCH_METHODS = [name for name in METHODS if METHODS[name].batchable]
+TWO = [
+    {**REQUEST, "target_new": "red river English"},
+    {"prompt": "Anna is from", "subject": "Anna", "target_new": "good"},
+]
+
+
+@pytest.mark.parametrize("method", BATCH_METHODS)
+def test_several_layers_are_refused(method):
+    """What an update of several layers does is not linear in the values."""
+    base = METHODS[method].hparams.from_hparams(f"{method}/twin-llada")
+    with pytest.raises(HyperParameterError, match="name one layer"):
+        dataclasses.replace(base, optimise_through="weights", layers=[1, 2])
+
+
+def losses_of(model, settings, requests) -> list[float]:
+    """The likelihood's part of each fact's loss, for the model as it is."""
+    facts = [tokenise(model, EditRequest.of(r), settings) for r in requests]
+    site = settled(model, check_modules(model, settings), facts)
+    only = dataclasses.replace(settings, v_num_grad_steps=1, kl_factor=0.0)
+    found = optimise(model, site, facts, torch.ones(len(facts), model.config.hidden_size), only)
+    return [outcome.losses[0] for outcome in found]
+
+
+@pytest.mark.parametrize("family", ["llada", "gpt2", "dream"])
+@pytest.mark.parametrize("method", BATCH_METHODS)
+@pytest.mark.parametrize("changes", [{"inside": True}, {"key_states": "per_state"}, {"key_average": "easyedit"}])
+def test_the_last_losses_are_those_of_all_facts_in_the_weights(
+    tiny, family, method, changes, monkeypatch
+):
+    """One update of two facts: each sees the other's part, at every token. As activations neither does."""
+    model, changes = tiny(family), dict(changes)
+    if changes.pop("inside", False):
+        monkeypatch.setattr(type(model), "ends_block", lambda self, site: False)
+    gap = {}
+    for through in ("weights", "activation"):
+        settings = batch_hparams(
+            method,
+            layers=[1],
+            state_schedule="enumerate",
+            **{**THROUGH, "kl_factor": 0.0, "optimise_through": through},
+            **changes,
+        )
+        edit = METHODS[method].edit(model, [EditRequest.of(r) for r in TWO], settings)
+        last = [fact["losses"][-1] for fact in edit.card["facts"]]
+        edit.apply(model)
+        really = losses_of(model, settings, TWO)
+        edit.revert(model)
+        gap[through] = max(abs(a - b) / b for a, b in zip(really, last))
+    assert gap["weights"] < 1e-4 and gap["activation"] > 1e-3
 
 
 def test_cosine_rates():

@@ -146,6 +146,13 @@ def alphaedit(
     return edit_batch(adapter, requests, hparams, projected(hparams, carried), values, finish)
 
 
+def alphaedit_values(
+    adapter: Adapter, requests: Sequence[EditRequest], hparams: AlphaEditMDMHyperParams
+) -> list[Optimised]:
+    """The optimised values of requests, each as if it were alone, in a model that carries no edits."""
+    return block_values(adapter, requests, hparams, projected(hparams, {}))
+
+
 def _scaled(
     adapter: Adapter, site: Site, facts: list[Fact], hparams: AlphaEditMDMHyperParams
 ) -> Float[Tensor, "inner columns"]:
@@ -158,7 +165,7 @@ METHODS.register("AlphaEdit_MDM")(
         "AlphaEdit_MDM",
         AlphaEditMDMHyperParams,
         alphaedit,
-        block_values,
+        alphaedit_values,
         stands_for="AlphaEdit",
         batchable=True,
         sequential=True,

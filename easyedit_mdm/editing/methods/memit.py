@@ -100,6 +100,22 @@ def memit(
     )
 
 
+def memit_values(
+    adapter: Adapter, requests: Sequence[EditRequest], hparams: MEMITMDMHyperParams
+) -> list[Optimised]:
+    """The optimised values of requests, each as if it were alone."""
+    form = least_squares(hparams.mom2_eps, hparams.mom2_update_weight)
+    return block_values(adapter, requests, hparams, form)
+
+
+def emmet_values(
+    adapter: Adapter, requests: Sequence[EditRequest], hparams: EMMETMDMHyperParams
+) -> list[Optimised]:
+    """The optimised values of requests, each as if it were alone."""
+    weight = hparams.mom2_update_weight * hparams.emmet_lambda
+    return block_values(adapter, requests, hparams, least_squares(hparams.mom2_eps, weight))
+
+
 def emmet(
     adapter: Adapter,
     requests: Sequence[EditRequest],
@@ -112,8 +128,8 @@ def emmet(
 
 
 METHODS.register("MEMIT_MDM")(
-    Method("MEMIT_MDM", MEMITMDMHyperParams, memit, block_values, stands_for="MEMIT", batchable=True)
+    Method("MEMIT_MDM", MEMITMDMHyperParams, memit, memit_values, stands_for="MEMIT", batchable=True)
 )
 METHODS.register("EMMET_MDM")(
-    Method("EMMET_MDM", EMMETMDMHyperParams, emmet, block_values, stands_for="EMMET", batchable=True)
+    Method("EMMET_MDM", EMMETMDMHyperParams, emmet, emmet_values, stands_for="EMMET", batchable=True)
 )

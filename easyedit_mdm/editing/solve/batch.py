@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -58,7 +58,14 @@ class BatchHyperParams(ROMEMDMHyperParams):
 
     ALG_NAME: ClassVar[str] = ""
     KEY_STATES: ClassVar[tuple[str, ...]] = ("full_mask", "average", "per_state")
+    THROUGH: ClassVar[tuple[str, ...]] = ("activation", "weights")
     ONE_LAYER: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """The update of these methods is linear in the values, so that it can be optimised through."""
+        if "THROUGH" not in vars(cls):
+            cls.THROUGH = BatchHyperParams.THROUGH
+        super().__init_subclass__(**kwargs)
 
     def __post_init__(self) -> None:
         if self.context_template_length_params is None:
@@ -79,6 +86,11 @@ class BatchHyperParams(ROMEMDMHyperParams):
             )
         if self.clamp_reference not in ("block", "mlp"):
             raise HyperParameterError(f"clamp_reference={self.clamp_reference!r} is not one of block, mlp")
+        if self.optimise_through == "weights" and len(self.layers) > 1:
+            raise HyperParameterError(
+                f"optimise_through: weights with layers={self.layers}: what an update of several layers does"
+                " depends on the values in another way for each layer; name one layer"
+            )
         self.check_numbers(mom2_update_weight=0)
         self.check_numbers(batch_size=1, whole=True)
 
@@ -135,7 +147,11 @@ def edit_batch(
     last = sites[-1]
     moments = statistics(adapter, sites, hparams)
     before = outputs(adapter, last, facts, hparams)
-    outcomes = values or _optimised(adapter, last, facts, hparams)
+    outcomes = values
+    if not outcomes:
+        through = hparams.optimise_through == "weights"
+        rights = _rights(adapter, last, facts, moments[-1], hparams, closed_form) if through else None
+        outcomes = _optimised(adapter, last, facts, hparams, rights, together=through)
     target = before + torch.stack([o.delta for o in outcomes]).to(before.device)
     changes: list[LowRank] = []
     figures = {}
@@ -191,6 +207,28 @@ def _system(
     )
 
 
+def _rights(
+    adapter: Adapter,
+    site: Site,
+    facts: Sequence[Fact],
+    moments: SecondMoments,
+    hparams: BatchHyperParams,
+    closed_form: ClosedForm,
+) -> Float[Tensor, "facts inner"]:
+    """The r_f of dW = sum_f delta_f r_f^T, the closed form of one layer, where values are optimised through
+    it.
+
+    The residual of a fact's columns is delta_f times the square roots of their weights; what stands on its
+    right depends on keys and statistics alone.
+    """
+    columns = key_columns(adapter, site, facts, hparams)
+    scale = columns.weights.double().sqrt().to(columns.keys.device)
+    nothing = columns.keys.new_zeros(1, len(scale))
+    _, right = closed_form(System(site, columns.keys * scale, nothing, moments))
+    rights = right.new_zeros(len(facts), right.shape[1])
+    return rights.index_add(0, columns.fact.to(right.device), right * scale.to(right)[:, None]).float()
+
+
 def pivots(factor: Float[Tensor, "n n"]) -> float:
     """Smallest over largest pivot of a Cholesky factor: how near the closed form came to dividing by
     nothing.
@@ -200,20 +238,37 @@ def pivots(factor: Float[Tensor, "n n"]) -> float:
 
 
 def block_values(
-    adapter: Adapter, requests: Sequence[EditRequest], hparams: BatchHyperParams
+    adapter: Adapter,
+    requests: Sequence[EditRequest],
+    hparams: BatchHyperParams,
+    closed_form: ClosedForm,
 ) -> list[Optimised]:
     """The optimised values of requests at the last edited layer, each as if it were alone."""
     facts = [tokenise(adapter, request, hparams) for request in requests]
-    return _optimised(adapter, settled(adapter, check_modules(adapter, hparams), facts), facts, hparams)
+    site = settled(adapter, check_modules(adapter, hparams), facts)
+    if hparams.optimise_through != "weights":
+        return _optimised(adapter, site, facts, hparams)
+    moments = statistics(adapter, [site], hparams)[0]
+    rights = [_rights(adapter, site, [fact], moments, hparams, closed_form) for fact in facts]
+    return _optimised(adapter, site, facts, hparams, torch.cat(rights), together=False)
 
 
-def _optimised(adapter: Adapter, site: Site, facts: list[Fact], hparams: BatchHyperParams) -> list[Optimised]:
+def _optimised(
+    adapter: Adapter,
+    site: Site,
+    facts: list[Fact],
+    hparams: BatchHyperParams,
+    rights: Float[Tensor, "facts inner"] | None = None,
+    together: bool = False,
+) -> list[Optimised]:
     return optimise(
         adapter,
         site,
         facts,
         outputs(adapter, site, facts, hparams, block=hparams.clamp_reference == "block"),
         hparams,
+        rights,
+        together,
     )
 
 
