@@ -170,10 +170,10 @@ def losses_of(model, settings, requests) -> list[float]:
 
 @pytest.mark.parametrize("family", ["llada", "gpt2", "dream"])
 @pytest.mark.parametrize("method", BATCH_METHODS)
-@pytest.mark.parametrize("changes", [{"inside": True}, {"key_states": "per_state"}, {"key_average": "easyedit"}])
-def test_the_last_losses_are_those_of_all_facts_in_the_weights(
-    tiny, family, method, changes, monkeypatch
-):
+@pytest.mark.parametrize(
+    "changes", [{"inside": True}, {"key_states": "per_state"}, {"key_average": "easyedit"}]
+)
+def test_the_last_losses_are_those_of_all_facts_in_the_weights(tiny, family, method, changes, monkeypatch):
     """One update of two facts: each sees the other's part, at every token. As activations neither does."""
     model, changes = tiny(family), dict(changes)
     if changes.pop("inside", False):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from easyedit_mdm.editing.edit import Edit, LowRank, keeping, write
 from easyedit_mdm.editing.facts import Fact, tokenise
+from easyedit_mdm.editing.history import History
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import EditRequest, check_requests
 from easyedit_mdm.editing.solve.card import card
@@ -114,6 +115,7 @@ class System:
     figures: dict[str, float] = field(default_factory=dict)
 
 
+Finish = Callable[[list[Site], list[Fact]], None]
 ClosedForm = Callable[[System], tuple[Float[Tensor, "width columns"], Float[Tensor, "columns inner"]]]
 
 
@@ -123,7 +125,7 @@ def edit_batch(
     hparams: BatchHyperParams,
     closed_form: ClosedForm,
     values: Sequence[Optimised] | None = None,
-    finish: Callable[[list[Site], list[Fact]], None] | None = None,
+    finish: Finish | None = None,
 ) -> Edit:
     """Make (not apply) one edit of all requests.
 
@@ -205,6 +207,41 @@ def _system(
         share[:, columns.fact.to(share.device)] * scale,
         moments,
     )
+
+
+def remembered(
+    adapter: Adapter, hparams: BatchHyperParams, history: History | None
+) -> tuple[dict[str, Tensor], Finish]:
+    """Keys of the edits that the model carries, as columns, by site; and what adds a new edit's to the
+    history.
+
+    Args:
+        history: it belongs to whoever edits in sequence; None: there is no sequence.
+
+    Raises:
+        HyperParameterError: for layers whose experts would be others for every fact.
+    """
+    history = History() if history is None else history
+    sites = [adapter.site(layer, hparams.rewrite_module_tmp) for layer in hparams.layers]
+    if any(site.routed for site in sites):
+        raise HyperParameterError(
+            f"{hparams.alg_name} is to remember the keys of earlier edits, and those of experts are others"
+            " for every fact: name the shared expert or a dense layer, or use MEMIT_MDM without keep_edits"
+        )
+    names = [site.weight for site in sites]
+
+    def finish(sites: list[Site], facts: list[Fact]) -> None:
+        """Remember this batch's keys, read with all layers changed."""
+        history.add(adapter, names, {site.name: _scaled(adapter, site, facts, hparams) for site in sites})
+
+    return history.carried(adapter, names), finish
+
+
+def _scaled(
+    adapter: Adapter, site: Site, facts: list[Fact], hparams: BatchHyperParams
+) -> Float[Tensor, "inner columns"]:
+    columns = key_columns(adapter, site, facts, hparams)
+    return columns.keys * columns.weights.double().sqrt().to(columns.keys.device)
 
 
 def _rights(
