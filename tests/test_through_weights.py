@@ -9,7 +9,10 @@ import dataclasses
 import pytest
 import torch
 from test_batch_methods import hparams as batch_hparams
-from test_batch_methods import statistics  # noqa: F401 - an automatic fixture: statistics of tiny models
+from test_batch_methods import (
+    moments_of,
+    statistics,  # noqa: F401 - an automatic fixture: statistics of tiny models
+)
 from test_rome import REQUEST, hparams
 
 from easyedit_mdm import EditRequest, make_edit, score_prompts
@@ -18,6 +21,7 @@ from easyedit_mdm.editing import METHODS
 from easyedit_mdm.editing.facts import tokenise
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import anchor, locate
+from easyedit_mdm.editing.solve.batch import outputs
 from easyedit_mdm.editing.solve.keys import read_keys
 from easyedit_mdm.editing.solve.rank_one import closed_form
 from easyedit_mdm.editing.solve.rollout import _slots
@@ -194,6 +198,40 @@ def test_the_last_losses_are_those_of_all_facts_in_the_weights(tiny, family, met
         edit.revert(model)
         gap[through] = max(abs(a - b) / b for a, b in zip(really, last))
     assert gap["weights"] < 1e-4 and gap["activation"] > 1e-3
+
+
+@pytest.mark.parametrize("method", BATCH_METHODS)
+def test_the_update_elsewhere_is_part_of_the_loss(tiny, method):
+    """mom2_factor: what the losses add to the edited model's own is E ||dW k||^2, in units of ||v_0||."""
+    model, lost = tiny("llada"), {}
+    for factor in (0.0, 3.0):
+        settings = batch_hparams(
+            method,
+            layers=[1],
+            state_schedule="enumerate",
+            mom2_factor=factor,
+            **{**THROUGH, "kl_factor": 0.0},
+        )
+        edit = METHODS[method].edit(model, [EditRequest.of(r) for r in TWO], settings)
+        change = edit.changes[0]
+        facts = [tokenise(model, EditRequest.of(r), settings) for r in TWO]
+        scale = outputs(model, model.site(1), facts, settings).norm(dim=1)
+        left, moment = change.left / scale, moments_of(change.right.shape[1], 1).moment.float()
+        elsewhere = float(torch.einsum("wf,fi,ij,gj,wg->", left, change.right, moment, change.right, left))
+        edit.apply(model)
+        really = sum(losses_of(model, settings, TWO))
+        edit.revert(model)
+        last = sum(fact["losses"][-1] for fact in edit.card["facts"])
+        assert last == pytest.approx(really + factor * elsewhere, rel=1e-4)
+        lost[factor] = elsewhere
+    assert 0 < lost[3.0] < lost[0.0]
+
+
+def test_its_weight_is_refused_for_activations():
+    """There it would do nothing."""
+    base = METHODS["MEMIT_MDM"].hparams.from_hparams("MEMIT_MDM/twin-dream")
+    with pytest.raises(HyperParameterError, match="needs optimise_through: weights"):
+        dataclasses.replace(base, mom2_factor=1.0)
 
 
 def test_cosine_rates():

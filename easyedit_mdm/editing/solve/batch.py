@@ -47,6 +47,8 @@ class BatchHyperParams(ROMEMDMHyperParams):
             which share delta, as least squares weighted like the states.
         clamp_reference: whose norm delta's clamp and decay are measured by: the `block`'s output (MEMIT) or
             the `mlp`'s (ROME).
+        mom2_factor: with `optimise_through: weights`, weight in the loss of what the update adds to the
+            outputs of C's text, E ||dW k||^2 / ||v_0||^2; 0 leaves it to the closed form alone.
         batch_size: requests a batch, for EasyEdit's `batch_edit`.
     """
 
@@ -55,6 +57,7 @@ class BatchHyperParams(ROMEMDMHyperParams):
     # set below, MEMIT's own
     context_template_length_params: list[list[int]] = None  # type: ignore[assignment]
     clamp_reference: str = "block"
+    mom2_factor: int | float = 0.0
     batch_size: int = 1
 
     ALG_NAME: ClassVar[str] = ""
@@ -92,7 +95,12 @@ class BatchHyperParams(ROMEMDMHyperParams):
                 f"optimise_through: weights with layers={self.layers}: what an update of several layers does"
                 " depends on the values in another way for each layer; name one layer"
             )
-        self.check_numbers(mom2_update_weight=0)
+        if self.mom2_factor and self.optimise_through != "weights":
+            raise HyperParameterError(
+                f"mom2_factor={self.mom2_factor} needs optimise_through: weights: as an activation a value"
+                " changes no other text"
+            )
+        self.check_numbers(mom2_update_weight=0, mom2_factor=0)
         self.check_numbers(batch_size=1, whole=True)
 
 
@@ -153,7 +161,8 @@ def edit_batch(
     if not outcomes:
         through = hparams.optimise_through == "weights"
         rights = _rights(adapter, last, facts, moments[-1], hparams, closed_form) if through else None
-        outcomes = _optimised(adapter, last, facts, hparams, rights, together=through)
+        price = None if rights is None else _price(rights, moments[-1], hparams)
+        outcomes = _optimised(adapter, last, facts, hparams, rights, together=through, price=price)
     target = before + torch.stack([o.delta for o in outcomes]).to(before.device)
     changes: list[LowRank] = []
     figures = {}
@@ -266,6 +275,16 @@ def _rights(
     return rights.index_add(0, columns.fact.to(right.device), right * scale.to(right)[:, None]).float()
 
 
+def _price(
+    rights: Float[Tensor, "facts inner"], moments: SecondMoments, hparams: BatchHyperParams
+) -> Float[Tensor, "facts facts"] | None:
+    """r_f^T C r_g, weighted: E ||dW k||^2 is the sum over f and g of (r_f^T C r_g) (delta_f . delta_g)."""
+    if not hparams.mom2_factor:
+        return None
+    double = rights.double().cpu()
+    return (hparams.mom2_factor * double @ moments.moment @ double.T).to(rights)
+
+
 def pivots(factor: Float[Tensor, "n n"]) -> float:
     """Smallest over largest pivot of a Cholesky factor: how near the closed form came to dividing by
     nothing.
@@ -287,7 +306,9 @@ def block_values(
         return _optimised(adapter, site, facts, hparams)
     moments = statistics(adapter, [site], hparams)[0]
     rights = [_rights(adapter, site, [fact], moments, hparams, closed_form) for fact in facts]
-    return _optimised(adapter, site, facts, hparams, torch.cat(rights), together=False)
+    prices = [_price(right, moments, hparams) for right in rights]
+    price = torch.block_diag(*(p for p in prices if p is not None)) if hparams.mom2_factor else None
+    return _optimised(adapter, site, facts, hparams, torch.cat(rights), price=price)
 
 
 def _optimised(
@@ -297,6 +318,7 @@ def _optimised(
     hparams: BatchHyperParams,
     rights: Float[Tensor, "facts inner"] | None = None,
     together: bool = False,
+    price: Float[Tensor, "facts facts"] | None = None,
 ) -> list[Optimised]:
     return optimise(
         adapter,
@@ -306,6 +328,7 @@ def _optimised(
         hparams,
         rights,
         together,
+        price,
     )
 
 

@@ -83,6 +83,7 @@ def optimise(
     hparams: ROMEMDMHyperParams,
     rights: Float[Tensor, "facts inner"] | None = None,
     together: bool = False,
+    price: Float[Tensor, "facts facts"] | None = None,
 ) -> list[Optimised]:
     """Optimise one delta a fact, `facts_per_batch` at a time; a batch that does not fit into memory is
     halved.
@@ -97,19 +98,27 @@ def optimise(
             activation at the site.
         together: the model carries the updates of all facts, not each row its own fact's alone. All facts
             are then optimised at once, and end together.
+        price: what the updates cost elsewhere; sum_fg price_fg (delta_f . delta_g) / (||v_0f|| ||v_0g||) is
+            added to the loss.
 
     Raises:
         OptimisationError: if a loss is not a number; no weight has been touched.
     """
     if together:
-        return _optimise(adapter, site, facts, initial, hparams, rights, together)
+        return _optimise(adapter, site, facts, initial, hparams, rights, together, price)
     done: list[Optimised] = []
     size = min(hparams.facts_per_batch, len(facts))
     while len(done) < len(facts):
         part = slice(len(done), len(done) + size)
         try:
             done += _optimise(
-                adapter, site, facts[part], initial[part], hparams, None if rights is None else rights[part]
+                adapter,
+                site,
+                facts[part],
+                initial[part],
+                hparams,
+                None if rights is None else rights[part],
+                price=None if price is None else price[part, part],
             )
         except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError
             if size == 1 or not _out_of_memory(error):
@@ -134,6 +143,7 @@ def _optimise(
     hparams: ROMEMDMHyperParams,
     rights: Float[Tensor, "facts inner"] | None = None,
     together: bool = False,
+    price: Float[Tensor, "facts facts"] | None = None,
 ) -> list[Optimised]:
     plans = [Plan.of(adapter, fact, hparams.state_schedule, hparams.max_states) for fact in facts]
     deltas = [torch.zeros_like(v, requires_grad=True) for v in initial]
@@ -147,6 +157,7 @@ def _optimise(
         _CausalForward if rights is None and can_keep(adapter) else _Forward
     )  # the weights change what stands before the subject, too
     forward = kind(adapter, site, facts, plans, hparams, rights, together)
+    forward.price = None if price is None else price.to(initial)
     active = list(range(len(facts)))
     with frozen(adapter):
         for step in range(hparams.v_num_grad_steps):
@@ -266,6 +277,7 @@ class _Forward:
         self.fixed = all(plan.fixed for plan in plans)
         self.kept: tuple[list[int], Rows, Tensor] | None = None
         self.anchors: Float[Tensor, "facts vocab"] | None = None
+        self.price: Float[Tensor, "facts facts"] | None = None
         self.count = torch.zeros(
             2, len(facts), dtype=torch.long, device=adapter.device
         )  # forwards, layer-passes
@@ -295,7 +307,11 @@ class _Forward:
             total += loss.detach().to(total.device)
             self._counted(rows, self.adapter.layers - self.layer, 1)
         stacked = torch.stack([deltas[i] for i in active])
-        decay = self.hparams.v_weight_decay * stacked.norm(dim=1) / initial[active].norm(dim=1) ** 2
+        size = initial[active].norm(dim=1)
+        decay = self.hparams.v_weight_decay * stacked.norm(dim=1) / size**2
+        if self.price is not None:
+            scaled = stacked / size[:, None]
+            decay = decay + (scaled * (self.price[active][:, active] @ scaled)).sum(1)
         if backward:
             decay.sum().backward()
         return total + decay.detach().to(total.device)
