@@ -1,8 +1,8 @@
-"""Many facts of the twins' world in one batch, or batch after batch in the same model.
+r"""Many facts of the twins' world in one batch, or batch after batch in the same model.
 
-    python benchmarks/batches/run.py --model twin-llada --arm new --split test --facts 64
-    python benchmarks/batches/run.py --model twin-llada --arm new --split test --facts 200 --batch 16
-    python benchmarks/batches/run.py --table
+    python benchmarks/batches/run.py --model twin-llada --arm "joint, 300" --split test --facts 64
+    python benchmarks/batches/run.py --model twin-llada --arm "joint, 1000, in a row" --split test \
+        --facts 200 --batch 16
 
 Arms stand in `arms.yaml`: changes to the model's MEMIT_MDM file, or a baseline that edits nothing. A line is
 written to `results/SPLIT-MODEL.jsonl` when an arm is finished, with every fact's score; finished ones are
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,6 @@ from easyedit_mdm.twins.world import World
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-SCORES = ("exact", "one_step", "paraphrase", "neighbours", "untouched")
 
 
 def settings(model: str, arm: dict[str, Any]) -> Any:
@@ -76,46 +74,16 @@ def in_context(model: Adapter, pool: Pool) -> dict[str, list[float]]:
     return found
 
 
-def interval(values: list[float], seed: int = 0) -> tuple[float, float]:
-    """95 % by bootstrap over facts."""
-    rng = random.Random(seed)
-    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(2000))
-    return means[50], means[1949]
-
-
-def table() -> None:
-    """Print all results as a table."""
-    print("| split | model | facts | batch | arm | " + " | ".join(SCORES) + " | norm |")
-    print("| --- " * (6 + len(SCORES)) + "|")
-    for path in sorted(RESULTS.glob("*.jsonl")):
-        for line in map(json.loads, path.read_text().splitlines()):
-            cells = []
-            for score in SCORES:
-                values = line["scores"].get(score)
-                if not values:
-                    cells.append("-")
-                    continue
-                low, high = interval(values)
-                cells.append(f"{sum(values) / len(values):.2f} [{low:.2f}, {high:.2f}]")
-            norm = line["scores"].get("norm_ratio")
-            head = [line["split"], f"`{line['model']}`", line["facts"], line["batch"], line["arm"]]
-            print(f"| {' | '.join(map(str, [*head, *cells, '-' if norm is None else round(norm, 1)]))} |")
-
-
 def main() -> None:
-    """Run one arm, or print the table."""
+    """Run some arms."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="twin-llada")
-    parser.add_argument("--arm", nargs="+", default=["new"])
+    parser.add_argument("--arm", nargs="+", default=["file"])
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
     parser.add_argument("--facts", type=int, default=64)
     parser.add_argument("--batch", type=int, help="facts a batch; all in one by default")
     parser.add_argument("--longest", type=int, default=8, help="targets have 1 to this many tokens in turn")
-    parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
-    if args.table:
-        table()
-        return
     torch.set_num_threads(1)
     size, arms = args.batch or args.facts, yaml.safe_load((HERE / "arms.yaml").read_text())
     path = RESULTS / f"{args.split}-{args.model}.jsonl"
