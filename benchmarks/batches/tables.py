@@ -69,11 +69,11 @@ def keys_table() -> str:
         cells = [f"`{path.stem.removeprefix('keys-')}`", line["layer"], line["rank_of_subject_keys"]]
         cells += [line["rank_of_all_keys"], f"{line['bare_key_from_mean_key']:.2f}"]
         for weight in (100, 1000):
-            own, others = by[weight]["own_effect_at_bare_key"], by[weight]["reaches"]["other subject"]
-            cells.append(f"{own:.2f}, {others:.2f}")
+            left, others = by[weight]["residual_at_bare_key"], by[weight]["reaches"]["other subject"]
+            cells.append(f"{left:.2f}, {others:.2f}")
         lines.append(cells)
     head = ["model", "layer", "rank, 164 subjects", "rank, all tokens", "moves"]
-    return rows([*head, "own, others (lambda 100)", "own, others (lambda 1000)"], lines)
+    return rows([*head, "missing, others (lambda 100)", "missing, others (lambda 1000)"], lines)
 
 
 def main() -> None:
