@@ -139,17 +139,19 @@ def system(columns: int, seed: int = 1) -> System:
     return System(Site(0, "x", transposed=False), keys, residual, moments_of(12))
 
 
-def test_memit_is_least_squares():
-    """dW minimises ||dW K - R||^2 + lambda tr(dW C dW^T): equal to a brute-force solution, in which C is data
-    too.
+@pytest.mark.parametrize("carried", [False, True])
+def test_memit_is_least_squares(carried):
+    """dW minimises ||dW K - R||^2 + ||dW K_0||^2 + lambda tr(dW C dW^T): equal to a brute-force solution, in
+    which C is data too.
     """
     task, weight = system(4), 0.3
-    left, right = least_squares(0.0, weight)(task)
+    known = torch.randn(12, 3 if carried else 0, generator=torch.Generator().manual_seed(5)).double()
+    left, right = least_squares(0.0, weight, {"x": known, "y": task.keys})(task)
     root = torch.linalg.cholesky(
         weight * task.moments.moment
     )  # C's own "keys", whose outputs must not change
-    inputs = torch.cat([task.keys, root], dim=1)
-    outputs = torch.cat([task.residual, torch.zeros(5, 12, dtype=torch.float64)], dim=1)
+    inputs = torch.cat([task.keys, known, root], dim=1)
+    outputs = torch.cat([task.residual, torch.zeros(5, known.shape[1] + 12, dtype=torch.float64)], dim=1)
     expected = torch.linalg.lstsq(inputs.T, outputs.T).solution.T
     assert torch.allclose(left @ right, expected, rtol=1e-8, atol=1e-10)
 
@@ -315,11 +317,13 @@ def test_key_states(tiny):
     assert not torch.allclose(changes["per_state"], changes["average"], atol=1e-5)
 
 
-def test_alphaedit_history(tiny):
+@pytest.mark.parametrize("method", BATCHED)
+def test_history(tiny, method):
     """A second edit knows the first one's keys while the model carries it, and forgets them once it is taken
     back.
     """
-    model, settings = tiny("llada"), hparams("AlphaEdit_MDM")
+    model = tiny("llada")
+    settings = hparams(method, **({} if method == "AlphaEdit_MDM" else {"keep_edits": True}))
     alone = make_edit(model, REQUESTS[1], settings).changes[0].dense()
     history = History()
     first = make_edit(model, REQUESTS[0], settings, history)
@@ -331,6 +335,16 @@ def test_alphaedit_history(tiny):
     first.revert(model)
     assert torch.equal(make_edit(model, REQUESTS[1], settings, history).changes[0].dense(), alone)
     assert len(history) == 1
+
+
+@pytest.mark.parametrize("method", ["MEMIT_MDM", "EMMET_MDM"])
+def test_no_history_unless_asked_for(tiny, method):
+    """As in EasyEdit: earlier edits are nothing to a later one."""
+    model, settings, history = tiny("llada"), hparams(method), History()
+    make_edit(model, REQUESTS[0], settings, history).apply(model)
+    without = make_edit(model, REQUESTS[1], settings).changes[0].dense()
+    assert torch.equal(make_edit(model, REQUESTS[1], settings, history).changes[0].dense(), without)
+    assert len(history) == 0
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ ROME_DEFAULTS = {
 BATCH_DEFAULTS = {
     **ROME_DEFAULTS, "mom2_adjustment": True, "mom2_update_weight": 15000,
     "context_template_length_params": [[10, 5]],
-    "clamp_reference": "block", "batch_size": 1,
+    "clamp_reference": "block", "batch_size": 1, "mom2_factor": 0.0,
 }  # fmt: skip
 
 

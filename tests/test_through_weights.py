@@ -8,6 +8,11 @@ import dataclasses
 
 import pytest
 import torch
+from test_batch_methods import hparams as batch_hparams
+from test_batch_methods import (
+    moments_of,
+    statistics,  # noqa: F401 - an automatic fixture: statistics of tiny models
+)
 from test_rome import REQUEST, hparams
 
 from easyedit_mdm import EditRequest, make_edit, score_prompts
@@ -16,6 +21,7 @@ from easyedit_mdm.editing import METHODS
 from easyedit_mdm.editing.facts import tokenise
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import anchor, locate
+from easyedit_mdm.editing.solve.batch import outputs
 from easyedit_mdm.editing.solve.keys import read_keys
 from easyedit_mdm.editing.solve.rank_one import closed_form
 from easyedit_mdm.editing.solve.rollout import _slots
@@ -135,14 +141,97 @@ def test_states_are_those_that_the_edited_model_meets(tiny):
     assert not torch.allclose(_slots(model, site, *given, [delta], None)[0], really, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "ROME_MDM"])
-def test_other_methods_say_that_they_cannot(method):
-    """What an update does elsewhere is known beforehand for one fact in one layer only: the rest refuses
-    instead of ignoring it.
-    """
-    base = METHODS[method].hparams.from_hparams(f"{method}/twin-llada")
+def test_r_rome_says_that_it_cannot():
+    """Its residual is not delta: it refuses instead of ignoring the setting."""
+    base = METHODS["R-ROME_MDM"].hparams.from_hparams("R-ROME_MDM/twin-llada")
     with pytest.raises(HyperParameterError, match="optimise_through='weights' is not one of activation"):
         dataclasses.replace(base, optimise_through="weights")
+
+
+BATCH_METHODS = [name for name in METHODS if METHODS[name].batchable]
+TWO = [
+    {**REQUEST, "target_new": "red river English"},
+    {"prompt": "Anna is from", "subject": "Anna", "target_new": "good"},
+]
+
+
+@pytest.mark.parametrize("method", BATCH_METHODS)
+def test_several_layers_are_refused(method):
+    """What an update of several layers does is not linear in the values."""
+    base = METHODS[method].hparams.from_hparams(f"{method}/twin-llada")
+    with pytest.raises(HyperParameterError, match="name one layer"):
+        dataclasses.replace(base, optimise_through="weights", layers=[1, 2])
+
+
+def losses_of(model, settings, requests) -> list[float]:
+    """The likelihood's part of each fact's loss, for the model as it is."""
+    facts = [tokenise(model, EditRequest.of(r), settings) for r in requests]
+    site = settled(model, check_modules(model, settings), facts)
+    only = dataclasses.replace(settings, v_num_grad_steps=1, kl_factor=0.0)
+    found = optimise(model, site, facts, torch.ones(len(facts), model.config.hidden_size), only)
+    return [outcome.losses[0] for outcome in found]
+
+
+@pytest.mark.parametrize("family", ["llada", "gpt2", "dream"])
+@pytest.mark.parametrize("method", BATCH_METHODS)
+@pytest.mark.parametrize(
+    "changes", [{"inside": True}, {"key_states": "per_state"}, {"key_average": "easyedit"}]
+)
+def test_the_last_losses_are_those_of_all_facts_in_the_weights(tiny, family, method, changes, monkeypatch):
+    """One update of two facts: each sees the other's part, at every token. As activations neither does."""
+    model, changes = tiny(family), dict(changes)
+    if changes.pop("inside", False):
+        monkeypatch.setattr(type(model), "ends_block", lambda self, site: False)
+    gap = {}
+    for through in ("weights", "activation"):
+        settings = batch_hparams(
+            method,
+            layers=[1],
+            state_schedule="enumerate",
+            **{**THROUGH, "kl_factor": 0.0, "optimise_through": through},
+            **changes,
+        )
+        edit = METHODS[method].edit(model, [EditRequest.of(r) for r in TWO], settings)
+        last = [fact["losses"][-1] for fact in edit.card["facts"]]
+        edit.apply(model)
+        really = losses_of(model, settings, TWO)
+        edit.revert(model)
+        gap[through] = max(abs(a - b) / b for a, b in zip(really, last))
+    assert gap["weights"] < 1e-4 and gap["activation"] > 1e-3
+
+
+@pytest.mark.parametrize("method", BATCH_METHODS)
+def test_the_update_elsewhere_is_part_of_the_loss(tiny, method):
+    """mom2_factor: what the losses add to the edited model's own is E ||dW k||^2, in units of ||v_0||."""
+    model, lost = tiny("llada"), {}
+    for factor in (0.0, 3.0):
+        settings = batch_hparams(
+            method,
+            layers=[1],
+            state_schedule="enumerate",
+            mom2_factor=factor,
+            **{**THROUGH, "kl_factor": 0.0},
+        )
+        edit = METHODS[method].edit(model, [EditRequest.of(r) for r in TWO], settings)
+        change = edit.changes[0]
+        facts = [tokenise(model, EditRequest.of(r), settings) for r in TWO]
+        scale = outputs(model, model.site(1), facts, settings).norm(dim=1)
+        left, moment = change.left / scale, moments_of(change.right.shape[1], 1).moment.float()
+        elsewhere = float(torch.einsum("wf,fi,ij,gj,wg->", left, change.right, moment, change.right, left))
+        edit.apply(model)
+        really = sum(losses_of(model, settings, TWO))
+        edit.revert(model)
+        last = sum(fact["losses"][-1] for fact in edit.card["facts"])
+        assert last == pytest.approx(really + factor * elsewhere, rel=1e-4)
+        lost[factor] = elsewhere
+    assert 0 < lost[3.0] < lost[0.0]
+
+
+def test_its_weight_is_refused_for_activations():
+    """There it would do nothing."""
+    base = METHODS["MEMIT_MDM"].hparams.from_hparams("MEMIT_MDM/twin-dream")
+    with pytest.raises(HyperParameterError, match="needs optimise_through: weights"):
+        dataclasses.replace(base, mom2_factor=1.0)
 
 
 def test_cosine_rates():

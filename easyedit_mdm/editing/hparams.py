@@ -149,8 +149,8 @@ class ComparisonHyperParams:
             `subject_last`, the token after the subject, as EasyEdit's ROME has it.
         early_stop_on: `cycle`, or `drawn`: the loss of the states of one step alone, which may be easy ones.
         optimise_through: `activation`: delta is put in at the subject's token alone while it is optimised, as
-            ROME does; `weights`: as the finished rank-one update will put it in, at every token (ROME_MDM
-            only; `easyedit_mdm.editing.solve.rank_one`).
+            ROME does; `weights`: as the finished update will put it in, at every token (ROME_MDM, and the
+            batched methods in one layer; `easyedit_mdm.editing.solve.value`).
         v_lr_schedule: `constant`, or `cosine`: v_lr falls to 0 over v_num_grad_steps, which calms long
             optimisations.
     """

@@ -96,6 +96,17 @@ def writing_through(module: nn.Module, rights: Tensor, lefts: Tensor) -> Iterato
         yield
 
 
+@contextmanager
+def writing_all_through(module: nn.Module, rights: Tensor, lefts: Tensor) -> Iterator[None]:
+    """Let every row see `module` with the same changes of its weight, the sum over f of left_f right_f^T.
+
+    Args:
+        rights: (changes x inner); lefts: (changes x width). Gradients go into `lefts`.
+    """
+    with _hooked(module, lambda args, out: spread_all_over(out, reaches_of(args[0], rights), lefts)):
+        yield
+
+
 def reach_of(entering: Tensor, rights: Tensor) -> Tensor:
     """How much of a rank-one change arrives at each position (rows x length), in float32, given what enters
     the changed map there.
@@ -108,6 +119,18 @@ def spread_over(hidden: Tensor, reach: Tensor, values: Tensor) -> Tensor:
     `reach` (rows x length) says.
     """
     return hidden + (reach.to(hidden.device)[..., None] * values.to(hidden.device)[:, None]).to(hidden.dtype)
+
+
+def reaches_of(entering: Tensor, rights: Tensor) -> Tensor:
+    """`reach_of` for changes that every row sees: (rows x length x changes), `rights` being (changes x
+    inner).
+    """
+    return entering.float() @ rights.to(entering.device, torch.float32).T
+
+
+def spread_all_over(hidden: Tensor, reaches: Tensor, values: Tensor) -> Tensor:
+    """`spread_over` for changes that every row sees, `values` being (changes x width)."""
+    return hidden + (reaches.to(hidden.device) @ values.to(hidden.device, reaches.dtype)).to(hidden.dtype)
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from easyedit_mdm.editing.edit import Edit
-from easyedit_mdm.editing.facts import Fact
 from easyedit_mdm.editing.history import History
 from easyedit_mdm.editing.methods._registry import METHODS, Method
 from easyedit_mdm.editing.request import EditRequest
@@ -30,12 +29,11 @@ from easyedit_mdm.editing.solve.batch import (
     block_values,
     edit_batch,
     pivots,
+    remembered,
 )
-from easyedit_mdm.editing.solve.keys import key_columns
 from easyedit_mdm.editing.solve.value import Optimised
 from easyedit_mdm.errors import HyperParameterError, StatisticsError
 from easyedit_mdm.models import Adapter
-from easyedit_mdm.models.adapter import Site
 from easyedit_mdm.statistics import SecondMoments
 
 
@@ -129,28 +127,15 @@ def alphaedit(
         history: keys of the edits that the model carries; it belongs to whoever edits in sequence, and is
             added to here.
     """
-    history = History() if history is None else history
-    sites = [adapter.site(layer, hparams.rewrite_module_tmp) for layer in hparams.layers]
-    if any(site.routed for site in sites):
-        raise HyperParameterError(
-            "AlphaEdit_MDM remembers the keys of earlier edits, and those of experts are others for every"
-            " fact: name the shared expert or a dense layer, or use MEMIT_MDM"
-        )
-    names = [site.weight for site in sites]
-    carried = history.carried(adapter, names)
-
-    def finish(sites: list[Site], facts: list[Fact]) -> None:
-        """Remember this batch's keys, read with all layers changed."""
-        history.add(adapter, names, {site.name: _scaled(adapter, site, facts, hparams) for site in sites})
-
+    carried, finish = remembered(adapter, hparams, history)
     return edit_batch(adapter, requests, hparams, projected(hparams, carried), values, finish)
 
 
-def _scaled(
-    adapter: Adapter, site: Site, facts: list[Fact], hparams: AlphaEditMDMHyperParams
-) -> Float[Tensor, "inner columns"]:
-    columns = key_columns(adapter, site, facts, hparams)
-    return columns.keys * columns.weights.double().sqrt().to(columns.keys.device)
+def alphaedit_values(
+    adapter: Adapter, requests: Sequence[EditRequest], hparams: AlphaEditMDMHyperParams
+) -> list[Optimised]:
+    """The optimised values of requests, each as if it were alone, in a model that carries no edits."""
+    return block_values(adapter, requests, hparams, projected(hparams, {}))
 
 
 METHODS.register("AlphaEdit_MDM")(
@@ -158,7 +143,7 @@ METHODS.register("AlphaEdit_MDM")(
         "AlphaEdit_MDM",
         AlphaEditMDMHyperParams,
         alphaedit,
-        block_values,
+        alphaedit_values,
         stands_for="AlphaEdit",
         batchable=True,
         sequential=True,

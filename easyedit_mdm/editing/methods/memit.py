@@ -9,12 +9,20 @@ MEMIT is the least squares of all facts and C. EMMET writes every fact to the le
 
 By Woodbury's identity both are R (K^T A + nu I)^-1 A^T with A = C^-1 K, and nu = lambda or lambda mu: C is
 factored once, and a batch of n facts costs an n x n system.
+
+With `keep_edits` the keys K_0 of the edits that the model carries stand beside K, with residuals of 0:
+
+    dW = R K^T (lambda C + K_0 K_0^T + K K^T)^-1,
+
+the least squares that also leave earlier edits alone (the K_p of AlphaEdit, arXiv 2410.02355, without its
+projection).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -22,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from easyedit_mdm.editing.edit import Edit
+from easyedit_mdm.editing.history import History
 from easyedit_mdm.editing.methods._registry import METHODS, Method
 from easyedit_mdm.editing.request import EditRequest
 from easyedit_mdm.editing.solve.batch import (
@@ -31,6 +40,7 @@ from easyedit_mdm.editing.solve.batch import (
     block_values,
     edit_batch,
     pivots,
+    remembered,
 )
 from easyedit_mdm.editing.solve.value import Optimised
 from easyedit_mdm.errors import StatisticsError
@@ -38,15 +48,27 @@ from easyedit_mdm.models import Adapter
 
 
 @dataclass
-class MEMITMDMHyperParams(BatchHyperParams):
-    """MEMIT_MDM's hyperparameters: see `BatchHyperParams`."""
+class SquaresHyperParams(BatchHyperParams):
+    """What MEMIT_MDM's and EMMET_MDM's hyperparameters have in common: see `BatchHyperParams`.
+
+    Attributes:
+        keep_edits: whether the keys of the edits that the model carries are kept where they are, in a
+            sequence; off as in EasyEdit.
+    """
+
+    keep_edits: bool = False
+
+
+@dataclass
+class MEMITMDMHyperParams(SquaresHyperParams):
+    """MEMIT_MDM's hyperparameters: see `SquaresHyperParams`."""
 
     ALG_NAME: ClassVar[str] = "MEMIT_MDM"
 
 
 @dataclass
-class EMMETMDMHyperParams(BatchHyperParams):
-    """EMMET_MDM's hyperparameters: see `BatchHyperParams`.
+class EMMETMDMHyperParams(SquaresHyperParams):
+    """EMMET_MDM's hyperparameters: see `SquaresHyperParams`.
 
     Attributes:
         emmet_lambda: mu; 0 makes every fact an equality, which linearly dependent keys make impossible.
@@ -62,8 +84,12 @@ class EMMETMDMHyperParams(BatchHyperParams):
         self.check_numbers(emmet_lambda=0)
 
 
-def least_squares(eps: int | float, nu: int | float) -> ClosedForm:
-    """R (K^T C^-1 K + nu I)^-1 K^T C^-1, with C ridged by `eps`."""
+def least_squares(
+    eps: int | float, nu: int | float, carried: Mapping[str, Float[Tensor, "inner _"]] = MappingProxyType({})
+) -> ClosedForm:
+    """R (K^T C^-1 K + nu I)^-1 K^T C^-1, with C ridged by `eps`; `carried`: keys, by site, that are to stay
+    where they are.
+    """
 
     def closed_form(system: System) -> tuple[Float[Tensor, "width columns"], Float[Tensor, "columns inner"]]:
         """R and the rest.
@@ -71,8 +97,10 @@ def least_squares(eps: int | float, nu: int | float) -> ClosedForm:
         Raises:
             StatisticsError: if the system is singular.
         """
-        solved = system.moments.solve(system.keys, eps)
-        gram = system.keys.T @ solved
+        known = carried.get(system.site.name, system.keys[:, :0])
+        keys = torch.cat([system.keys, known.to(system.keys)], dim=1)
+        solved = system.moments.solve(keys, eps)
+        gram = keys.T @ solved
         gram = (gram + gram.T) / 2 + nu * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         factor, wrong = torch.linalg.cholesky_ex(gram)
         least = 1e-13 * gram.diagonal().max()  # pivots this small are rounding errors of a singular matrix
@@ -83,7 +111,7 @@ def least_squares(eps: int | float, nu: int | float) -> ClosedForm:
                 " (mom2_update_weight, emmet_lambda) or fewer facts a batch"
             )
         system.figures["denominator"] = pivots(factor)
-        return system.residual, torch.cholesky_solve(solved.T, factor)
+        return system.residual, torch.cholesky_solve(solved.T, factor)[: system.keys.shape[1]]
 
     return closed_form
 
@@ -93,11 +121,41 @@ def memit(
     requests: Sequence[EditRequest],
     hparams: MEMITMDMHyperParams,
     values: Sequence[Optimised] | None = None,
+    history: History | None = None,
 ) -> Edit:
     """Make (not apply) one edit of all requests, by least squares."""
-    return edit_batch(
-        adapter, requests, hparams, least_squares(hparams.mom2_eps, hparams.mom2_update_weight), values
-    )
+    return _edit(adapter, requests, hparams, hparams.mom2_update_weight, values, history)
+
+
+def _edit(
+    adapter: Adapter,
+    requests: Sequence[EditRequest],
+    hparams: SquaresHyperParams,
+    nu: int | float,
+    values: Sequence[Optimised] | None,
+    history: History | None,
+) -> Edit:
+    if not hparams.keep_edits:
+        return edit_batch(adapter, requests, hparams, least_squares(hparams.mom2_eps, nu), values)
+    carried, finish = remembered(adapter, hparams, history)
+    form = least_squares(hparams.mom2_eps, nu, carried)
+    return edit_batch(adapter, requests, hparams, form, values, finish)
+
+
+def memit_values(
+    adapter: Adapter, requests: Sequence[EditRequest], hparams: MEMITMDMHyperParams
+) -> list[Optimised]:
+    """The optimised values of requests, each as if it were alone."""
+    form = least_squares(hparams.mom2_eps, hparams.mom2_update_weight)
+    return block_values(adapter, requests, hparams, form)
+
+
+def emmet_values(
+    adapter: Adapter, requests: Sequence[EditRequest], hparams: EMMETMDMHyperParams
+) -> list[Optimised]:
+    """The optimised values of requests, each as if it were alone."""
+    weight = hparams.mom2_update_weight * hparams.emmet_lambda
+    return block_values(adapter, requests, hparams, least_squares(hparams.mom2_eps, weight))
 
 
 def emmet(
@@ -105,15 +163,32 @@ def emmet(
     requests: Sequence[EditRequest],
     hparams: EMMETMDMHyperParams,
     values: Sequence[Optimised] | None = None,
+    history: History | None = None,
 ) -> Edit:
     """Make (not apply) one edit of all requests, each an equality (up to `emmet_lambda`)."""
     weight = hparams.mom2_update_weight * hparams.emmet_lambda
-    return edit_batch(adapter, requests, hparams, least_squares(hparams.mom2_eps, weight), values)
+    return _edit(adapter, requests, hparams, weight, values, history)
 
 
 METHODS.register("MEMIT_MDM")(
-    Method("MEMIT_MDM", MEMITMDMHyperParams, memit, block_values, stands_for="MEMIT", batchable=True)
+    Method(
+        "MEMIT_MDM",
+        MEMITMDMHyperParams,
+        memit,
+        memit_values,
+        stands_for="MEMIT",
+        batchable=True,
+        sequential=True,
+    )
 )
 METHODS.register("EMMET_MDM")(
-    Method("EMMET_MDM", EMMETMDMHyperParams, emmet, block_values, stands_for="EMMET", batchable=True)
+    Method(
+        "EMMET_MDM",
+        EMMETMDMHyperParams,
+        emmet,
+        emmet_values,
+        stands_for="EMMET",
+        batchable=True,
+        sequential=True,
+    )
 )

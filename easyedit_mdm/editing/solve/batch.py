@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from easyedit_mdm.editing.edit import Edit, LowRank, keeping, write
 from easyedit_mdm.editing.facts import Fact, tokenise
+from easyedit_mdm.editing.history import History
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import EditRequest, check_requests
 from easyedit_mdm.editing.solve.card import card
@@ -46,6 +47,8 @@ class BatchHyperParams(ROMEMDMHyperParams):
             which share delta, as least squares weighted like the states.
         clamp_reference: whose norm delta's clamp and decay are measured by: the `block`'s output (MEMIT) or
             the `mlp`'s (ROME).
+        mom2_factor: with `optimise_through: weights`, weight in the loss of what the update adds to the
+            outputs of C's text, E ||dW k||^2 / ||v_0||^2; 0 leaves it to the closed form alone.
         batch_size: requests a batch, for EasyEdit's `batch_edit`.
     """
 
@@ -54,11 +57,19 @@ class BatchHyperParams(ROMEMDMHyperParams):
     # set below, MEMIT's own
     context_template_length_params: list[list[int]] = None  # type: ignore[assignment]
     clamp_reference: str = "block"
+    mom2_factor: int | float = 0.0
     batch_size: int = 1
 
     ALG_NAME: ClassVar[str] = ""
     KEY_STATES: ClassVar[tuple[str, ...]] = ("full_mask", "average", "per_state")
+    THROUGH: ClassVar[tuple[str, ...]] = ("activation", "weights")
     ONE_LAYER: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """The update of these methods is linear in the values, so that it can be optimised through."""
+        if "THROUGH" not in vars(cls):
+            cls.THROUGH = BatchHyperParams.THROUGH
+        super().__init_subclass__(**kwargs)
 
     def __post_init__(self) -> None:
         if self.context_template_length_params is None:
@@ -79,7 +90,17 @@ class BatchHyperParams(ROMEMDMHyperParams):
             )
         if self.clamp_reference not in ("block", "mlp"):
             raise HyperParameterError(f"clamp_reference={self.clamp_reference!r} is not one of block, mlp")
-        self.check_numbers(mom2_update_weight=0)
+        if self.optimise_through == "weights" and len(self.layers) > 1:
+            raise HyperParameterError(
+                f"optimise_through: weights with layers={self.layers}: what an update of several layers does"
+                " depends on the values in another way for each layer; name one layer"
+            )
+        if self.mom2_factor and self.optimise_through != "weights":
+            raise HyperParameterError(
+                f"mom2_factor={self.mom2_factor} needs optimise_through: weights: as an activation a value"
+                " changes no other text"
+            )
+        self.check_numbers(mom2_update_weight=0, mom2_factor=0)
         self.check_numbers(batch_size=1, whole=True)
 
 
@@ -102,6 +123,7 @@ class System:
     figures: dict[str, float] = field(default_factory=dict)
 
 
+Finish = Callable[[list[Site], list[Fact]], None]
 ClosedForm = Callable[[System], tuple[Float[Tensor, "width columns"], Float[Tensor, "columns inner"]]]
 
 
@@ -111,7 +133,7 @@ def edit_batch(
     hparams: BatchHyperParams,
     closed_form: ClosedForm,
     values: Sequence[Optimised] | None = None,
-    finish: Callable[[list[Site], list[Fact]], None] | None = None,
+    finish: Finish | None = None,
 ) -> Edit:
     """Make (not apply) one edit of all requests.
 
@@ -135,7 +157,12 @@ def edit_batch(
     last = sites[-1]
     moments = statistics(adapter, sites, hparams)
     before = outputs(adapter, last, facts, hparams)
-    outcomes = values or _optimised(adapter, last, facts, hparams)
+    outcomes = values
+    if not outcomes:
+        through = hparams.optimise_through == "weights"
+        rights = _rights(adapter, last, facts, moments[-1], hparams, closed_form) if through else None
+        price = None if rights is None else _price(rights, moments[-1], hparams)
+        outcomes = _optimised(adapter, last, facts, hparams, rights, together=through, price=price)
     target = before + torch.stack([o.delta for o in outcomes]).to(before.device)
     changes: list[LowRank] = []
     figures = {}
@@ -191,6 +218,73 @@ def _system(
     )
 
 
+def remembered(
+    adapter: Adapter, hparams: BatchHyperParams, history: History | None
+) -> tuple[dict[str, Tensor], Finish]:
+    """Keys of the edits that the model carries, as columns, by site; and what adds a new edit's to the
+    history.
+
+    Args:
+        history: it belongs to whoever edits in sequence; None: there is no sequence.
+
+    Raises:
+        HyperParameterError: for layers whose experts would be others for every fact.
+    """
+    history = History() if history is None else history
+    sites = [adapter.site(layer, hparams.rewrite_module_tmp) for layer in hparams.layers]
+    if any(site.routed for site in sites):
+        raise HyperParameterError(
+            f"{hparams.alg_name} is to remember the keys of earlier edits, and those of experts are others"
+            " for every fact: name the shared expert or a dense layer, or use MEMIT_MDM without keep_edits"
+        )
+    names = [site.weight for site in sites]
+
+    def finish(sites: list[Site], facts: list[Fact]) -> None:
+        """Remember this batch's keys, read with all layers changed."""
+        history.add(adapter, names, {site.name: _scaled(adapter, site, facts, hparams) for site in sites})
+
+    return history.carried(adapter, names), finish
+
+
+def _scaled(
+    adapter: Adapter, site: Site, facts: list[Fact], hparams: BatchHyperParams
+) -> Float[Tensor, "inner columns"]:
+    columns = key_columns(adapter, site, facts, hparams)
+    return columns.keys * columns.weights.double().sqrt().to(columns.keys.device)
+
+
+def _rights(
+    adapter: Adapter,
+    site: Site,
+    facts: Sequence[Fact],
+    moments: SecondMoments,
+    hparams: BatchHyperParams,
+    closed_form: ClosedForm,
+) -> Float[Tensor, "facts inner"]:
+    """The r_f of dW = sum_f delta_f r_f^T, the closed form of one layer, where values are optimised through
+    it.
+
+    The residual of a fact's columns is delta_f times the square roots of their weights; what stands on its
+    right depends on keys and statistics alone.
+    """
+    columns = key_columns(adapter, site, facts, hparams)
+    scale = columns.weights.double().sqrt().to(columns.keys.device)
+    nothing = columns.keys.new_zeros(1, len(scale))
+    _, right = closed_form(System(site, columns.keys * scale, nothing, moments))
+    rights = right.new_zeros(len(facts), right.shape[1])
+    return rights.index_add(0, columns.fact.to(right.device), right * scale.to(right)[:, None]).float()
+
+
+def _price(
+    rights: Float[Tensor, "facts inner"], moments: SecondMoments, hparams: BatchHyperParams
+) -> Float[Tensor, "facts facts"] | None:
+    """r_f^T C r_g, weighted: E ||dW k||^2 is the sum over f and g of (r_f^T C r_g) (delta_f . delta_g)."""
+    if not hparams.mom2_factor:
+        return None
+    double = rights.double().cpu()
+    return (hparams.mom2_factor * double @ moments.moment @ double.T).to(rights)
+
+
 def pivots(factor: Float[Tensor, "n n"]) -> float:
     """Smallest over largest pivot of a Cholesky factor: how near the closed form came to dividing by
     nothing.
@@ -200,20 +294,41 @@ def pivots(factor: Float[Tensor, "n n"]) -> float:
 
 
 def block_values(
-    adapter: Adapter, requests: Sequence[EditRequest], hparams: BatchHyperParams
+    adapter: Adapter,
+    requests: Sequence[EditRequest],
+    hparams: BatchHyperParams,
+    closed_form: ClosedForm,
 ) -> list[Optimised]:
     """The optimised values of requests at the last edited layer, each as if it were alone."""
     facts = [tokenise(adapter, request, hparams) for request in requests]
-    return _optimised(adapter, settled(adapter, check_modules(adapter, hparams), facts), facts, hparams)
+    site = settled(adapter, check_modules(adapter, hparams), facts)
+    if hparams.optimise_through != "weights":
+        return _optimised(adapter, site, facts, hparams)
+    moments = statistics(adapter, [site], hparams)[0]
+    rights = [_rights(adapter, site, [fact], moments, hparams, closed_form) for fact in facts]
+    prices = [_price(right, moments, hparams) for right in rights]
+    price = torch.block_diag(*(p for p in prices if p is not None)) if hparams.mom2_factor else None
+    return _optimised(adapter, site, facts, hparams, torch.cat(rights), price=price)
 
 
-def _optimised(adapter: Adapter, site: Site, facts: list[Fact], hparams: BatchHyperParams) -> list[Optimised]:
+def _optimised(
+    adapter: Adapter,
+    site: Site,
+    facts: list[Fact],
+    hparams: BatchHyperParams,
+    rights: Float[Tensor, "facts inner"] | None = None,
+    together: bool = False,
+    price: Float[Tensor, "facts facts"] | None = None,
+) -> list[Optimised]:
     return optimise(
         adapter,
         site,
         facts,
         outputs(adapter, site, facts, hparams, block=hparams.clamp_reference == "block"),
         hparams,
+        rights,
+        together,
+        price,
     )
 
 

@@ -16,7 +16,7 @@ from easyedit_mdm.editing.facts import Fact
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
 from easyedit_mdm.models.geometry import right_padded
-from easyedit_mdm.models.hooks import adding_at, writing_through
+from easyedit_mdm.models.hooks import adding_at, writing_all_through, writing_through
 
 
 @torch.no_grad()
@@ -27,6 +27,7 @@ def rolled_out(
     deltas: Sequence[Tensor],
     plans: Sequence[Schedule] | Mapping[int, Schedule],
     rights: Float[Tensor, "facts inner"] | None = None,
+    together: bool = False,
 ) -> dict[int, States]:
     """For each fact (by number) its N states, from nothing revealed to one slot left; at most `plans[i].most`
     of them, spread evenly.
@@ -35,9 +36,10 @@ def rolled_out(
     those of the open
     block: its right token, or the model's own. The best token is the best of those that the sampler may
     write. All facts go
-    through the model together: as many passes as the longest target has tokens. `rights`: see
-    `easyedit_mdm.editing.solve.value.optimise`.
+    through the model together: as many passes as the longest target has tokens. `rights`, `together`: see
+    `easyedit_mdm.editing.solve.value.optimise`; `deltas` and `rights` are those of all facts.
     """
+    shared = (rights, torch.stack(list(deltas))) if together and rights is not None else None
     revealed = {i: torch.zeros(len(f.target), dtype=torch.bool) for i, f in facts.items()}
     shown = {i: f.target.clone() for i, f in facts.items()}
     blocks = {
@@ -52,8 +54,8 @@ def rolled_out(
             [shown[i] for i in going],
             [deltas[i] for i in going],
         )
-        through = None if rights is None else rights[going]
-        for i, logits in zip(going, _slots(adapter, site, *given, through, step)):
+        through = None if rights is None or together else rights[going]
+        for i, logits in zip(going, _slots(adapter, site, *given, through, step, shared)):
             scored = ~revealed[i] & torch.tensor(blocks[i].inside(step))
             met[i].append((revealed[i].clone(), scored, shown[i].clone()))
             token = writable(adapter, logits).argmax(-1)
@@ -81,10 +83,12 @@ def _slots(
     deltas: Sequence[Float[Tensor, " width"]],
     rights: Float[Tensor, "going inner"] | None,
     draw: int,
+    shared: tuple[Float[Tensor, "facts inner"], Float[Tensor, "facts width"]] | None = None,
 ) -> list[Float[Tensor, "_ vocab"]]:
     """Logits at each fact's slots, with its delta at the subject's token, or in the weights.
 
-    `draw`: number of the draw of noise, where hidden slots show it.
+    `draw`: number of the draw of noise, where hidden slots show it. `shared`: with the changes (rights,
+    deltas) of all facts in the weights.
     """
     tails = [adapter.behind(s, r, draw) for r, s in zip(revealed, shown)]
     ids, mask = right_padded(
@@ -97,6 +101,12 @@ def _slots(
     at = (start[:, None] + torch.arange(most)).clamp(max=ids.shape[1] - 1).to(ids.device)
     where = torch.tensor([f.contexts[0].site for f in facts])
     module, added = adapter.module(site.name), torch.stack(list(deltas))
-    with adding_at(module, where, added) if rights is None else writing_through(module, rights, added):
+    with (
+        writing_all_through(module, *shared)
+        if shared is not None
+        else adding_at(module, where, added)
+        if rights is None
+        else writing_through(module, rights, added)
+    ):
         logits = adapter.token_logits(ids, mask, at=at, canvas=start.to(ids.device)).float().cpu()
     return [row[: len(tail)] for row, tail in zip(logits, tails)]

@@ -33,8 +33,9 @@ class Rows:
         anchor: whether the row is its fact's KL anchor (read at its first slot).
         turn, period: a row counts at step t only if t mod period is turn; turn is -1 for rows that always
             count.
-        reach: how much of delta arrives at each position, where it is optimised through the weights;
-            otherwise it is put in at `site`.
+        reach: how much of delta arrives at each position, where it is optimised through the weights (with a
+            last dimension, of every fact's delta, where the facts share one update); otherwise it is put in
+            at `site`.
     """
 
     ids: Int[Tensor, "rows length"]
@@ -48,7 +49,7 @@ class Rows:
     anchor: Bool[Tensor, " rows"]
     turn: Int[Tensor, " rows"]
     period: Int[Tensor, " rows"]
-    reach: Float[Tensor, "rows length"] | None = None
+    reach: Float[Tensor, "rows length *facts"] | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]

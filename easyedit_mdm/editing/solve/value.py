@@ -7,7 +7,8 @@ is ROME's equation (4) (arXiv 2202.05262), its first term taken over the states 
 `full_mask`, or on an autoregressive model, it is ROME's own. delta is kept within clamp_norm_factor ||v_0||.
 ROME puts delta in at the subject's token alone, but its rank-one update dW = delta r^T also adds (r . k)
 delta at every other position, k being what enters the map there; with `optimise_through: weights` the loss is
-that of the model so changed. The optimisation is batched over facts; a fact that has converged leaves the
+that of the model so changed. Facts that share one update dW = sum_f delta_f r_f^T see all of it, and are
+optimised jointly. The optimisation is batched over facts; a fact that has converged leaves the
 batch. What lies below delta is computed once where the states stay the same from step to step: all layers up
 to the edited one, whose own output delta is added to, wherever the site's output goes into the residual
 stream as it is.
@@ -39,8 +40,11 @@ from easyedit_mdm.models.hooks import (
     adding_at,
     frozen,
     reach_of,
+    reaches_of,
     reading_input,
+    spread_all_over,
     spread_over,
+    writing_all_through,
     writing_through,
 )
 from easyedit_mdm.models.prefix import Prefix, can_keep, logits_after, read_prefix
@@ -78,6 +82,8 @@ def optimise(
     initial: Float[Tensor, "facts width"],
     hparams: ROMEMDMHyperParams,
     rights: Float[Tensor, "facts inner"] | None = None,
+    together: bool = False,
+    price: Float[Tensor, "facts facts"] | None = None,
 ) -> list[Optimised]:
     """Optimise one delta a fact, `facts_per_batch` at a time; a batch that does not fit into memory is
     halved.
@@ -90,17 +96,29 @@ def optimise(
             the bare prompt.
         rights: the r of each fact's update delta r^T, through which delta is then optimised; None: as an
             activation at the site.
+        together: the model carries the updates of all facts, not each row its own fact's alone. All facts
+            are then optimised at once, and end together.
+        price: what the updates cost elsewhere; sum_fg price_fg (delta_f . delta_g) / (||v_0f|| ||v_0g||) is
+            added to the loss.
 
     Raises:
         OptimisationError: if a loss is not a number; no weight has been touched.
     """
+    if together:
+        return _optimise(adapter, site, facts, initial, hparams, rights, together, price)
     done: list[Optimised] = []
     size = min(hparams.facts_per_batch, len(facts))
     while len(done) < len(facts):
         part = slice(len(done), len(done) + size)
         try:
             done += _optimise(
-                adapter, site, facts[part], initial[part], hparams, None if rights is None else rights[part]
+                adapter,
+                site,
+                facts[part],
+                initial[part],
+                hparams,
+                None if rights is None else rights[part],
+                price=None if price is None else price[part, part],
             )
         except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError
             if size == 1 or not _out_of_memory(error):
@@ -124,6 +142,8 @@ def _optimise(
     initial: Float[Tensor, "facts width"],
     hparams: ROMEMDMHyperParams,
     rights: Float[Tensor, "facts inner"] | None = None,
+    together: bool = False,
+    price: Float[Tensor, "facts facts"] | None = None,
 ) -> list[Optimised]:
     plans = [Plan.of(adapter, fact, hparams.state_schedule, hparams.max_states) for fact in facts]
     deltas = [torch.zeros_like(v, requires_grad=True) for v in initial]
@@ -136,14 +156,16 @@ def _optimise(
     kind = (
         _CausalForward if rights is None and can_keep(adapter) else _Forward
     )  # the weights change what stands before the subject, too
-    forward = kind(adapter, site, facts, plans, hparams, rights)
+    forward = kind(adapter, site, facts, plans, hparams, rights, together)
+    forward.price = None if price is None else price.to(initial)
     active = list(range(len(facts)))
     with frozen(adapter):
         for step in range(hparams.v_num_grad_steps):
             optimizer.zero_grad()
             last = step == hparams.v_num_grad_steps - 1
             losses = forward.losses(step, active, deltas, initial, backward=not last)
-            active = _record(losses, active, done, recent, hparams, step)
+            going = _record(losses, active, done, recent, hparams, step)
+            active = active if together and going else going
             if last or not active:
                 break
             for i in set(range(len(facts))) - set(active):
@@ -245,21 +267,17 @@ class _Forward:
         plans: list[Plan],
         hparams: ROMEMDMHyperParams,
         rights: Float[Tensor, "facts inner"] | None = None,
+        together: bool = False,
     ):
-        self.adapter, self.site, self.facts, self.plans, self.hparams, self.rights = (
-            adapter,
-            site,
-            facts,
-            plans,
-            hparams,
-            rights,
-        )
+        self.adapter, self.site, self.facts, self.plans = adapter, site, facts, plans
+        self.hparams, self.rights, self.together = hparams, rights, together
         self.above = adapter.ends_block(site)
         self.layer = site.layer + self.above
         self.generators = [fact_generator(fact, hparams.seed) for fact in facts]
         self.fixed = all(plan.fixed for plan in plans)
         self.kept: tuple[list[int], Rows, Tensor] | None = None
         self.anchors: Float[Tensor, "facts vocab"] | None = None
+        self.price: Float[Tensor, "facts facts"] | None = None
         self.count = torch.zeros(
             2, len(facts), dtype=torch.long, device=adapter.device
         )  # forwards, layer-passes
@@ -289,7 +307,11 @@ class _Forward:
             total += loss.detach().to(total.device)
             self._counted(rows, self.adapter.layers - self.layer, 1)
         stacked = torch.stack([deltas[i] for i in active])
-        decay = self.hparams.v_weight_decay * stacked.norm(dim=1) / initial[active].norm(dim=1) ** 2
+        size = initial[active].norm(dim=1)
+        decay = self.hparams.v_weight_decay * stacked.norm(dim=1) / size**2
+        if self.price is not None:
+            scaled = stacked / size[:, None]
+            decay = decay + (scaled * (self.price[active][:, active] @ scaled)).sum(1)
         if backward:
             decay.sum().backward()
         return total + decay.detach().to(total.device)
@@ -333,7 +355,10 @@ class _Forward:
         through = (
             self.rights if self.above else None
         )  # otherwise the site runs at every step, and is hooked there
-        reach = rows.reach = None if through is None else torch.zeros(rows.ids.shape, device=rows.ids.device)
+        last = (len(self.facts),) if self.together else ()
+        reach = rows.reach = (
+            None if through is None else torch.zeros(*rows.ids.shape, *last, device=rows.ids.device)
+        )
         with torch.no_grad():
             below: Tensor | None = None
             for chunk, length, slots in rows.chunks(self.hparams.max_rows):
@@ -350,9 +375,12 @@ class _Forward:
                 if (
                     through is not None and reach is not None
                 ):  # what enters the edited map lies below the edit, and stays
-                    reach[chunk, :length] = reach_of(entering[0], through[part.fact.to(through.device)]).to(
-                        reach.device
+                    arriving = (
+                        reaches_of(entering[0], through)
+                        if self.together
+                        else reach_of(entering[0], through[part.fact.to(through.device)])
                     )
+                    reach[chunk, :length] = arriving.to(reach.device)
         return list(active), rows, cast(Tensor, below)  # there is at least the anchor's row
 
     def _rolled(
@@ -368,7 +396,7 @@ class _Forward:
             }
             schedules = {i: self.plans[i].schedules[number] for i in some}
             for i, states in rolled_out(
-                self.adapter, self.site, asked, deltas, schedules, self.rights
+                self.adapter, self.site, asked, deltas, schedules, self.rights, self.together
             ).items():
                 found[i].append((some[i].contexts, states))
                 self.count[1, i] += self.adapter.layers * len(
@@ -380,19 +408,7 @@ class _Forward:
         self, rows: Rows, below: Below, deltas: Float[Tensor, "active width"], place: Tensor
     ) -> Float[Tensor, " active"]:
         """NLL and KL of some rows, added up by fact."""
-        at, added = rows.site - below.start, deltas[place[rows.fact].to(deltas.device)]
-        if self.above:
-            hidden = (
-                added_at(below.hidden, at, added)
-                if rows.reach is None
-                else spread_over(below.hidden, rows.reach, added)
-            )
-            logits = replace(below, hidden=hidden).logits(self.adapter, self.layer, rows)
-        else:
-            module = self.adapter.module(self.site.name)
-            rights = None if self.rights is None else self.rights[rows.fact.to(self.rights.device)]
-            with adding_at(module, at, added) if rights is None else writing_through(module, rights, added):
-                logits = below.logits(self.adapter, self.layer, rows)
+        logits = self._logits(rows, below, deltas, deltas[place[rows.fact].to(deltas.device)])
         log_probs = logits.float().log_softmax(-1)
         right = log_probs.gather(-1, rows.tokens.to(log_probs.device)[..., None])[..., 0]
         each = -(right * rows.weights.to(right.device)).sum(-1)
@@ -406,6 +422,34 @@ class _Forward:
         return torch.zeros(len(deltas), device=each.device).index_add(
             0, place[rows.fact].to(each.device), each
         )
+
+    def _logits(
+        self,
+        rows: Rows,
+        below: Below,
+        deltas: Float[Tensor, "active width"],
+        added: Float[Tensor, "rows width"],
+    ) -> Float[Tensor, "rows slots vocab"]:
+        """The logits at the slots with the deltas in; `added` is that of each row's own fact."""
+        at = rows.site - below.start
+        if not self.above:
+            module = self.adapter.module(self.site.name)
+            rights = None if self.rights is None else self.rights[rows.fact.to(self.rights.device)]
+            with (
+                adding_at(module, at, added)
+                if rights is None or self.rights is None
+                else writing_all_through(module, self.rights, deltas)
+                if self.together
+                else writing_through(module, rights, added)
+            ):
+                return below.logits(self.adapter, self.layer, rows)
+        if rows.reach is None:
+            hidden = added_at(below.hidden, at, added)
+        elif self.together:
+            hidden = spread_all_over(below.hidden, rows.reach, deltas)
+        else:
+            hidden = spread_over(below.hidden, rows.reach, added)
+        return replace(below, hidden=hidden).logits(self.adapter, self.layer, rows)
 
     def _kl(
         self, facts: Int[Tensor, " anchors"], now: Float[Tensor, "anchors vocab"]
