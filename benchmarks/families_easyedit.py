@@ -4,10 +4,11 @@ the published code.
     python benchmarks/families_easyedit.py --data-dir DATA --easyedit CLONE --out build/families
 
 runs `easyedit-mdm run CLONE/examples/run_zsre_llama2.py --alg ROME_MDM` once for each folder of
-DATA/reference, in one process, and writes what came of it to benchmarks/families_easyedit.json, of which
-docs/families.md shows a column. The checkpoints have 192 tokens and no tokenizer: one is trained here, on the
-texts of the zsRE file. A random model knows nothing, so nothing is said about how well a family can be
-edited: what is seen is that the runner loads it, edits it, and that the target becomes likelier.
+DATA/reference, in one process, and writes what came of it to benchmarks/families_easyedit.json, which
+docs/families.md shows. The checkpoints have 192 tokens and no tokenizer: one is trained here, on the texts of
+the zsRE file, anew in each run, so that figures differ a little between runs. A random model knows nothing,
+so nothing is said about how well a family can be edited. What is seen is that the runner loads it, edits it,
+and that the target becomes likelier.
 """
 
 from __future__ import annotations

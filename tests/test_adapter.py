@@ -40,10 +40,11 @@ def test_padding_changes_nothing(tiny, family):
     starts = [length - len(r) for r in rows()]
     on_right = model.token_logits(right, mask, **canvas_of(model, [0, 0, 0]))
     on_left = model.token_logits(left, left_mask, **canvas_of(model, starts))
+    most = 2e-5 if model.hidden.noise else 1e-5  # their logits are larger
     for i, row in enumerate(rows()):
         alone = model.token_logits(row[None], **canvas_of(model, [0]))[0]
-        assert (on_right[i, : len(row)] - alone).abs().max() < 1e-5
-        assert (on_left[i, length - len(row) :] - alone).abs().max() < 1e-5
+        assert (on_right[i, : len(row)] - alone).abs().max() < most
+        assert (on_left[i, length - len(row) :] - alone).abs().max() < most
         if not model.shift and not model.hidden.noise:
             assert (model(right, mask).logits[i, : len(row)] - alone).abs().max() < 1e-5
 

@@ -55,8 +55,12 @@ def native_classes(name: str, since: str = "", ending: str = "") -> tuple[type, 
     models = [getattr(transformers, f"{name}{head}", None) for head in ([ending] if ending else _HEADS)]
     model = next((m for m in models if m is not None), None)
     if config is None or model is None:
-        came = f": it came with transformers {since}, install that or a later one" if since else ""
-        raise _incompatible(f"there is no {name} language model{came}")
+        if since:
+            raise IncompatibleVersionError(
+                f"in transformers {transformers.__version__} there is no {name} language model: it came with"
+                f" transformers {since}, install that or a later one"
+            )
+        raise _incompatible(f"there is no {name} language model")
     return config, model
 
 
