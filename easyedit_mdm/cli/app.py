@@ -21,6 +21,7 @@ def serve(port: int | None = None, inbrowser: bool = False) -> None:
     try:
         page = launch(port, inbrowser, block=False)
     except OSError as error:
-        raise FileError(f"the page cannot be served: {error}. Give another --port") from error
+        which = "no port is free" if port is None else f"port {port} is taken"
+        raise FileError(f"the page cannot be served: {which}. Give another --port") from error
     Console().print(f"easyedit_mdm is at {page.local_url} (Ctrl-C ends it)", highlight=False)
     page.block_thread()
