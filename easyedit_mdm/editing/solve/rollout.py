@@ -82,7 +82,7 @@ def _slots(
     shown: Sequence[Int[Tensor, " _"]],
     deltas: Sequence[Float[Tensor, " width"]],
     rights: Float[Tensor, "going inner"] | None,
-    draw: int,
+    draw: int = 0,
     shared: tuple[Float[Tensor, "facts inner"], Float[Tensor, "facts width"]] | None = None,
 ) -> list[Float[Tensor, "_ vocab"]]:
     """Logits at each fact's slots, with its delta at the subject's token, or in the weights.
