@@ -40,7 +40,7 @@ WEIGHTS = (1, 10, 100, 1000, 10000)
 @torch.no_grad()
 def keys_of(model: Adapter, site: Site, facts: Sequence[Fact]) -> dict[str, list[Tensor]]:
     """Keys of the bare prompts with nothing revealed, by kind of token: a list entry a fact."""
-    slots = [torch.full_like(f.target, model.ids.slot) if model.masked else f.target[:-1] for f in facts]
+    slots = [model.behind(f.target, torch.zeros(len(f.target), dtype=torch.bool)) for f in facts]
     rows = [torch.cat([f.contexts[0].ids, tail]) for f, tail in zip(facts, slots)]
     ids, mask = right_padded(rows, model.ids.pad, model.device)
     canvas = torch.tensor([len(f.contexts[0].ids) for f in facts])
