@@ -11,6 +11,8 @@ VENV         ?= $(if $(filter locked,$(TRANSFORMERS)),.venv,build/env-$(TRANSFOR
 JOBS         ?= 2
 BIN          := $(VENV)/bin
 INSTALL      := $(BIN)/python -m pip --disable-pip-version-check -q install --no-warn-conflicts
+# by its path, so that the package is found beside a folder of the same name, such as the clone
+EDITABLE     := --config-settings editable_mode=compat -e
 # torch is left out of the constraints: TORCH chooses its build
 PINS         := $(if $(filter locked,$(TRANSFORMERS)),-c constraints.txt,$(if $(filter oldest,$(TRANSFORMERS)),-c build/oldest.txt))
 WANTED       := $(if $(filter locked oldest newest,$(TRANSFORMERS)),,"transformers==$(TRANSFORMERS)")
@@ -71,12 +73,12 @@ $(VENV)/.installed: pyproject.toml Makefile constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(if $(filter oldest,$(TRANSFORMERS)),mkdir -p build && $(PYTHON) tests/versions.py oldest > build/oldest.txt)
 	$(INSTALL) "$(TORCH)"
-	$(INSTALL) $(PINS) -e . $(WANTED)
+	$(INSTALL) $(PINS) $(EDITABLE) . $(WANTED)
 	$(INSTALL) --no-deps easyeditor==0.0.1.dev0
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	$(INSTALL) $(PINS) -e ".[test]" $(WANTED)
+	$(INSTALL) $(PINS) $(EDITABLE) ".[test]" $(WANTED)
 	$(if $(filter newest,$(TRANSFORMERS)),$(INSTALL) -U transformers)
 	touch $@
 

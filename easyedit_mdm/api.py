@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.common.yaml_files import find_hparams, read_yaml_file
 from easyedit_mdm.denoising import generate
 from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, ROMEMDMHyperParams
 from easyedit_mdm.editing.hparams import whose
-from easyedit_mdm.errors import HyperParameterError
+from easyedit_mdm.errors import CheckpointError, HyperParameterError
 from easyedit_mdm.models import Adapter, adapt, load_adapter
 from easyedit_mdm.models.loading import find_folder
 from easyedit_mdm.smollm2 import SMOLLM2, smollm2_folder
@@ -46,7 +47,12 @@ def model_folder(name_or_folder: str | Path, revision: str | None = None) -> Pat
     name = str(name_or_folder)
     if name in SMOLLM2:
         return smollm2_folder(name)
-    return twin_folder(name) if name in TWINS else find_folder(name_or_folder, revision)
+    if name in TWINS:
+        return twin_folder(name)
+    meant = did_you_mean(name, [*TWINS, *SMOLLM2])
+    if "/" not in name and meant != "." and not Path(name).exists():
+        raise CheckpointError(f"no model {name!r}: no folder is called so, and no model that ships{meant}")
+    return find_folder(name_or_folder, revision)
 
 
 def wrap_model(native: Any, tokenizer: Any = None, **options: Any) -> Adapter:

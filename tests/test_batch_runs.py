@@ -140,7 +140,7 @@ def test_one_fact_at_a_time_in_sequence(config, tmp_path):
     ("arguments", "message"),
     [
         (["--mode", "bacth"], "'bacth' is not one of"),
-        (["--batch-size", "2"], "with --mode batch or sequential"),
+        (["--batch-size", "2"], "add --mode batch or --mode sequential"),
         (["--mode", "batch", "--batch-size", "0"], "at least 1"),
     ],
 )

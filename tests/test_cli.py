@@ -239,3 +239,30 @@ def test_several_values_in_a_row():
     ]
     assert arguments.repeated(given, ["--compare", "--revealed"]) == expected
     assert arguments.repeated(expected, ["--compare", "--revealed"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["bench", "--alg", "ROME_MDM", "--hparams", "MEMIT_MDM/twin-llada"],
+            "give --alg MEMIT_MDM, or a file of",
+        ),
+        (["edit", "--hparams", "ROME_MDM/twin-llada", "--model", "twin-lama"], "did you mean 'twin-llama'"),
+        (
+            ["edit", "--hparams", "ROME_MDM/twin-llada", "--subject", "Ann"],
+            "write the subject as the prompt has it",
+        ),
+    ],
+)
+def test_mistakes_of_a_first_day(capsys, tmp_path, arguments, said):
+    """One line that says what to do."""
+    rest = {
+        "bench": ["--dataset", "twins", "--limit", "1", "--out", str(tmp_path / "x.jsonl")],
+        "edit": ["--prompt", "Tamos Latre was born in", "--target", "Zoter", "--save", str(tmp_path / "e")],
+    }[arguments[0]]
+    if arguments[0] == "edit" and "--subject" not in arguments:
+        rest += ["--subject", "Tamos Latre"]
+    assert main([*arguments, *rest]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line.replace("Did", "did")

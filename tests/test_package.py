@@ -192,3 +192,11 @@ def test_every_error_has_its_cause_and_cure_in_the_docs():
     assert sorted(row[0].strip("`") for row in rows) == sorted(classes)
     assert all(len(row) == 3 and min(map(len, row)) > 10 for row in rows), "a class, its cause, its cure"
     assert "EasyEditMDMError" in text
+
+
+def test_beside_a_folder_of_the_same_name(tmp_path):
+    """A script in the folder that holds a clone finds the package, not the clone's folder."""
+    (tmp_path / "easyedit_mdm").mkdir()
+    code = "from easyedit_mdm import Session; print(Session.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "Session", done.stderr

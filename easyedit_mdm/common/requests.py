@@ -46,7 +46,7 @@ class EditRequest:
             if subject not in prompt:
                 raise RequestError(
                     f"subject {subject!r} is not in prompt {prompt!r}: the edit is made at the subject's"
-                    " token"
+                    " token, so write the subject as the prompt has it ({} in the prompt stands for it)"
                 )
             prompt = prompt.replace(subject, "{}", 1)
         return cls(prompt, subject, values["target_new"])

@@ -114,7 +114,8 @@ class Reader:
         """
         if self.data_dir is None:
             raise DataError(
-                f"data set {self.dataset!r} is read from a folder of benchmark data: pass data_dir"
+                f"data set {self.dataset!r} is read from a folder of benchmark data: name it with"
+                " --data-dir (in Python: data_dir)"
             )
         if not self.data_dir.is_dir():
             raise DataError(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from easyedit_mdm.api import wrap_model
+from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.editing.hparams import find_hparams
 from easyedit_mdm.errors import HyperParameterError
@@ -40,7 +41,7 @@ def easyedits_method(
     if alg_name not in table or cls is None:
         raise HyperParameterError(
             f"method {alg_name!r} is known neither here ({', '.join(METHODS)}) nor to EasyEdit at"
-            f" {joined.host.root.name}"
+            f" {joined.host.root.name}{did_you_mean(alg_name, [*METHODS, *table])}"
         )
     hparams = cls.from_hparams(str(find_hparams(hparams_file)))
     with contextlib.redirect_stdout(io.StringIO()):

@@ -66,7 +66,7 @@ def run_script(
     every method.
 
     Raises:
-        DataError: if the script does not exist.
+        DataError: if the script does not exist, or a file that it opens.
         HostNotFoundError: if EasyEdit is not found.
     """
     path = Path(script).resolve()
@@ -86,6 +86,13 @@ def run_script(
         ):
             seed_everything(seed)
             runpy.run_path(str(path), run_name="__main__")
+    except FileNotFoundError as error:
+        if error.filename is None:
+            raise
+        raise DataError(
+            f"{path.name} wants {error.filename}, which does not exist: check the folders and files among its"
+            " arguments (--data_dir is the folder that holds the file itself)"
+        ) from error
     finally:
         sys.argv, sys.path[:] = argv, paths
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from easyedit_mdm.api import load_model
+from easyedit_mdm.common.yaml_files import find_hparams, read_yaml
 from easyedit_mdm.data.cases import BenchCase
 from easyedit_mdm.editing import METHODS, Edit, ROMEMDMHyperParams
 from easyedit_mdm.errors import HyperParameterError
@@ -89,7 +90,13 @@ def load_ours(
         HyperParameterError: if the file is another method's.
         UnknownNameError: for a method that is not ours.
     """
-    hparams = METHODS[alg_name].hparams.from_hparams(hparams_file)
+    method, named = METHODS[alg_name], read_yaml(find_hparams(hparams_file)).get("alg_name")
+    if named != alg_name and named in list(METHODS):
+        raise HyperParameterError(
+            f"--alg {alg_name}, but {hparams_file} is a file of {named}: give --alg {named}, or a file of"
+            f" {alg_name}"
+        )
+    hparams = method.hparams.from_hparams(hparams_file)
     asked = device or (str(hparams.device) if hparams.device is not None else None)
     where = asked or ("cuda" if torch.cuda.is_available() else "cpu")
     said = {"mask_id": hparams.mask_id, "block": hparams.block}

@@ -129,10 +129,13 @@ def _check_mode(config: BenchConfig) -> None:
         raise HyperParameterError(
             f"--mode {config.mode!r} is not one of {', '.join(MODES)}{did_you_mean(config.mode, MODES)}"
         )
-    if config.batch_size is not None and (config.mode == "each" or config.batch_size < 1):
+    if config.batch_size is not None and config.mode == "each":
         raise HyperParameterError(
-            f"--batch-size {config.batch_size}: at least 1, and with --mode batch or sequential"
+            f"--batch-size {config.batch_size} means nothing with --mode each, which edits one fact at a"
+            " time: add --mode batch or --mode sequential, or leave --batch-size out"
         )
+    if config.batch_size is not None and config.batch_size < 1:
+        raise HyperParameterError(f"--batch-size {config.batch_size}: give at least 1")
 
 
 def _loaded(config: BenchConfig, limit: int | None, method: BenchMethod) -> Loaded:
