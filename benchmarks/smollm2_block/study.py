@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -152,6 +153,15 @@ def tables(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", {"facts": len(whole), "lines": shown})
     write_text(folder / "results.md", page(rows))
+    if folder == HERE:
+        readme = HERE.parent.parent / "README.md"
+        text = re.sub(
+            r"(<!-- pilot -->\n).*?(<!-- /pilot -->)",
+            lambda m: m[1] + short(rows) + m[2],
+            readme.read_text(encoding="utf-8"),
+            flags=re.DOTALL,
+        )
+        write_text(readme, text)
 
 
 def page(rows: dict[str, list[dict[str, Any]]]) -> str:
@@ -179,6 +189,20 @@ def page(rows: dict[str, list[dict[str, Any]]]) -> str:
                 found = differences(longer.get(arm, []), longer.get(other, []), key)
                 if found:
                     out.append(f"| {arm} | {other}, {way} | {mean(found)} | {len(found)} |")
+    return "\n".join(out) + "\n"
+
+
+def short(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """README's table: targets of two to four tokens, the arms that ran until they converged."""
+    out = ["| edit | facts | N steps | one step |", "| --- | --- | --- | --- |"]
+    for arm, name in (
+        ("plain x4", "plain, `smollm2-block`"),
+        (LATER, "denoising-aware, `smollm2-block`"),
+        ("autoregressive", "`smollm2`"),
+    ):
+        lines = [line for line in rows.get(arm, []) if line["n_tokens"] > 1]
+        cells = [mean([line["after"][key] for line in lines]) or "-" for key in ("exact", "one_step")]
+        out.append("| " + " | ".join([name, str(len(lines)), *cells]) + " |")
     return "\n".join(out) + "\n"
 
 
