@@ -181,11 +181,11 @@ def test_out_of_memory_halves_the_batch(tiny, monkeypatch):
     facts, initial = [tokenise(model, r, settings) for r in requests], torch.ones(3, 32)
     whole, real, sizes = optimise(model, model.site(1), facts, initial, settings), value._optimise, []
 
-    def small(adapter, site, part, *rest):
+    def small(adapter, site, part, *rest, **more):
         sizes.append(len(part))
         if len(part) > room:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-        return real(adapter, site, part, *rest)
+        return real(adapter, site, part, *rest, **more)
 
     monkeypatch.setattr(value, "_optimise", small)
     room = 1

@@ -69,7 +69,7 @@ def test_masked_text_counts_unmasked_positions(tiny, ratio):
     )
     assert masked.tokens == 200 and torch.equal(masked.moment, again.moment)
     assert not torch.allclose(masked.moment, plain.moment) and not torch.equal(masked.moment, other.moment)
-    with pytest.raises(StatisticsError, match="autoregressive"):
+    with pytest.raises(StatisticsError, match="has no mask"):
         causal = tiny("gpt2")
         collect(causal, [causal.site(1)], source(), CollectConfig(200, mask_ratio=ratio))
 

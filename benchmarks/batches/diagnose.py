@@ -113,7 +113,8 @@ def main() -> None:
     model, pool = load_model(args.model), pools(World.build())["validation"]
     hparams = METHODS["MEMIT_MDM"].hparams.from_hparams(f"MEMIT_MDM/{args.model}")
     edited = [tokenise(model, EditRequest.of(c.request()), hparams) for c in pool.cases]
-    others = [tokenise(model, EditRequest(f.prompt(), f.subject, f.object), hparams) for f in pool.untouched]
+    told = [{"prompt": f.prompt(), "subject": f.subject, "target_new": f.object} for f in pool.untouched]
+    others = [tokenise(model, EditRequest.of(request), hparams) for request in told]
     for layer in [layer for layer in args.layers if layer not in done]:
         figures = layer_figures(model, layer, edited, others, hparams)
         RESULTS.mkdir(exist_ok=True)

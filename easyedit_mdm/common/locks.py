@@ -31,7 +31,7 @@ def only_writer(path: str | Path, wait: bool = False) -> Iterator[None]:
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.lock")
-    told = False
+    told, made = False, not path.parent.exists()
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         while (handle := _taken(beside)) is None:
@@ -51,6 +51,9 @@ def only_writer(path: str | Path, wait: bool = False) -> Iterator[None]:
         with suppress(OSError):  # the next one makes it again
             beside.unlink()
         os.close(handle)
+        if made:
+            with suppress(OSError):  # nothing was written into it
+                path.parent.rmdir()
 
 
 def _taken(beside: Path) -> int | None:
