@@ -283,9 +283,9 @@ def damage(
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
-    """What edits do to a model's other abilities: tasks of lm-evaluation-harness before and after.
+    """What edits do to a model's other abilities.
 
-    Needs the extra lm-eval.
+    Tasks of lm-evaluation-harness before and after. Needs the extra lm-eval.
     """
     args.free(out)
     args.there(EditError, "a folder that easyedit-mdm edit wrote", edits)
@@ -303,9 +303,9 @@ def damage(
 def lm_eval(
     arguments: Annotated[list[str] | None, Argument(metavar="...", show_default=False)] = None,
 ) -> None:
-    """lm-evaluation-harness's own command line, with --model easyedit_mdm.
+    """lm-evaluation-harness, with --model easyedit_mdm.
 
-    Such as: lm-eval run --model easyedit_mdm --model_args pretrained=twin-llada,edits=DIR --tasks ...
+    Its own command line, such as: lm-eval run --model easyedit_mdm --model_args pretrained=twin-llada,edits=DIR --tasks ...
     """
     args.extra("lm_eval")
     from easyedit_mdm.harness.run import run_harness

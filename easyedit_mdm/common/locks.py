@@ -33,7 +33,6 @@ def only_writer(path: str | Path, wait: bool = False) -> Iterator[None]:
     beside = path.with_name(f".{path.name}.lock")
     told, made = False, not path.parent.exists()
     with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         while (handle := _taken(beside)) is None:
             holder = _holder(beside)
             if not wait:
@@ -60,7 +59,11 @@ def _taken(beside: Path) -> int | None:
     """The open and locked file; None if another process holds it, or has just let go of it and removed it."""
     import fcntl
 
-    handle = os.open(beside, os.O_RDWR | os.O_CREAT, 0o666)
+    beside.parent.mkdir(parents=True, exist_ok=True)  # who held it may have taken its empty folder away
+    try:
+        handle = os.open(beside, os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(handle).st_ino == beside.stat().st_ino:
