@@ -297,7 +297,6 @@ def damage(
 
 @app.command(
     "lm-eval",
-    add_help_option=False,
     context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
 )
 def lm_eval(
@@ -305,7 +304,8 @@ def lm_eval(
 ) -> None:
     """lm-evaluation-harness, with --model easyedit_mdm.
 
-    Its own command line, such as: lm-eval run --model easyedit_mdm --model_args pretrained=twin-llada,edits=DIR --tasks ...
+    Its own command line: lm-eval run --model easyedit_mdm --model_args pretrained=twin-llada,edits=DIR ...
+    What it takes itself: lm-eval run --help. Needs the extra lm-eval.
     """
     args.extra("lm_eval")
     from easyedit_mdm.harness.run import run_harness
