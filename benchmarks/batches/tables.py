@@ -6,21 +6,15 @@ python benchmarks/batches/tables.py    # writes them between the marks in README
 from __future__ import annotations
 
 import json
-import random
 import re
 from pathlib import Path
 from typing import Any
 
+from easyedit_mdm.report.summaries import bootstrap_mean
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SCORES = ("exact", "one_step", "paraphrase", "neighbours", "untouched")
-
-
-def interval(values: list[float], seed: int = 0) -> tuple[float, float]:
-    """95 % by bootstrap over facts."""
-    rng = random.Random(seed)
-    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(2000))
-    return means[50], means[1949]
 
 
 def rows(head: list[str], lines: list[list[Any]]) -> str:
@@ -42,8 +36,8 @@ def test_table() -> str:
         cells = []
         for score in SCORES:
             values = line["scores"].get(score)
-            low, high = interval(values) if values else (0, 0)
-            cells.append(f"{sum(values) / len(values):.2f} [{low:.2f}, {high:.2f}]" if values else "-")
+            found = bootstrap_mean(values, range(len(values))) if values else None
+            cells.append(f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" if found else "-")
         norm = line["scores"].get("norm_ratio")
         what = [f"{line['facts']} by {line['batch']}", f"`{line['model']}`", line["arm"]]
         lines.append([*what, *cells, "-" if norm is None else f"{norm:.1f}", line["cpu_seconds"]])
@@ -72,6 +66,7 @@ def keys_table() -> str:
             left, others = by[weight]["residual_at_bare_key"], by[weight]["reaches"]["other subject"]
             cells.append(f"{left:.2f}, {others:.2f}")
         lines.append(cells)
+    lines.sort(key=lambda cells: (cells[0], cells[1]))
     head = ["model", "layer", "rank, 164 subjects", "rank, all tokens", "moves"]
     return rows([*head, "missing, others (lambda 100)", "missing, others (lambda 1000)"], lines)
 

@@ -26,6 +26,8 @@ from evidence import (
 )
 from study import ABLATIONS, HERE
 
+from easyedit_mdm.report.summaries import bootstrap_mean
+
 ROOT = HERE.parent.parent
 INTRODUCTION = """\
 <!-- made by `python benchmarks/multi_token/report.py tables` -->
@@ -337,6 +339,24 @@ def _front_batches(runs: Runs) -> list[list[str]]:
     for what, model in (("masked, full_mask", "twin-llada"), ("autoregressive", "twin-llama")):
         (found,) = (row for row in many if row["facts"] == 64 and row["what"] == f"MEMIT_MDM, {what}")
         rows.append([f"64 at once, `{model}` plain", f"{found['success']:.2f}", "-", "-", "-", "-", "1, 5"])
+    return rows + _front_many()
+
+
+def _front_many() -> list[list[str]]:
+    """64 test facts in one batch, from benchmarks/batches: the shipped file, and the one for batches."""
+    rows = []
+    for model in ("twin-llada", "twin-llama"):
+        file = reports.BENCHMARKS / "batches" / "results" / f"test-{model}.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for arm, name in (("file", "file"), ("joint, 1000, 150 steps", "batch file")):
+            (found,) = (line for line in lines if (line["arm"], line["facts"]) == (arm, 64))
+            values = found["scores"]["exact"]
+            exact = told(bootstrap_mean(values, range(len(values))))
+            once, kept = (found["scores"].get(name) for name in ("one_step", "neighbours"))
+            shares = ["-" if some is None else f"{sum(some) / len(some):.2f}" for some in (once, kept)]
+            rows.append(
+                [f"64 test facts at once, `{model}` {name}", exact, shares[0], "-", shares[1], "-", "1, 12"]
+            )
     return rows
 
 
@@ -381,7 +401,7 @@ def _front_reports() -> list[list[str]]:
     return rows
 
 
-_SHORT = re.compile(r"twin-llada` (ROME|MEMIT)|twin-dream` MEMIT|64 at once|200 zsRE|SmolLM2")
+_SHORT = re.compile(r"twin-llada` (ROME|MEMIT)|twin-dream` MEMIT|64 test facts|200 zsRE|SmolLM2")
 
 
 def short(runs: Runs) -> str:
