@@ -251,7 +251,7 @@ def test_several_values_in_a_row():
         (["edit", "--hparams", "ROME_MDM/twin-llada", "--model", "twin-lama"], "did you mean 'twin-llama'"),
         (
             ["edit", "--hparams", "ROME_MDM/twin-llada", "--subject", "Ann"],
-            "write the subject as the prompt has it",
+            "write it as the prompt has it",
         ),
     ],
 )

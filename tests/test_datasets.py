@@ -370,7 +370,7 @@ def test_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("zsre", {}, "pass data_dir"),
+        ("zsre", {}, "name it with --data-dir"),
         ("zsre", {"data_dir": "{tmp}/none"}, "is not a folder"),
         ("zsre", {"data_dir": "{tmp}"}, "has no zsre/zsre_mend_eval_portability_gpt4.json"),
         (
@@ -385,7 +385,7 @@ def test_byte_order_mark(tmp_path):
         ("kamel", {"data_file": "{tmp}/x.json"}, "not read from one file"),
         ("kamel", {"data_dir": "{tmp}"}, "pass the model's tokenizer"),
         ("kamel", {"data_dir": "{tmp}", "tokenizer": Words()}, "has no relations"),
-        ("kamel", {"tokenizer": Words()}, "pass data_dir"),
+        ("kamel", {"tokenizer": Words()}, "name it with --data-dir"),
     ],
 )
 def test_missing_files_say_what_to_do(tmp_path, name, options, message):

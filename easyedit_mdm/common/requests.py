@@ -45,8 +45,8 @@ class EditRequest:
         if "{}" not in prompt:
             if subject not in prompt:
                 raise RequestError(
-                    f"subject {subject!r} is not in prompt {prompt!r}: the edit is made at the subject's"
-                    " token, so write the subject as the prompt has it ({} in the prompt stands for it)"
+                    f"subject {subject!r} is not in prompt {prompt!r}: write it as the prompt has it"
+                    " ({} stands for it)"
                 )
             prompt = prompt.replace(subject, "{}", 1)
         return cls(prompt, subject, values["target_new"])
