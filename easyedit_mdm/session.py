@@ -88,8 +88,7 @@ class Session:
         self._stack = [edit for edit in self._stack if any(edit is other for other in there)]
         return list(self._stack)
 
-    # ---- editing
-    # -----------------------------------------------------------------------------------------------
+    # ---- editing -------------------------------------------------------------------------------------------
     def edit(
         self, requests: Sequence[Request], mode: str | None = None, batch_size: int | None = None
     ) -> list[Edit]:
@@ -172,8 +171,7 @@ class Session:
             raise EditError("the model does not carry this edit: apply it first")
         self._stack.append(edit)
 
-    # ---- taking back
-    # -------------------------------------------------------------------------------------------
+    # ---- taking back ---------------------------------------------------------------------------------------
     def undo(self, edit: Edit | None = None) -> Edit:
         """Take an edit back, the last one by default; later edits stay.
 
@@ -217,8 +215,7 @@ class Session:
         if not self._kept:
             self.undo_all()
 
-    # ---- how
-    # ---------------------------------------------------------------------------------------------------
+    # ---- how -----------------------------------------------------------------------------------------------
     def _check(self, mode: str, batch_size: int | None, facts: int) -> None:
         if mode not in MODES:
             raise HyperParameterError(

@@ -62,8 +62,7 @@ EXTREMES = {
 }
 
 
-# ---- what can be broken
-# ------------------------------------------------------------------------------------------------------------
+# ---- what can be broken ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -214,8 +213,7 @@ def chosen(file: str, source: str, lines: int, seed: int) -> list[Mutation]:
     ]
 
 
-# ---- which tests see it, and which mutations nobody can see
-# ----------------------------------------------------------------------------
+# ---- which tests see it, and which mutations nobody can see ------------------------------------------------
 
 
 def read_settings() -> dict[str, Any]:
@@ -254,8 +252,7 @@ def reason(mutation: Mutation, line: str, settings: dict[str, Any]) -> str | Non
     return None
 
 
-# ---- running
-# ------------------------------------------------------------------------------------------------------------
+# ---- running -----------------------------------------------------------------------------------------------
 
 
 class FirstFailure:

@@ -98,8 +98,7 @@ def student(kind: str = "llama", tied: bool = False):
     return made, tensors
 
 
-# ---- who sees whom
-# ----------------------------------------------------------------------------------------------------
+# ---- who sees whom -----------------------------------------------------------------------------------------
 def test_who_sees_whom_in_a_row():
     """Clean columns see their left; a block sees the clean tokens before it and itself both ways; texts do
     not see each other.
@@ -207,8 +206,7 @@ def test_attention_opens_step_by_step():
     assert all(set(block.ranks) == {0} for block in noise_opened(piece, steps[100], rng).blocks)
 
 
-# ---- masks
-# ------------------------------------------------------------------------------------------------------------
+# ---- masks -------------------------------------------------------------------------------------------------
 def test_masks_of_noisy_blocks():
     """Every block has a scored slot, starts anywhere but at the first token, and stays inside its text;
     answers are masked alone in half.
@@ -275,8 +273,7 @@ def test_rows_are_full_and_hold_whole_texts():
     )
 
 
-# ---- the loss
-# ---------------------------------------------------------------------------------------------------------
+# ---- the loss ----------------------------------------------------------------------------------------------
 def test_the_loss_is_what_its_formula_says():
     """Recomputed slot by slot: cross-entropy one column to the left, KL to the model without its adapter
     elsewhere.
@@ -325,8 +322,7 @@ def test_a_tied_head_says_the_mask_as_the_saved_model_will():
             torch.testing.assert_close(made.log_probabilities(hidden), (hidden @ weight.T).log_softmax(-1))
 
 
-# ---- training
-# ---------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 def toy_run(
     text: Path, tokenizer, out: Path, tokens: int, kind: str = "llama", save_every: int = 1, **recipe
 ) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -503,8 +499,7 @@ def test_minutes_plan_the_tokens(toy_text, tokenizer, tmp_path):
     assert 0.5 < state["seconds"] < 12
 
 
-# ---- folders
-# ----------------------------------------------------------------------------------------------------------
+# ---- folders -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("qwen2", False)])
 def test_the_merged_folder_equals_the_adapter(kind, tied, folders, tokenizer, tmp_path):
     """Merged, loaded natively, the model computes what the student computed, and what peft makes of the
@@ -598,8 +593,7 @@ def test_the_mask_token(tokenizer):
         mask_token_of(fast)
 
 
-# ---- data
-# ------------------------------------------------------------------------------------------------------------
+# ---- data --------------------------------------------------------------------------------------------------
 def test_answers_are_found_in_their_sentences(tokenizer):
     """Where the answers stand, in tokens; the space before them is theirs."""
     piece = sentences([("The river of Ann is", "red and old"), ("Bob speaks", "Dutch")], tokenizer)
@@ -667,8 +661,7 @@ def test_a_missing_file_of_the_split_stops_everything(tmp_path):
     assert len(HELD_OUT_FILES) == 6
 
 
-# ---- small parts
-# ------------------------------------------------------------------------------------------------------
+# ---- small parts -------------------------------------------------------------------------------------------
 def test_the_rate_rises_and_falls():
     """Up in a straight line, down to the floor along a cosine, and no further."""
     rates = [cosine(i / 1000) for i in range(1001)]

@@ -334,8 +334,7 @@ def test_a_copy_of_a_model_knows_its_edits():
     assert parameter_hashes(other) == parameter_hashes(model) == base
 
 
-# ---- Ctrl-C
-# ------------------------------------------------------------------------------------------------------------
+# ---- Ctrl-C ------------------------------------------------------------------------------------------------
 
 
 def interrupted_at(event: int, call: Callable[[], object], everywhere: bool = False) -> tuple[int, bool]:

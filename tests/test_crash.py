@@ -209,8 +209,7 @@ def test_killed_at_two_hundred_points(tmp_path, quick, capsys, command):
     assert struck >= points // 2
 
 
-# ---- whole or not at all
-# ------------------------------------------------------------------------------------------------------------
+# ---- whole or not at all -----------------------------------------------------------------------------------
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path):

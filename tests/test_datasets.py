@@ -98,8 +98,7 @@ def kamel_folder(folder: Path, split: str = "test", **relations: list[dict[str, 
     return folder
 
 
-# ---- formats
-# ------------------------------------------------------------------------------------------------------------
+# ---- formats -----------------------------------------------------------------------------------------------
 
 
 def test_zsre(tmp_path):
@@ -225,8 +224,7 @@ def test_twins(name, split_size):
         assert all(case.subject not in prompt for prompt, _ in case.locality["neighborhood"])
 
 
-# ---- what cannot be used
-# ------------------------------------------------------------------------------------------------------------
+# ---- what cannot be used -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -338,8 +336,7 @@ def test_limit_draws_by_seed_and_keeps_order(tmp_path):
         load_cases("requests", data_file=path, limit=0)
 
 
-# ---- files that cannot be read
-# ------------------------------------------------------------------------------------------------------
+# ---- files that cannot be read -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -441,8 +438,7 @@ def test_unknown_name():
         load_cases("counterfacts")
 
 
-# ---- KAMEL
-# ------------------------------------------------------------------------------------------------------------
+# ---- KAMEL -------------------------------------------------------------------------------------------------
 
 BORN = Template("[S] was born in", "The place of birth of [S] is")
 
@@ -594,8 +590,7 @@ def test_templates():
             ), prompt
 
 
-# ---- anything at all
-# ------------------------------------------------------------------------------------------------------------
+# ---- anything at all ---------------------------------------------------------------------------------------
 
 
 def spoiled(value: Any, rng: random.Random) -> Any:
@@ -667,8 +662,7 @@ def test_spoiled_records_are_kept_or_listed(tmp_path, name):
         assert (request.prompt, request.target_new) == (case.prompt, case.target_new)
 
 
-# ---- the real files
-# ------------------------------------------------------------------------------------------------------------
+# ---- the real files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.data

@@ -260,8 +260,7 @@ def test_overflow_is_refused(tiny):
     assert parameter_hashes(model) == before
 
 
-# ---- for others to load
-# ------------------------------------------------------------------------------------------------------------
+# ---- for others to load ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["low rank", "exact", "two ranks"])
@@ -380,8 +379,7 @@ def test_folders_that_carry_edits(tmp_path, tokenizer, dtype):
         adopt_edits(load_model(tmp_path / "m2", tokenizer=tokenizer))
 
 
-# ---- the command line
-# ------------------------------------------------------------------------------------------------------------
+# ---- the command line --------------------------------------------------------------------------------------
 
 
 def quick_file(folder, name="ROME_MDM/twin-llama", **changes) -> str:

@@ -195,8 +195,7 @@ def test_a_block_of_no_tokens(tmp_path, family, entry):
         load_model(tmp_path)
 
 
-# ---- against the published code
-# ----------------------------------------------------------------------------------
+# ---- against the published code ----------------------------------------------------------------------------
 references = pytest.mark.parametrize("folder", list(REFERENCES))
 
 
@@ -465,8 +464,7 @@ def test_wedlm_with_its_masks_last(data_dir):
         assert torch.equal(made, known[f"generated_len8_block{block}_t{int((threshold or 0) * 100)}"])
 
 
-# ---- mixtures of experts
-# -----------------------------------------------------------------------------------------
+# ---- mixtures of experts -----------------------------------------------------------------------------------
 MIXTURES = [name for name in FAMILIES if FAMILIES[name].experts is not None]
 FACT = {
     "prompt": "The river of Ann is",
@@ -614,8 +612,7 @@ def test_qwen3_moe_is_transformers_own(tmp_path):
     )
 
 
-# ---- which family, and which not
-# -----------------------------------------------------------------------------------
+# ---- which family, and which not ---------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -51,8 +51,7 @@ SEED = int(os.environ.get("EASYEDIT_MDM_FUZZ_SEED", "20260606"))
 TRIED: dict[str, int] = {}
 SLOWEST: dict[str, float] = {}  # seconds of processor time of one input
 
-# ---- what is tried
-# ------------------------------------------------------------------------------------------------------------
+# ---- what is tried -----------------------------------------------------------------------------------------
 
 ODD = [
     "", " ", "\x00", "\ud800", "{}", "[S]", "../../etc/passwd", "/dev/zero", "1e999", "nan", "0" * 60,
@@ -163,8 +162,7 @@ def tensor_file(draw: Any, names: list[str]) -> bytes:
     return struct.pack("<Q", claimed) + text + data[8 + length :]
 
 
-# ---- the parsers
-# ------------------------------------------------------------------------------------------------------------
+# ---- the parsers -------------------------------------------------------------------------------------------
 
 
 class Target:
@@ -521,8 +519,7 @@ def test_long(tmp_path, name, tokenizer, capsys):
     assert TRIED[name] >= LONG
 
 
-# ---- nothing of a file is ever run
-# -----------------------------------------------------------------------------------------------------
+# ---- nothing of a file is ever run -------------------------------------------------------------------------
 
 
 def test_no_pickle_and_no_remote_code(tmp_path, monkeypatch, tokenizer):

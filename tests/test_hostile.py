@@ -114,8 +114,7 @@ def test_an_edit_that_lies_about_its_hash(tmp_path):
         Edit.load(folder)
 
 
-# ---- disks and clocks
-# ------------------------------------------------------------------------------------------------------------
+# ---- disks and clocks --------------------------------------------------------------------------------------
 
 
 def commands(hparams: str, out: Path) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -46,3 +47,15 @@ def test_the_script_for_8b_models(tiny, tokenizer, data_dir, tmp_path):
     kept = json.loads((out / "results.json").read_text())
     assert kept["facts"] == 4
     assert not {"subject", "text"} & set(kept["lines"][0])
+
+
+def test_the_pilot_s_tables_come_from_its_file():
+    """results.md, and the table in README, from results.json."""
+    folder = ROOT / "benchmarks" / "smollm2_block"
+    spec = importlib.util.spec_from_file_location("pilot", folder / "study.py")
+    pilot = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pilot)
+    lines = json.loads((folder / "results.json").read_text())["lines"]
+    rows = {arm: [line for line in lines if line["arm"] == arm] for arm in pilot.ARMS}
+    assert (folder / "results.md").read_text() == pilot.page(rows)
+    assert f"<!-- pilot -->\n{pilot.short(rows)}<!-- /pilot -->" in (ROOT / "README.md").read_text()

@@ -199,8 +199,7 @@ def test_weights_that_somebody_else_put_back(model, requests):
     assert same(weights(model), base)
 
 
-# ---- the guard over a sequence, and methods that come later
-# ---------------------------------------------------------
+# ---- the guard over a sequence, and methods that come later ------------------------------------------------
 @dataclasses.dataclass
 class NudgeHyperParams(ROMEMDMHyperParams):
     """Of a method that adds a little of one direction, whatever the fact."""

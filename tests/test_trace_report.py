@@ -114,8 +114,7 @@ def rendered(page: Path, folder: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
-# ---- numbers
-# ------------------------------------------------------------------------------------------------------------
+# ---- numbers -----------------------------------------------------------------------------------------------
 
 
 def fact(subject: str, effect: list[list[float]], k: int = 0) -> dict:
@@ -208,8 +207,7 @@ def test_bands_and_correlations():
     )
 
 
-# ---- the report
-# ------------------------------------------------------------------------------------------------------------
+# ---- the report --------------------------------------------------------------------------------------------
 
 
 def test_side_by_side(compared):
@@ -329,8 +327,7 @@ def test_wrong_calls(arguments, says, tmp_path, capsys):
     assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-# ---- the sweep
-# ------------------------------------------------------------------------------------------------------------
+# ---- the sweep ---------------------------------------------------------------------------------------------
 
 
 def hparams(alg: str, **changes):

@@ -59,8 +59,7 @@ def twin_facts(world, length: int, n: int) -> list[TracedFact]:
     ][:n]
 
 
-# ---- the oracle
-# ------------------------------------------------------------------------------------------------------------
+# ---- the oracle --------------------------------------------------------------------------------------------
 
 
 def by_hand(
@@ -232,8 +231,7 @@ def test_bfloat16(tiny):
     assert all(bool(v.isfinite().all()) for table in state.effects.values() for v in table.values())
 
 
-# ---- later denoising steps
-# ------------------------------------------------------------------------------------------------------------
+# ---- later denoising steps ---------------------------------------------------------------------------------
 
 
 def test_final_is_the_models_own_denoising(twin_llada, world):
@@ -315,8 +313,7 @@ def test_states_of_a_masked_model(twin_llada, world):
         trace_fact(twin_llada, fact, TraceConfig(samples=1, revealed=(4,)))
 
 
-# ---- corruptions
-# ------------------------------------------------------------------------------------------------------------
+# ---- corruptions -------------------------------------------------------------------------------------------
 
 
 def test_noise(tiny):
@@ -419,8 +416,7 @@ def test_settings_are_checked(settings, says):
         TraceConfig("nois")
 
 
-# ---- facts
-# ------------------------------------------------------------------------------------------------------------
+# ---- facts -------------------------------------------------------------------------------------------------
 
 
 def test_reading_facts(tmp_path):

@@ -193,16 +193,27 @@ def page(rows: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def short(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """README's table: targets of two to four tokens, the arms that ran until they converged."""
-    out = ["| edit | facts | N steps | one step |", "| --- | --- | --- | --- |"]
-    for arm, name in (
-        ("plain x4", "plain, `smollm2-block`"),
-        (LATER, "denoising-aware, `smollm2-block`"),
-        ("autoregressive", "`smollm2`"),
+    """README's table: targets of two to four tokens, facts that are finished in every arm shown.
+
+    What is kept is known of the facts of one token alone.
+    """
+    shown = {arm: rows.get(arm, []) for arm in ("plain x4", LATER, "autoregressive")}
+    common = set.intersection(*({line["case_id"] for line in lines} for lines in shown.values()))
+    names = ("facts", "N steps", "one step", "paraphrase", "layer-passes", "kept, N = 1")
+    out = ["| edit | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    for arm, when, name in (
+        ("plain x4", "before", "none, `smollm2-block`"),
+        ("plain x4", "after", "plain, `smollm2-block`"),
+        (LATER, "after", "denoising-aware, `smollm2-block`"),
+        ("autoregressive", "after", "`smollm2`"),
     ):
-        lines = [line for line in rows.get(arm, []) if line["n_tokens"] > 1]
-        cells = [mean([line["after"][key] for line in lines]) or "-" for key in ("exact", "one_step")]
-        out.append("| " + " | ".join([name, str(len(lines)), *cells]) + " |")
+        lines = [line for line in shown[arm] if line["case_id"] in common]
+        longer = [line for line in lines if line["n_tokens"] > 1]
+        cells = [mean([line[when][k] for line in longer]) or "-" for k in ("exact", "one_step", "paraphrase")]
+        passes = sum(line["layer_passes"] for line in longer) / max(1, len(longer))
+        near = mean([line[when]["locality"] for line in lines if line["n_tokens"] == 1]) or "-"
+        cost = ["-" if when == "before" else f"{passes:,.0f}", near]
+        out.append("| " + " | ".join([name, str(len(longer)), *cells, *cost]) + " |")
     return "\n".join(out) + "\n"
 
 

@@ -35,8 +35,7 @@ class Page:
             self._report()
             self._wire()
 
-    # ---- what stands where
-    # ------------------------------------------------------------------------------------------------
+    # ---- what stands where ---------------------------------------------------------------------------------
     def _controls(self) -> None:
         names = models()
         with gr.Group():
@@ -85,8 +84,7 @@ class Page:
             self.upload = gr.File(label="report.html", height=120)
             self.report = gr.HTML()
 
-    # ---- what is called when
-    # ----------------------------------------------------------------------------------------------
+    # ---- what is called when -------------------------------------------------------------------------------
     def _wire(self) -> None:
         fact = [self.prompt, self.subject, self.target, self.paraphrases, self.neighbours]
         dials = [self.file, self.layer, self.schedule]

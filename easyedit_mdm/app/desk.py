@@ -151,8 +151,7 @@ class Desk:
         """Remove what was written for downloads."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    # ---- what there is to choose
-    # ----------------------------------------------------------------------------------------
+    # ---- what there is to choose ---------------------------------------------------------------------------
     def files(self) -> list[str]:
         """The hyperparameter files that ship for this model, one-fact methods first."""
         found = [
@@ -189,8 +188,7 @@ class Desk:
             for case in drawn
         ]
 
-    # ---- editing
-    # --------------------------------------------------------------------------------------------------------
+    # ---- editing -------------------------------------------------------------------------------------------
     def attempt(self, fact: Fact, dials: Dials) -> Trial:
         """Make the edit in both ways, and watch the model write before it and after each.
 
@@ -286,8 +284,7 @@ class Desk:
         """The edits in the model, the oldest first."""
         return [] if self.session is None else self.session.edits
 
-    # ---- what the model writes
-    # ----------------------------------------------------------------------------------------
+    # ---- what the model writes -----------------------------------------------------------------------------
     def _side(self, fact: Fact) -> Side:
         target = target_ids(self.model, fact.prompt, fact.target)
         (path,) = decode(self.model, [torch.tensor(encode(self.model, fact.prompt.rstrip()))], [len(target)])
@@ -305,8 +302,7 @@ class Desk:
         paths = decode(self.model, rows, [length] * len(rows)) if rows else []
         return [(prompt, _to_end(self.model, path)) for prompt, path in zip(asked, paths)]
 
-    # ---- taking it away
-    # -----------------------------------------------------------------------------------------------
+    # ---- taking it away ------------------------------------------------------------------------------------
     def download(self, kind: str) -> Path:
         """The stack as one zip file: an edit's folder, a LoRA adapter, or the edited model's folder.
 

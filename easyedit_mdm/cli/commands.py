@@ -20,8 +20,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"]}
 app = Typer(add_completion=False, rich_markup_mode=None, context_settings=_SETTINGS)
 twins = Typer(rich_markup_mode=None, help="Train the small models that ship with the package.")
 
-# ---- arguments that several commands take
-# ----------------------------------------------------------------------
+# ---- arguments that several commands take ------------------------------------------------------------------
 Edit = Annotated[str, Argument(metavar="EDIT_DIR", help="folder that easyedit-mdm edit --save wrote")]
 NewFolder = Annotated[str, Option(help="folder to write; must not exist")]
 Base = Annotated[str | None, Option(help="a twin, a folder or a hub id (default: the edit's base)")]

@@ -117,8 +117,7 @@ class Adapter(nn.Module):
         self._check_paths()
         self.train(native.training)
 
-    # ---- what it is
-    # ------------------------------------------------------------------------------------------
+    # ---- what it is ----------------------------------------------------------------------------------------
     @property
     def native(self) -> Any:
         """The transformers model underneath, sharing all its weights with the adapter."""
@@ -303,8 +302,7 @@ class Adapter(nn.Module):
         weights, chosen = (part.unflatten(0, tuple(input_ids.shape)) for part in seen[0])
         return weights, chosen
 
-    # ---- what it computes
-    # ------------------------------------------------------------------------------------
+    # ---- what it computes ----------------------------------------------------------------------------------
     def token_logits(
         self,
         input_ids: Int[Tensor, "rows length"],
@@ -469,8 +467,7 @@ class Adapter(nn.Module):
         most = kwargs.get("max_new_tokens")
         return made if most is None else made[:, : ids.shape[1] + most]
 
-    # ---- how
-    # -------------------------------------------------------------------------------------------------
+    # ---- how -----------------------------------------------------------------------------------------------
     def _blocks(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self.module(self.spec.paths.block.rsplit(".", 1)[0]))
 

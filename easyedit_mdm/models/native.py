@@ -37,8 +37,7 @@ _MASKS_4D = ("sdpa", "eager")
 KeysAndValues = tuple[Float[Tensor, "rows heads columns size"], Float[Tensor, "rows heads columns size"]]
 
 
-# ---- classes
-# ---------------------------------------------------------------------------------------------------
+# ---- classes -----------------------------------------------------------------------------------------------
 def native_classes(name: str, since: str = "", ending: str = "") -> tuple[type, type]:
     """The configuration class and the language-model class that transformers names after `name` ("Llama").
 
@@ -133,8 +132,7 @@ def continued(model: nn.Module, ids: Int[Tensor, "rows new"], cache: Any = None)
     return out.logits, getattr(out, name)
 
 
-# ---- layers
-# ----------------------------------------------------------------------------------------------------
+# ---- layers ------------------------------------------------------------------------------------------------
 class _Kept:
     """What a layer takes for a cache: it notes the keys and values of the columns that run, and puts earlier
     ones before them.

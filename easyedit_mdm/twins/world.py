@@ -262,8 +262,7 @@ class World:
         same = (self.facts[s][index] for s in self.subjects if s != fact.subject)
         return [other for other in same if other.object.split()[0] == first][:n]
 
-    # ---- texts
-    # -----------------------------------------------------------------------------------------------
+    # ---- texts ---------------------------------------------------------------------------------------------
     def document(self, rng: random.Random) -> Document:
         """One training text: a biography, two of them, a single sentence that ends, one hop more, or open
         vocabulary.

@@ -168,6 +168,7 @@ def write_merged(adapter: Adapter, base: str | Path, folder: str | Path) -> list
     found: list[Way] = []
 
     def readme(part: Path) -> None:
+        """Written before the folder gets its name, so that there is none without it."""
         config = read_json(part / "config.json", CheckpointError, "a model's configuration")
         found.extend(ways_to_open(adapter, config, part))
         write_readme(part, carried(adapter), found, adapter.name)

@@ -157,12 +157,7 @@ def edit_batch(
     last = sites[-1]
     moments = statistics(adapter, sites, hparams)
     before = outputs(adapter, last, facts, hparams)
-    outcomes = values
-    if not outcomes:
-        through = hparams.optimise_through == "weights"
-        rights = _rights(adapter, last, facts, moments[-1], hparams, closed_form) if through else None
-        price = None if rights is None else _price(rights, moments[-1], hparams)
-        outcomes = _optimised(adapter, last, facts, hparams, rights, together=through, price=price)
+    outcomes = values or _made_together(adapter, last, facts, moments[-1], hparams, closed_form)
     target = before + torch.stack([o.delta for o in outcomes]).to(before.device)
     changes: list[LowRank] = []
     figures = {}
@@ -196,6 +191,22 @@ def edit_batch(
 
     keeping(adapter, [name for site in sites for name in site.weights], spread)
     return Edit(changes, card(requests, facts, hparams, outcomes, {"layers": figures}))
+
+
+def _made_together(
+    adapter: Adapter,
+    site: Site,
+    facts: list[Fact],
+    moments: SecondMoments,
+    hparams: BatchHyperParams,
+    closed_form: ClosedForm,
+) -> Sequence[Optimised]:
+    """The values of one batch; jointly, where they are optimised through the one update that writes them."""
+    if hparams.optimise_through != "weights":
+        return _optimised(adapter, site, facts, hparams)
+    rights = _rights(adapter, site, facts, moments, hparams, closed_form)
+    price = _price(rights, moments, hparams)
+    return _optimised(adapter, site, facts, hparams, rights, together=True, price=price)
 
 
 def _system(
