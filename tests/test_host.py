@@ -443,7 +443,8 @@ def test_runner(tmp_path):
         for name, seed in wanted
     ]
     refused = [["run", "run.py", "--alg", name, *hparams] for name in ("ROMME_MDM", "MEMIT_MDM")]
-    *ran, wrong, other = cli(*commands, *refused, cwd=tmp_path)
+    (tmp_path / "opens.py").write_text("open('nowhere/data.json')\n")
+    *ran, wrong, other, missing = cli(*commands, *refused, ["run", "opens.py"], cwd=tmp_path)
     for (name, seed), (status, said) in zip(wanted, ran, strict=True):
         assert status == 0, said
         result = json.loads((tmp_path / "new" / f"{name}-{seed}" / "ROME_MDM_results.json").read_text())
@@ -454,6 +455,8 @@ def test_runner(tmp_path):
         }
     assert wrong[0] == 2 and "did you mean 'ROME_MDM'" in wrong[1]
     assert other[0] == 2 and "a file of ROME_MDM, but MEMIT_MDM was asked for" in other[1]
+    assert missing[0] == 2 and "opens.py wants nowhere/data.json, which does not exist" in missing[1]
+    assert "Traceback" not in missing[1]
 
 
 def test_hook(tmp_path):

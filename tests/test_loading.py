@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from easyedit_mdm import load_model
 from easyedit_mdm.errors import CheckpointError, ModelError
 from easyedit_mdm.models import FAMILIES, adapt
+from easyedit_mdm.models.families._registry import LLAMA_KEYS, pick
 from easyedit_mdm.models.loading import kept
 
 HERE = Path(__file__).parent
@@ -156,6 +157,13 @@ def test_bad_mask_ids(tmp_path, value, message):
     with pytest.raises(ModelError, match=message):
         load_model(tmp_path, mask_id=value)
     assert load_model(tmp_path, mask_id=7).ids.mask == 7
+
+
+def test_rope_scaling_false():
+    """RND1's way to say that there is none, which transformers 4 would take for a mapping."""
+    given = {"vocab_size": 3, "rope_scaling": False, "attention_bias": False, "mlp_bias": None}
+    assert pick(given, LLAMA_KEYS) == {"vocab_size": 3, "attention_bias": False}
+    assert pick({"rope_scaling": {"factor": 2}}, LLAMA_KEYS) == {"rope_scaling": {"factor": 2}}
 
 
 def test_mask_id_missing(tmp_path):
