@@ -7,12 +7,17 @@ to hold; a new Python spends seconds on imports. The server is started once for 
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
-import time
+import signal
+import sys
+import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,14 +33,75 @@ needs_processes = pytest.mark.skipif(
 )
 
 
+# what changes files, as `sys.addaudithook` names it
+CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND
+
+
+@dataclass(frozen=True)
+class Stroke:
+    """Where a child kills itself (SIGKILL).
+
+    Attributes:
+        folder: whose changes are counted: a file opened to be written, brought to disk, renamed or removed.
+        at: the number of the change, counted from 0, that it dies in front of; None: only count.
+        later: seconds after it, in which the child may end by itself.
+        seen: the number of changes so far, which the parent reads.
+    """
+
+    folder: Path
+    at: int | None
+    later: float
+    seen: Any
+
+    def arm(self) -> None:
+        """Count from here on, in this process."""
+        numbers, sync = itertools.count(), os.fsync
+
+        def change() -> None:
+            number = next(numbers)
+            self.seen.value = number + 1
+            if number == self.at and self.later:
+                threading.Timer(self.later, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            elif number == self.at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def heard(event: str, arguments: tuple) -> None:
+            if event in CHANGES and self._ours(arguments[0]):
+                if event != "open" or arguments[2] & WRITING:
+                    change()
+
+        def synced(handle: int) -> None:
+            change()
+            sync(handle)
+
+        os.fsync = synced
+        sys.addaudithook(heard)
+
+    def _ours(self, path: object) -> bool:
+        return isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(str(self.folder))
+
+
+def counted(folder: Path, at: int | None = None, later: float = 0.0) -> Stroke:
+    """A stroke for a child that is started next."""
+    seen = multiprocessing.get_context("forkserver").Value("q", 0, lock=False)
+    return Stroke(folder, at, later, seen)
+
+
 def _run(
-    work: Callable[..., object], arguments: tuple, environment: Mapping[str, str], errors: Path | None
+    work: Callable[..., object],
+    arguments: tuple,
+    environment: Mapping[str, str],
+    errors: Path | None,
+    stroke: Stroke | None,
 ) -> None:
     """What a child does; its standard error goes into a file."""
     torch.set_num_threads(1)
     os.environ.update(environment)
     if errors is not None:
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    if stroke is not None:
+        stroke.arm()
     work(*arguments)
 
 
@@ -44,50 +110,11 @@ def start(
     *arguments: object,
     environment: Mapping[str, str] = {},
     errors: Path | None = None,
+    stroke: Stroke | None = None,
 ) -> BaseProcess:
     """Start `work(*arguments)`, a function of a module of tests, in a process of its own."""
     children = multiprocessing.get_context("forkserver")
     children.set_forkserver_preload(PRELOADED)
-    child = children.Process(target=_run, args=(work, arguments, dict(environment), errors))
+    child = children.Process(target=_run, args=(work, arguments, dict(environment), errors, stroke))
     child.start()
     return child
-
-
-def changes_seen(
-    child: BaseProcess,
-    folder: Path,
-    kill_at: int | None = None,
-    pause: float = 0.002,
-    later: float = 0.0,
-) -> int:
-    """Watch a folder until the child ends; kill the child (SIGKILL) at a change of the folder (a file more,
-    gone, or written to), or so many seconds later. At 0 changes: so many seconds after the start.
-
-    Returns:
-        how many changes there were.
-    """
-    before, seen, struck = snapshot(folder), 0, False
-    while child.is_alive():
-        now = snapshot(folder)
-        if now != before:
-            before, seen = now, seen + 1
-        if kill_at is not None and seen >= kill_at and not struck:
-            time.sleep(later)
-            child.kill()
-            struck = True
-        time.sleep(pause)
-    child.join()
-    return seen
-
-
-def snapshot(folder: Path) -> set[tuple[str, int, int]]:
-    """Every file with its size and time."""
-    found = set()
-    for place, folders, names in os.walk(folder):  # passes over folders that are gone since they were listed
-        for path in (Path(place, name) for name in [*folders, *names]):
-            try:
-                told = path.stat()
-            except FileNotFoundError:
-                continue
-            found.add((str(path), told.st_size, told.st_mtime_ns))
-    return found

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from children import changes_seen, needs_processes, start
+from children import counted, needs_processes, start
 from safetensors import SafetensorError
 
 from easyedit_mdm.cli.edits import GuardOptions, new_edit
@@ -136,16 +136,17 @@ def kills(
     """Start, kill when the files have come so far, resume: the result of a run that was left alone, each
     time. Returns how many struck.
 
-    A moment is a number of changes of the files, which a slow machine comes through as a fast one does, and
-    up to LATER seconds more.
+    A moment is a number of changes of the files, which a slow machine comes through as a fast one does: each
+    second point dies right there. The others live up to LATER seconds more, in which some end by themselves.
     """
 
     def run(here: Path, kill_at: int | None = None, later: float = 0.0) -> tuple[bool, int]:
         """Whether it ended by itself, and the changes seen."""
-        child = start(work, here, model)
-        seen = changes_seen(child, here, kill_at, later=later)
+        stroke = counted(here, kill_at, later)
+        child = start(work, here, model, stroke=stroke)
+        child.join()
         assert child.exitcode in (0, -signal.SIGKILL), "the run itself failed"
-        return child.exitcode == 0, seen
+        return child.exitcode == 0, stroke.seen.value
 
     (folder / "whole").mkdir()
     length = run(folder / "whole")[1]
@@ -154,7 +155,7 @@ def kills(
         here = folder / str(number)
         here.mkdir()
         moment = int((number + rng.random()) / points * length)
-        struck += not run(here, moment, rng.random() * LATER)[0]
+        struck += not run(here, moment, rng.random() * LATER * (number % 2))[0]
         assert run(here)[0], "and the second time to the end"
         assert result(here) == wanted, f"killed at point {number}"
         assert not [p for p in here.rglob("*") if p.name.endswith((".part", ".tmp"))], (
