@@ -14,6 +14,7 @@ import torch
 
 from easyedit_mdm.api import load_hparams, wrap_model
 from easyedit_mdm.denoising import DecodeConfig
+from easyedit_mdm.editing import Edit
 from easyedit_mdm.editing.edit.stack import identity
 from easyedit_mdm.host.evaluation import LOCALITY_GROUP, edit_quality, meta
 from easyedit_mdm.host.names import LoadedName, is_ours_to_load, load_named
@@ -73,16 +74,36 @@ def apply_function(name: str, form: str = "head") -> Callable[..., tuple[Any, di
         adapter = wrap_model(model, tok)
         listed = [dict(r) for r in ([requests] if isinstance(requests, Mapping) else requests)]
         originals: dict[str, torch.Tensor] = {}
-        for edit in _session(adapter, hparams).edit(listed):
+        session = _session(adapter, hparams)
+        edits = session.edit(listed)
+        for edit in edits:
             originals = {
                 **edit.originals(adapter),
                 **originals,
             }  # of several edits of a weight, the first one's
+        if any(edit.attached for edit in edits):
+            originals = Attachments(session, edits)
         wanted = return_orig_weights and (form == "head" or keep_original_weight)
         return model, originals if wanted else {}
 
     apply.__name__ = f"apply_{name.lower().replace('-', '_')}_to_model"
     return apply
+
+
+class Attachments(dict[str, torch.Tensor]):
+    """What EasyEdit puts back after edits that are not in the weights: as soon as it asks for the weights, of
+    which there are none, the edits are taken back.
+    """
+
+    def __init__(self, session: Session, edits: Sequence[Edit]):
+        super().__init__()
+        self._session, self._edits = session, list(edits)
+
+    def items(self) -> Any:
+        """No weights; the edits are out of the model."""
+        while self._edits:
+            self._session.undo(self._edits.pop())
+        return super().items()
 
 
 def _session(adapter: Adapter, hparams: Any) -> Session:

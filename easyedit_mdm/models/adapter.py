@@ -20,6 +20,7 @@ from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.errors import ModelError
 from easyedit_mdm.models import geometry
 from easyedit_mdm.models.attention import Attention
+from easyedit_mdm.models.context import behind_context, context_of
 from easyedit_mdm.models.families import FAMILIES
 from easyedit_mdm.models.hidden import Hidden
 from easyedit_mdm.models.hooks import changing_output, frozen, reading_all, reading_output
@@ -337,9 +338,15 @@ class Adapter(nn.Module):
                 " begins: give canvas, the first column of each row's"
             )
         mask = geometry.visible(input_ids, attention_mask)
-        states = self._run(input_ids, mask, layer, self.layers, hidden, canvas)
         if at is None:
             at = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape[0], -1)
+        context = context_of(self.native)
+        if context is not None:
+            self._no_context(layer > 0)
+            self._check_length(len(context), mask)
+            input_ids, mask = behind_context(context, input_ids, mask)
+            at, canvas = at + len(context), None if canvas is None else canvas + len(context)
+        states = self._run(input_ids, mask, layer, self.layers, hidden, canvas)
         where = geometry.sources(at, mask) if self.shift else at
         normed = self.stack.normed(geometry.gather_rows(states, where))
         return self.stack.logits(normed).to(input_ids.device)
@@ -359,9 +366,28 @@ class Adapter(nn.Module):
         Args:
             start: go on from this layer, given its input `hidden`.
             canvas: as in `token_logits`.
+
+        Raises:
+            ModelError: if an in-context edit is in the model, whose tokens would stand before the rows.
         """
+        self._no_context(context_of(self.native) is not None)
         mask = geometry.visible(input_ids, attention_mask)
         return self._run(input_ids, mask, start, layer, hidden, canvas)
+
+    def _no_context(self, wrong: bool) -> None:
+        if wrong:
+            raise ModelError(
+                f"{self.name or self.spec.name} carries an in-context edit, whose tokens stand before every"
+                " row: take it back before the model is run layer by layer (editing, tracing, statistics)"
+            )
+
+    def _check_length(self, context: int, mask: Tensor) -> None:
+        longest = context + int(mask.sum(1).max())
+        if longest > self.max_positions:
+            raise ModelError(
+                f"a row takes {longest} tokens with the {context} of the in-context edit before it;"
+                f" {self.name or self.spec.name} has {self.max_positions} positions"
+            )
 
     def ends_block(self, site: Site) -> bool:
         """Whether a site's output goes into the residual stream as it is, as the down-projection's does in
@@ -413,6 +439,7 @@ class Adapter(nn.Module):
         """
         if not self.denoises:
             return self.native(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        self._no_context(context_of(self.native) is not None)
         if kwargs.get("labels") is not None:
             raise ModelError(
                 "a model that denoises has no next-token loss: use denoising states for a loss instead of"

@@ -37,6 +37,64 @@ _MASKS_4D = ("sdpa", "eager")
 KeysAndValues = tuple[Float[Tensor, "rows heads columns size"], Float[Tensor, "rows heads columns size"]]
 
 
+# ---- tokens before every row -------------------------------------------------------------------------------
+class PutBefore:
+    """A forward pre-hook and a forward hook by which an autoregressive model's own `forward`, and so its
+    `generate`, sees `ids` before every row and returns the logits of the row alone.
+
+    Without a cache, or with an empty one, the tokens are run with the row; a filled one holds them already.
+    """
+
+    def __init__(self, ids: Int[Tensor, " tokens"]):
+        self.ids = ids
+        self._cut = 0  # columns of the running call that are not the caller's
+
+    def before(self, _: nn.Module, args: tuple, given: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The call as the model is to see it.
+
+        Raises:
+            ModelError: for a call that has no token ids, or a 4-D mask.
+        """
+        rows = given.pop("input_ids", None) if not args else args[0]
+        mask = given.get("attention_mask")
+        if len(args) > 1 or rows is None or (mask is not None and mask.dim() != 2):
+            raise ModelError(
+                "this model carries an in-context edit, whose tokens stand before every row: call it with"
+                " input_ids and a 2-D attention_mask by name, or take the edit back"
+            )
+        number, count = len(rows), len(self.ids)
+        kept = _tokens_kept(next((given[name] for name in _CACHE_NAMES if name in given), None))
+        if mask is None:
+            mask = rows.new_ones(number, max(0, kept - count) + rows.shape[1])
+        before = self.ids.to(rows).expand(number, -1)
+        mask = torch.cat([torch.ones_like(before).to(mask), mask], dim=1)
+        self._cut = 0 if kept else count
+        if not kept:
+            rows = torch.cat([before, rows], dim=1)
+            if given.get("labels") is not None:
+                labels = given["labels"]
+                given["labels"] = torch.cat([torch.full_like(before, -100).to(labels), labels], dim=1)
+        places = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -rows.shape[1] :]
+        if given.get("cache_position") is not None:
+            given["cache_position"] = torch.arange(kept, kept + rows.shape[1], device=rows.device)
+        return (), {**given, "input_ids": rows, "attention_mask": mask, "position_ids": places}
+
+    def after(self, _: nn.Module, args: tuple, given: dict[str, Any], out: Any) -> Any:
+        """What the caller gets: without the logits of what stands before the row."""
+        logits = getattr(out, "logits", None)
+        if self._cut and logits is not None and logits.shape[1] == given["input_ids"].shape[1]:
+            out.logits = logits[:, self._cut :]
+        return out
+
+
+def _tokens_kept(cache: Any) -> int:
+    """How many tokens a cache holds; 0 for none."""
+    if cache is None:
+        return 0
+    length = getattr(cache, "get_seq_length", None)
+    return int(length()) if length is not None else int(cache[0][0].shape[-2])
+
+
 # ---- classes -----------------------------------------------------------------------------------------------
 def native_classes(name: str, since: str = "", ending: str = "") -> tuple[type, type]:
     """The configuration class and the language-model class that transformers names after `name` ("Llama").

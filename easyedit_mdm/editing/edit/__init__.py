@@ -2,11 +2,13 @@
 other files).
 """
 
+from easyedit_mdm.editing.edit.attached import Attached
 from easyedit_mdm.editing.edit.change import Change, Exact, LowRank
 from easyedit_mdm.editing.edit.edit import Edit
 from easyedit_mdm.editing.edit.stack import PlainEdit, carried, identity, keeping, revert_all, write
 
 __all__ = [
+    "Attached",
     "Change",
     "Edit",
     "Exact",

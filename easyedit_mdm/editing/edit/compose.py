@@ -77,7 +77,8 @@ def compose(edits: Sequence[AnyEdit], force: bool = False) -> AnyEdit:
     for edit in edits:
         for change in edit.changes:
             by_name.setdefault(change.name, []).append(change)
-    return type(edits[0])([_added(name, changes) for name, changes in by_name.items()], _card(edits, found))
+    changes = [_added(name, some) for name, some in by_name.items()]
+    return type(edits[0])(changes, _card(edits, found), [one for edit in edits for one in edit.attached])
 
 
 def _card(edits: Sequence[PlainEdit], found: Sequence[Conflict]) -> Card:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,21 @@ _LEFT_OUT = (
 )
 
 
+def check_in_weights(edits: Sequence[PlainEdit], what: str) -> None:
+    """A form that holds weights can hold no attachment.
+
+    Raises:
+        EditError: naming the edit's method.
+    """
+    for edit in edits:
+        if edit.attached:
+            raise EditError(
+                f"an edit by {edit.card.get('method')} is not in the weights ({edit.attached[0].KIND}), so"
+                f" {what} cannot hold it: save the edit itself (edit.save, --save), and apply it to the model"
+                " where it is loaded"
+            )
+
+
 def to_peft(edit: PlainEdit, folder: str | Path) -> Path:
     """Write a LoRA adapter whose product is the edit: `adapter_config.json`, `adapter_model.safetensors`, and
     a README.md that says how to open it.
@@ -56,6 +71,7 @@ def to_peft(edit: PlainEdit, folder: str | Path) -> Path:
         MissingPackageError: without `peft`.
         FileError: if the folder exists and is not empty, or cannot be written.
     """
+    check_in_weights([edit], "a LoRA adapter")
     try:
         from peft import LoraConfig
     except ImportError:
@@ -128,8 +144,10 @@ def write_model(
 
     Raises:
         CheckpointError: if `base` is not the folder of this model.
+        EditError: if the model carries an edit that is not in its weights.
         FileError: if the folder exists and is not empty, or cannot be written.
     """
+    check_in_weights(carried(adapter), "a model folder")
     base, folder = Path(base), Path(folder)
     shards: dict[Path, list[str]] = {}
     for key, file in weight_files(base).items():

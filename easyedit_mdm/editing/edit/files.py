@@ -23,6 +23,7 @@ from easyedit_mdm.common.files import (
     write_json,
     write_tensors,
 )
+from easyedit_mdm.editing.edit.attached import KINDS, Attached
 from easyedit_mdm.editing.edit.card import Card
 from easyedit_mdm.editing.edit.change import Change, Exact, LowRank
 from easyedit_mdm.editing.edit.sealing import seal
@@ -30,8 +31,10 @@ from easyedit_mdm.editing.edit.stack import PlainEdit
 from easyedit_mdm.errors import EditError
 
 TENSORS, CARD = "edit.safetensors", "edit.json"
-FORMAT, FORMAT_VERSION = "easyedit_mdm.edit", 1
-_OWN = ("format", "format_version", "id", "tensors", "weights")
+FORMAT = "easyedit_mdm.edit"
+# of edits that only change weights; files of others say 2, which older versions refuse
+WEIGHTS_ONLY, FORMAT_VERSION = 1, 2
+_OWN = ("format", "format_version", "id", "tensors", "weights", "attached")
 _KINDS: dict[str, tuple[str, ...]] = {"low_rank": ("left", "right"), "exact": ("delta",)}
 _WHAT = "an edit that easyedit-mdm saved"
 
@@ -63,14 +66,21 @@ def write_into(edit: PlainEdit, folder: Path) -> None:
     changes = [compact(change) for change in edit.changes]
     write_tensors(
         folder / TENSORS,
-        {f"{c.name}|{key}": value for c in changes for key, value in c.tensors.items()},
+        {f"{c.name}|{key}": value for c in changes for key, value in c.tensors.items()}
+        | {
+            f"attached {number}|{key}": value
+            for number, one in enumerate(edit.attached)
+            for key, value in one.tensors.items()
+        },
         {"format": FORMAT},
     )
     digest = file_sha256(folder / TENSORS)
     own = {
-        "format": FORMAT, "format_version": FORMAT_VERSION, "id": digest[:16],
+        "format": FORMAT, "format_version": FORMAT_VERSION if edit.attached else WEIGHTS_ONLY,
+        "id": digest[:16],
         "tensors": {"file": TENSORS, "sha256": digest, "bytes": (folder / TENSORS).stat().st_size},
         "weights": {change.name: _described(change) for change in changes},
+        **({"attached": [_attachment(one) for one in edit.attached]} if edit.attached else {}),
     }  # fmt: skip
     told = {
         k: v if k in ("hyperparameters", "composed") else _rounded(v)
@@ -102,8 +112,8 @@ def _rounded(value: Any) -> Any:
     return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def read(folder: str | Path) -> tuple[list[Change], Card]:
-    """The changes and the card of an edit, from its folder.
+def read(folder: str | Path) -> tuple[list[Change], Card, list[Attached]]:
+    """The changes, the card and the attachments of an edit, from its folder.
 
     Raises:
         EditError: if a file is missing or broken, or the two do not belong together.
@@ -113,7 +123,13 @@ def read(folder: str | Path) -> tuple[list[Change], Card]:
     weights = _checked(told, folder / CARD)
     _check_hash(folder, told)
     tensors, _ = read_tensors(folder / TENSORS, EditError, "the tensors of an edit")
+    attached = _checked_attachments(told, folder / CARD)
     wanted = {f"{name}|{key}" for name, about in weights.items() for key in _KINDS[about["kind"]]}
+    wanted |= {
+        f"attached {number}|{key}"
+        for number, about in enumerate(attached)
+        for key in KINDS[about["kind"]].TENSORS
+    }
     if set(tensors) != wanted:
         odd = sorted(set(tensors) ^ wanted)[0]
         raise EditError(
@@ -122,7 +138,8 @@ def read(folder: str | Path) -> tuple[list[Change], Card]:
         )
     changes = [_change(name, about, tensors, folder) for name, about in weights.items()]
     card = {**{k: v for k, v in told.items() if k not in _OWN}, "id": told["tensors"]["sha256"][:16]}
-    return changes, cast(Card, card)
+    found = [_read_attachment(number, about, tensors) for number, about in enumerate(attached)]
+    return changes, cast(Card, card), found
 
 
 def file_sha256(path: Path) -> str:
@@ -144,6 +161,38 @@ def _described(change: Change) -> dict[str, Any]:
     }
 
 
+def _attachment(one: Attached) -> dict[str, Any]:
+    return {"kind": one.KIND, "module": one.module, "settings": dict(one.settings)}
+
+
+def _checked_attachments(told: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
+    """What `edit.json` says of the attachments.
+
+    Raises:
+        EditError: naming file and entry.
+    """
+    attached = told.get("attached", [])
+    entries = attached if isinstance(attached, list) else [attached]
+    for about in entries:
+        kind = about.get("kind") if isinstance(about, dict) else None
+        right = isinstance(kind, str) and kind in KINDS and isinstance(about.get("module"), str)
+        settings = about.get("settings") if right else None
+        if not isinstance(settings, dict) or not all(
+            isinstance(value, (int, float, str, bool)) for value in settings.values()
+        ):
+            raise EditError(
+                f"{path}: the attachment {about!r} needs a kind ({', '.join(KINDS)}), a module and settings"
+                " that are numbers or words; get the edit again"
+            )
+    return entries
+
+
+def _read_attachment(number: int, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Attached:
+    cls = KINDS[about["kind"]]
+    named = {key: tensors[f"attached {number}|{key}"] for key in cls.TENSORS}
+    return cls(about["module"], named, about["settings"])
+
+
 def _checked(told: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
     """The weights that `edit.json` names, after a look at what it is.
 
@@ -152,7 +201,7 @@ def _checked(told: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
     """
     if told.get("format") != FORMAT:
         raise EditError(f"{path} has format {told.get('format')!r}, not {FORMAT!r}: it is not {_WHAT}")
-    if told.get("format_version") != FORMAT_VERSION:
+    if told.get("format_version") not in (WEIGHTS_ONLY, FORMAT_VERSION):
         raise EditError(
             f"{path} has format_version {told.get('format_version')!r}; this one reads {FORMAT_VERSION}: use"
             " the version that wrote it"
@@ -168,7 +217,7 @@ def _checked(told: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
             " again"
         )
     _check_card(told, path)
-    if not isinstance(weights, dict) or not weights:
+    if not isinstance(weights, dict) or not (weights or told.get("attached")):
         raise EditError(
             f"{path}: weights is {type(weights).__name__}; it should say for each weight how it is changed"
         )

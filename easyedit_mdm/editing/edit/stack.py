@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
 from easyedit_mdm.common.signals import uninterrupted
+from easyedit_mdm.editing.edit.attached import Attached, Prepared, attach, prepared
 from easyedit_mdm.editing.edit.card import Card
 from easyedit_mdm.editing.edit.change import Change, added
 from easyedit_mdm.errors import EditError, OptimisationError
@@ -33,6 +34,7 @@ class PlainEdit:
 
     Attributes:
         changes: one change a weight.
+        attached: what it adds to the forward pass without touching a weight.
         card: facts, method, hyperparameters, and figures of the optimisation; once sealed or saved also the
             base model's fingerprint, versions, seed and metrics.
 
@@ -42,6 +44,7 @@ class PlainEdit:
 
     changes: Sequence[Change]
     card: Card = field(default_factory=lambda: Card())
+    attached: Sequence[Attached] = ()
 
     def __post_init__(self) -> None:
         for change in self.changes:
@@ -72,8 +75,10 @@ class PlainEdit:
         changes = {names[change.name]: change for change in self.changes}
         after = {name: added(before[name], change) for name, change in changes.items()}
         entry = Entry(self, changes, _hashes(before), _hashes(after), before)
+        pushed = _pushed(entries, entry)
+        ready = _prepared(native, pushed)
         try:
-            _settle(native, after, _pushed(entries, entry))
+            _settle(native, after, pushed, ready)
             return {name: before[first] for name, first in names.items()}
         except BaseException:
             _settle(native, before, entries)
@@ -349,11 +354,26 @@ def _holds(weights: Mapping[str, Tensor], hashes: Mapping[str, str]) -> bool:
     return all(tensor_sha256(weights[name]) == known for name, known in hashes.items())
 
 
-def _settle(native: nn.Module, values: Mapping[str, Tensor], entries: tuple[Entry, ...]) -> None:
+def _settle(
+    native: nn.Module,
+    values: Mapping[str, Tensor],
+    entries: tuple[Entry, ...],
+    ready: Prepared | None = None,
+) -> None:
     """Put values into the weights and note the edits that they hold, both or neither."""
+    ready = _prepared(native, entries) if ready is None else ready
     with uninterrupted():
         put(dict(native.named_parameters()), values)
         native.__dict__[_STACK] = entries
+        if ready is not None:
+            attach(native, ready)
+
+
+def _prepared(native: nn.Module, entries: tuple[Entry, ...]) -> Prepared | None:
+    """What the edits add to the forward pass; None where nothing is added, now or so far."""
+    attached = [one for entry in entries for one in entry.edit.attached]
+    now = any(entry.edit.attached for entry in _entries(native))
+    return prepared(native, attached) if attached or now else None
 
 
 def _sums(native: nn.Module, edit: PlainEdit) -> dict[str, Tensor]:

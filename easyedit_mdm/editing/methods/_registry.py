@@ -12,6 +12,7 @@ from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import EditRequest
 from easyedit_mdm.editing.solve.value import Optimised
 from easyedit_mdm.models import Adapter
+from easyedit_mdm.models.context import without_context
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,11 @@ class Method:
         history: History | None = None,
     ) -> Edit:
         """Make the edit, with the history if the method has a use for it; its card says whether a guard
-        looked at it.
+        looked at it. It is made for the model without the tokens that an in-context edit puts before rows.
         """
-        return _unguarded(
-            self.make(adapter, requests, hparams, **({"history": history} if self.sequential else {})),
-            hparams,
-        )
+        more = {"history": history} if self.sequential else {}
+        with without_context(adapter.native):
+            return _unguarded(self.make(adapter, requests, hparams, **more), hparams)
 
     def edit_each(
         self, adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams
@@ -59,11 +59,12 @@ class Method:
         """One edit a request, each for the model as it is now; their values are optimised together, which is
         several times faster.
         """
-        values = self.values(adapter, requests, hparams)
-        return [
-            _unguarded(self.make(adapter, [request], hparams, values=[value]), hparams)
-            for request, value in zip(requests, values, strict=True)
-        ]
+        with without_context(adapter.native):
+            values = self.values(adapter, requests, hparams)
+            return [
+                _unguarded(self.make(adapter, [request], hparams, values=[value]), hparams)
+                for request, value in zip(requests, values, strict=True)
+            ]
 
 
 def _unguarded(edit: Edit, hparams: ROMEMDMHyperParams) -> Edit:
