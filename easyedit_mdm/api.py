@@ -9,7 +9,7 @@ from typing import Any
 from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.common.yaml_files import find_hparams, read_yaml_file
 from easyedit_mdm.denoising import generate
-from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, ROMEMDMHyperParams
+from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, MethodHyperParams
 from easyedit_mdm.editing.hparams import whose
 from easyedit_mdm.errors import CheckpointError, HyperParameterError
 from easyedit_mdm.models import Adapter, adapt, load_adapter
@@ -67,14 +67,14 @@ def with_decoder(adapter: Adapter) -> Adapter:
     return adapter
 
 
-def load_hparams(path: str | Path) -> ROMEMDMHyperParams:
+def load_hparams(path: str | Path) -> MethodHyperParams:
     """The hyperparameters of a YAML file, as the class of the method that it names (`alg_name`).
 
     >>> load_hparams("MEMIT_MDM/twin-llada").alg_name  # a file that ships; any path will do
     'MEMIT_MDM'
 
     Raises:
-        HyperParameterError, UnknownNameError: as `ROMEMDMHyperParams.from_hparams`; if the file names no
+        HyperParameterError, UnknownNameError: as `MethodHyperParams.from_hparams`; if the file names no
             method, or one of EasyEdit's.
     """
     file = read_yaml_file(find_hparams(path))
@@ -87,7 +87,7 @@ def load_hparams(path: str | Path) -> ROMEMDMHyperParams:
 def make_edit(
     model: Adapter,
     request: Mapping[str, Any] | EditRequest | Sequence[Mapping[str, Any] | EditRequest],
-    hparams: ROMEMDMHyperParams,
+    hparams: MethodHyperParams,
     history: History | None = None,
 ) -> Edit:
     """Make the edit for one request, or for several at once, without changing the model; `edit.apply(model)`
@@ -107,7 +107,7 @@ def make_edit(
 
 
 def make_edits(
-    model: Adapter, requests: Sequence[Mapping[str, Any] | EditRequest], hparams: ROMEMDMHyperParams
+    model: Adapter, requests: Sequence[Mapping[str, Any] | EditRequest], hparams: MethodHyperParams
 ) -> list[Edit]:
     """One edit a request, each as `make_edit` would make it for the model as it is now, but several times
     faster: the values of all are optimised together.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from easyedit_mdm.common.registry import did_you_mean
-from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, ROMEMDMHyperParams
+from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, MethodHyperParams
 from easyedit_mdm.editing.edit import carried
 from easyedit_mdm.editing.methods import Method
 from easyedit_mdm.errors import EditError, HyperParameterError
@@ -64,7 +64,7 @@ class Session:
     def __init__(
         self,
         model: Adapter,
-        hparams: ROMEMDMHyperParams,
+        hparams: MethodHyperParams,
         guard: CollapseGuard | None = None,
         force: bool = False,
     ):

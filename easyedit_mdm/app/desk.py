@@ -19,7 +19,7 @@ import torch
 from easyedit_mdm.api import load_hparams, load_model, make_edit, model_folder
 from easyedit_mdm.common.yaml_files import packaged_hparams
 from easyedit_mdm.denoising import SCHEDULES, Trajectory, decode
-from easyedit_mdm.editing import METHODS, Edit, EditRequest, ROMEMDMHyperParams
+from easyedit_mdm.editing import METHODS, Edit, EditRequest, MethodHyperParams, StateHyperParams
 from easyedit_mdm.editing.edit.export import write_merged
 from easyedit_mdm.editing.request import check_requests, encode, target_ids
 from easyedit_mdm.errors import EditError, HyperParameterError, RequestError
@@ -168,6 +168,8 @@ class Desk:
         if not file or not file.strip():
             return [], None
         hparams = load_hparams(file.strip())
+        if not isinstance(hparams, StateHyperParams):
+            return list(hparams.layers), None
         plain = hparams.state_schedule == "full_mask"
         return list(hparams.layers), "stratified" if plain else hparams.state_schedule
 
@@ -213,8 +215,8 @@ class Desk:
             self.trial = Trial(fact, sides, edits, said)
             return self.trial
 
-    def _arms(self, hparams: ROMEMDMHyperParams) -> dict[str, ROMEMDMHyperParams]:
-        if not self.model.denoises:
+    def _arms(self, hparams: MethodHyperParams) -> dict[str, MethodHyperParams]:
+        if not self.model.denoises or not isinstance(hparams, StateHyperParams):
             return {OWN: hparams}
         aware = "stratified" if hparams.state_schedule == "full_mask" else hparams.state_schedule
         return {
@@ -222,7 +224,7 @@ class Desk:
             OWN: replace(hparams, state_schedule=aware),
         }
 
-    def _hparams(self, dials: Dials) -> ROMEMDMHyperParams:
+    def _hparams(self, dials: Dials) -> MethodHyperParams:
         if not dials.file.strip():
             raise HyperParameterError(
                 f"no hyperparameter file ships for {self.name}: give the path of one under Dials"
@@ -235,11 +237,15 @@ class Desk:
                 )
             hparams = replace(hparams, layers=[int(dials.layer)])
         if dials.schedule and self.model.denoises:
+            if not isinstance(hparams, StateHyperParams):
+                raise HyperParameterError(
+                    f"state schedule {dials.schedule!r}: {hparams.alg_name} reads no loss over states"
+                )
             SCHEDULES[dials.schedule]  # an unknown name is an error that names the nearest
             hparams = replace(hparams, state_schedule=dials.schedule)
         return replace(hparams, guard=None)
 
-    def _of(self, hparams: ROMEMDMHyperParams) -> Session:
+    def _of(self, hparams: MethodHyperParams) -> Session:
         """The session, which is made at the first edit and then keeps the stack."""
         if self.session is None:
             self.session = Session(self.model, hparams)

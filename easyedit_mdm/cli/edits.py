@@ -24,7 +24,7 @@ from easyedit_mdm.common.files import write_json
 from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
 from easyedit_mdm.common.locks import only_writer
 from easyedit_mdm.denoising import DecodeConfig, decode
-from easyedit_mdm.editing import Edit, EditRequest, ROMEMDMHyperParams
+from easyedit_mdm.editing import Edit, EditRequest, MethodHyperParams
 from easyedit_mdm.editing.edit.compose import compose, conflicts
 from easyedit_mdm.editing.edit.export import write_merged
 from easyedit_mdm.editing.edit.folders import adopt_edits, source_of, write_edited
@@ -107,7 +107,7 @@ def _metrics(
     return {"before": _shares(before), "after": _shares(after), "facts": facts}
 
 
-def failed_facts(edit: Edit, hparams: ROMEMDMHyperParams) -> list[str]:
+def failed_facts(edit: Edit, hparams: MethodHyperParams) -> list[str]:
     """A line for each fact that the edited model does not write: how its optimisation ended, and what to
     try.
     """
@@ -118,22 +118,8 @@ def failed_facts(edit: Edit, hparams: ROMEMDMHyperParams) -> list[str]:
             loss = (fact.get("losses") or [float("nan")])[-1]
             ended = f"its loss was {loss:.3g} after {fact.get('steps', 0)} steps"
             what = f"not written: {fact['prompt']!r} -> {fact['target_new']!r}; {ended}"
-            lines.append(f"{what}. {_advice(loss, hparams)}{several}")
+            lines.append(f"{what}. {hparams.advice(loss)}{several}")
     return lines
-
-
-def _advice(loss: float, hparams: ROMEMDMHyperParams) -> str:
-    if not loss <= hparams.early_stop_loss:
-        return (
-            f"The value did not reach {hparams.early_stop_loss:g} (early_stop_loss): try more steps "
-            f"(v_num_grad_steps: {2 * hparams.v_num_grad_steps}), a wider clamp (clamp_norm_factor: "
-            f"{2 * hparams.clamp_norm_factor:g}) or another layer (easyedit-mdm sweep)"
-        )
-    through = "weights" in hparams.THROUGH and hparams.optimise_through != "weights"
-    return (
-        "The value was found, but the update does not carry it: try another layer (easyedit-mdm sweep)"
-        f"{', optimise_through: weights' if through else ''} or a lower early_stop_loss"
-    )
 
 
 def apply_edit(
@@ -381,7 +367,7 @@ def export_edit(
 # ---- parts -------------------------------------------------------------------------------------------------
 
 
-def _hparams(file: str | Path, model: str | None, guard: GuardOptions) -> ROMEMDMHyperParams:
+def _hparams(file: str | Path, model: str | None, guard: GuardOptions) -> MethodHyperParams:
     hparams = load_hparams(file)
     text = {} if guard.text is None else {"text": guard.text}
     return replace(
@@ -392,7 +378,7 @@ def _hparams(file: str | Path, model: str | None, guard: GuardOptions) -> ROMEMD
 
 
 def _make(
-    adapter: Adapter, requests: Sequence[EditRequest], hparams: ROMEMDMHyperParams, options: GuardOptions
+    adapter: Adapter, requests: Sequence[EditRequest], hparams: MethodHyperParams, options: GuardOptions
 ) -> Edit:
     """The edit of all requests, through the guard if it is on; the model is left as it was."""
     with Session(adapter, hparams, force=options.force) as session:
@@ -429,7 +415,7 @@ def _any_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _device(device: str | None, hparams: ROMEMDMHyperParams) -> str:
+def _device(device: str | None, hparams: MethodHyperParams) -> str:
     return device or (str(hparams.device) if hparams.device is not None else _any_device())
 
 

@@ -2,8 +2,17 @@
 
 from easyedit_mdm.editing.edit import Edit, LowRank
 from easyedit_mdm.editing.history import History
-from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
+from easyedit_mdm.editing.hparams import MethodHyperParams, ROMEMDMHyperParams, StateHyperParams
 from easyedit_mdm.editing.methods import METHODS
 from easyedit_mdm.editing.request import EditRequest
 
-__all__ = ["METHODS", "Edit", "EditRequest", "History", "LowRank", "ROMEMDMHyperParams"]
+__all__ = [
+    "METHODS",
+    "Edit",
+    "EditRequest",
+    "History",
+    "LowRank",
+    "MethodHyperParams",
+    "ROMEMDMHyperParams",
+    "StateHyperParams",
+]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from easyedit_mdm.denoising import DecodeConfig, decode
-from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
+from easyedit_mdm.editing.hparams import StateHyperParams
 from easyedit_mdm.editing.request import encode
 from easyedit_mdm.models import Adapter
 
@@ -41,7 +41,7 @@ def context_templates(
     return written[key]
 
 
-def prefixes_of(adapter: Adapter, hparams: ROMEMDMHyperParams) -> Sequence[str]:
+def prefixes_of(adapter: Adapter, hparams: StateHyperParams) -> Sequence[str]:
     """The context prefixes of an edit: those that the hyperparameters give, or that the model writes when it
     is first asked.
     """

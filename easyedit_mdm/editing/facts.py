@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from easyedit_mdm.editing.context import prefixes_of
-from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
+from easyedit_mdm.editing.hparams import StateHyperParams
 from easyedit_mdm.editing.request import EditRequest, Prompt, anchor, locate, target_ids
 from easyedit_mdm.errors import RequestError
 from easyedit_mdm.models import Adapter
@@ -31,8 +31,8 @@ class Fact:
     anchor: Prompt
 
 
-def tokenise(adapter: Adapter, request: EditRequest, hparams: ROMEMDMHyperParams) -> Fact:
-    """Tokenise a request in every context prefix.
+def tokenise(adapter: Adapter, request: EditRequest, hparams: StateHyperParams) -> Fact:
+    """Tokenise a request in every context prefix. A method that has no `fact_token` gets the subject's last.
 
     Raises:
         RequestError: if the longest row exceeds the model's positions, or the target the metric's canvas.
@@ -41,7 +41,8 @@ def tokenise(adapter: Adapter, request: EditRequest, hparams: ROMEMDMHyperParams
     if "{}" not in templates[:1]:
         templates = ["{}", *templates]
     target = target_ids(adapter, request.prompt, request.target_new)
-    contexts = [locate(adapter, request, c, hparams.fact_token) for c in templates]
+    where = getattr(hparams, "fact_token", "subject_last")
+    contexts = [locate(adapter, request, c, where) for c in templates]
     canvas = hparams.decode_config().canvas
     if canvas is not None and len(target) > canvas:
         raise RequestError(
@@ -54,8 +55,8 @@ def tokenise(adapter: Adapter, request: EditRequest, hparams: ROMEMDMHyperParams
             f"prompt and target {request.target_new!r} take {longest} tokens with the longest context "
             f"prefix; {adapter.name} has {adapter.max_positions} positions"
         )
-    fact_token = "subject_last" if hparams.fact_token == "last" else hparams.fact_token
-    return Fact(contexts, target, locate(adapter, anchor(request), "{}", fact_token))
+    where = "subject_last" if where == "last" else where
+    return Fact(contexts, target, locate(adapter, anchor(request), "{}", where))
 
 
 def fact_generator(fact: Fact, seed: int) -> torch.Generator:

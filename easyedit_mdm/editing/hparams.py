@@ -1,17 +1,19 @@
 """Hyperparameters: EasyEdit's fields under EasyEdit's names, and what denoising adds to them.
 
-The fields stand in groups, a class each: `MainHyperParams` has those that a user sets, the others can be left
-alone. A YAML file holds all of them side by side.
+The fields stand in groups, a class each, and a YAML file holds all of them side by side. `MethodHyperParams`
+are those of every method, `StateHyperParams` those of the methods that read a loss over states of the target,
+and `ROMEMDMHyperParams` those of the methods that optimise a value. A method's class derives from the one
+that has what it uses and nothing else.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from easyedit_mdm.common.kinds import checked
 from easyedit_mdm.common.registry import did_you_mean
@@ -20,49 +22,40 @@ from easyedit_mdm.denoising import SCHEDULES, DecodeConfig
 from easyedit_mdm.editing.guard import GuardConfig
 from easyedit_mdm.errors import HyperParameterError, UnknownNameError
 
-__all__ = ["ROMEMDMHyperParams", "find_hparams", "packaged_hparams", "read_yaml"]
+__all__ = [
+    "MethodHyperParams",
+    "ROMEMDMHyperParams",
+    "StateHyperParams",
+    "find_hparams",
+    "packaged_hparams",
+    "read_yaml",
+]
 
 FACT_TOKENS = ("subject_last", "subject_first", "subject_first_after_last", "last")
 KL_POSITIONS = ("slot", "subject_last")
+Own = TypeVar("Own", bound="MethodHyperParams")
 
 
 @dataclass
 class MainHyperParams:
-    """The fields that a user sets: which method, which model, and ten more.
+    """What every method is told: which method, which model, where, and how it is watched.
 
     Attributes:
         alg_name: the method.
         model_name: a twin, a folder, or a hub id.
         layers: layers that are edited, in ascending order; the rank-one methods take one.
-        state_schedule: states the value is optimised over (`easyedit_mdm.denoising.SCHEDULES`); `full_mask`
-            is plain ROME.
-        v_num_grad_steps: Adam's steps, one more than are made, as in EasyEdit (25 makes 24).
-        v_lr: Adam's learning rate.
-        clamp_norm_factor: ||delta|| is kept within this times ||v_0||.
-        v_weight_decay: weight of ||delta|| / ||v_0||^2 in the loss.
-        kl_factor: weight of the KL anchor "{subject} is a".
-        early_stop_loss: the optimisation ends when the total loss, averaged over a cycle of states, falls
-            below this.
-        mom2_dataset: the text of the second moments: a file, JSON lines, `datasets:NAME:CONFIG:SPLIT`, or
-            `twins` (`easyedit_mdm.statistics.text_source`).
         guard: thresholds of the collapse guard (`easyedit_mdm.editing.guard.GuardConfig`), or {} for its own;
             None: no edit is refused.
         seed: of every random draw of an edit.
+        decode: settings of the multi-step metric (`easyedit_mdm.denoising.DecodeConfig`).
     """
 
     alg_name: str
     model_name: str
     layers: list[int]
-    state_schedule: str = "enumerate"
-    v_num_grad_steps: int = 25
-    v_lr: float = 0.1
-    clamp_norm_factor: float = 0.75
-    v_weight_decay: float = 0.5
-    kl_factor: float = 0.0625
-    early_stop_loss: float = 0.05
-    mom2_dataset: str | None = None
     guard: dict[str, Any] | None = None
     seed: int = 0
+    decode: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -93,6 +86,8 @@ class StatisticsHyperParams:
     """The second moments C of the keys.
 
     Attributes:
+        mom2_dataset: the text of the second moments: a file, JSON lines, `datasets:NAME:CONFIG:SPLIT`, or
+            `twins` (`easyedit_mdm.statistics.text_source`).
         mom2_adjustment: whether they are used; without them C is the identity.
         mom2_n_tokens: tokens of the text that are used; None means 10 times the key's dimension.
         mom2_mask_ratio: 0: plain text; a number or `uniform`: masked text, keys at unmasked positions (masked
@@ -103,6 +98,7 @@ class StatisticsHyperParams:
         stats_dir: where they are kept; None means the user's cache folder.
     """
 
+    mom2_dataset: str | None = None
     mom2_adjustment: bool = False
     mom2_n_tokens: int | None = None
     mom2_mask_ratio: int | float | str = 0
@@ -112,25 +108,27 @@ class StatisticsHyperParams:
 
 
 @dataclass
-class CostHyperParams:
-    """Time and memory.
+class ValueHyperParams:
+    """How a value is optimised.
 
     Attributes:
-        max_states: the most states a step may hold.
-        max_rows: rows of one forward pass; more are split, with the same result.
+        v_num_grad_steps: Adam's steps, one more than are made, as in EasyEdit (25 makes 24).
+        v_lr: Adam's learning rate.
+        clamp_norm_factor: ||delta|| is kept within this times ||v_0||.
+        v_weight_decay: weight of ||delta|| / ||v_0||^2 in the loss.
+        kl_factor: weight of the KL anchor "{subject} is a".
+        early_stop_loss: the optimisation ends when the total loss, averaged over a cycle of states, falls
+            below this.
         facts_per_batch: facts whose values are optimised together; halved where memory runs out.
-        context_template_length_params: [tokens, prefixes] of each kind of context prefix, which the model
-            writes.
-        context_templates: context prefixes to use instead, each with one `{}`.
-        decode: settings of the multi-step metric (`easyedit_mdm.denoising.DecodeConfig`).
     """
 
-    max_states: int = 31
-    max_rows: int = 256
+    v_num_grad_steps: int = 25
+    v_lr: float = 0.1
+    clamp_norm_factor: float = 0.75
+    v_weight_decay: float = 0.5
+    kl_factor: float = 0.0625
+    early_stop_loss: float = 0.05
     facts_per_batch: int = 64
-    context_template_length_params: list[list[int]] = field(default_factory=lambda: [[5, 10], [10, 10]])
-    context_templates: list[str] | None = None
-    decode: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -181,33 +179,15 @@ class ModuleHyperParams:
 
 # the last base's fields come first, and those without a default must
 @dataclass
-class ROMEMDMHyperParams(
-    ModuleHyperParams,
-    ComparisonHyperParams,
-    CostHyperParams,
-    StatisticsHyperParams,
-    LoadingHyperParams,
-    MainHyperParams,
-):
-    """ROME_MDM's hyperparameters, and what the other methods' have in common; a YAML file holds them by these
-    names.
+class MethodHyperParams(LoadingHyperParams, MainHyperParams):
+    """What every method's hyperparameters have in common; a YAML file holds them by these names.
 
-    Fields that EasyEdit's `ROMEHyperParams` has as well mean the same. `MainHyperParams` has the ones to set.
+    A method's class sets `ALG_NAME`, and says by `LAYERS` how many layers it takes: `one`, `some`, or `any`
+    (an empty list too).
     """
 
-    ALG_NAME: ClassVar[str] = "ROME_MDM"
-    KEY_AVERAGES: ClassVar[tuple[str, ...]] = ("single", "easyedit")
-    KEY_STATES: ClassVar[tuple[str, ...]] = ("full_mask", "average")
-    THROUGH: ClassVar[tuple[str, ...]] = ("activation", "weights")
-    ONE_LAYER: ClassVar[bool] = True
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A method with another update than ROME's must say itself that values can be optimised through
-        it.
-        """
-        super().__init_subclass__(**kwargs)
-        if "THROUGH" not in vars(cls):
-            cls.THROUGH = ("activation",)
+    ALG_NAME: ClassVar[str] = ""
+    LAYERS: ClassVar[str] = "one"
 
     def __post_init__(self) -> None:
         self.validate()
@@ -228,22 +208,9 @@ class ROMEMDMHyperParams(
             if isinstance(value, float):  # a whole number was given
                 setattr(self, name, value)
         self._check_layers()
-        self._check_choices()
-        self.check_numbers(
-            v_num_grad_steps=1, max_states=1, max_rows=1, facts_per_batch=1, seed=0, whole=True
-        )
-        self.check_numbers(v_lr=0, v_weight_decay=0, clamp_norm_factor=0, kl_factor=0, mom2_eps=0)
-        for template in self.context_templates or []:
-            if template.count("{}") != 1:
-                raise HyperParameterError(
-                    f"context template {template!r} must hold one {{}} where the prompt goes"
-                )
+        self.check_numbers(seed=0, whole=True)
         if self.fp16 and self.load_dtype != "float16":
             raise HyperParameterError(f"fp16 is on, but dtype={self.dtype!r}: give one of the two")
-        if self.mom2_adjustment and not self.mom2_dataset:
-            raise HyperParameterError(
-                "mom2_adjustment is on, but mom2_dataset names no text file: give one, or turn it off"
-            )
         self.decode_config()
         self.guard_config()
 
@@ -254,34 +221,30 @@ class ROMEMDMHyperParams(
 
     def _check_layers(self) -> None:
         layers = self.layers
+        if not layers and self.LAYERS == "any":
+            return
         if not layers or min(layers) < 0:
             raise HyperParameterError(
                 f"layers={layers!r}: {self.ALG_NAME} needs a list of layer numbers such as [5]"
             )
-        if self.ONE_LAYER and len(layers) != 1:
+        if self.LAYERS == "one" and len(layers) != 1:
             raise HyperParameterError(
                 f"layers={layers!r}: {self.ALG_NAME} edits one layer, given as a list such as [5]"
             )
         if sorted(set(layers)) != layers:
-            raise HyperParameterError(
-                f"layers={layers!r} must be in ascending order, each once: the residual is spread upwards"
-            )
+            raise HyperParameterError(f"layers={layers!r} must be in ascending order, each once")
 
-    def _check_choices(self) -> None:
-        if self.state_schedule not in SCHEDULES:
-            known = f"{', '.join(SCHEDULES)}{did_you_mean(self.state_schedule, SCHEDULES)}"
-            raise UnknownNameError(f"state_schedule={self.state_schedule!r} is not one of {known}")
-        choices = {
-            "fact_token": FACT_TOKENS, "kl_position": KL_POSITIONS, "key_average": self.KEY_AVERAGES,
-            "key_states": self.KEY_STATES, "early_stop_on": ("cycle", "drawn"),
-            "optimise_through": self.THROUGH,
-            "v_lr_schedule": ("constant", "cosine"),
-        }  # fmt: skip
-        for name, allowed in choices.items():
+    def check_choices(self, **allowed: Sequence[str]) -> None:
+        """Check that fields have one of the values that are given for each.
+
+        Raises:
+            HyperParameterError: naming field and value.
+        """
+        for name, known in allowed.items():
             value = getattr(self, name)
-            if value not in allowed:
-                known = f"{', '.join(allowed)} for {self.ALG_NAME}{did_you_mean(value, allowed)}"
-                raise HyperParameterError(f"{name}={value!r} is not one of {known}")
+            if value not in known:
+                said = f"{', '.join(known)} for {self.ALG_NAME}{did_you_mean(value, known)}"
+                raise HyperParameterError(f"{name}={value!r} is not one of {said}")
 
     def check_numbers(self, whole: bool = False, **least: int) -> None:
         """Check that fields are finite numbers (whole ones if asked) of at least what is given.
@@ -294,6 +257,12 @@ class ROMEMDMHyperParams(
             value = getattr(self, name)
             if value < low or (isinstance(value, float) and not math.isfinite(value)):
                 raise HyperParameterError(f"{name}={value!r} must be a {kind}, at least {low}")
+
+    def advice(self, loss: float) -> str:
+        """What to try for a fact that is not written, whose optimisation ended at `loss`; empty where there
+        is nothing to say.
+        """
+        return ""
 
     def decode_config(self) -> DecodeConfig:
         """The decode settings of the metric.
@@ -312,7 +281,7 @@ class ROMEMDMHyperParams(
         return None if self.guard is None else GuardConfig.of(self.guard)
 
     @classmethod
-    def from_hparams(cls, path: str | Path) -> ROMEMDMHyperParams:
+    def from_hparams(cls: type[Own], path: str | Path) -> Own:
         """Read a YAML file; `.yaml` may be left out, and one that ships may be named `ROME_MDM/twin-llada`.
 
         Raises:
@@ -322,7 +291,7 @@ class ROMEMDMHyperParams(
         return cls.from_dict(read_yaml_file(find_hparams(path)))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any] | YamlFile, source: str = "") -> ROMEMDMHyperParams:
+    def from_dict(cls: type[Own], values: dict[str, Any] | YamlFile, source: str = "") -> Own:
         """Build from a mapping.
 
         Raises:
@@ -344,9 +313,96 @@ class ROMEMDMHyperParams(
         return dataclasses.asdict(self)
 
 
+@dataclass
+class StateHyperParams(MethodHyperParams):
+    """What the methods add that read a loss over states of the target.
+
+    Attributes:
+        state_schedule: states the loss is read in (`easyedit_mdm.denoising.SCHEDULES`); `full_mask` is the
+            plain edit.
+        max_states: the most states a step may hold.
+        max_rows: rows of one forward pass; more are split, with the same result.
+        context_template_length_params: [tokens, prefixes] of each kind of context prefix, which the model
+            writes.
+        context_templates: context prefixes to use instead, each with one `{}`.
+    """
+
+    state_schedule: str = "enumerate"
+    max_states: int = 31
+    max_rows: int = 256
+    context_template_length_params: list[list[int]] = field(default_factory=lambda: [[5, 10], [10, 10]])
+    context_templates: list[str] | None = None
+
+    def validate(self) -> None:
+        """As `MethodHyperParams.validate`."""
+        super().validate()
+        if self.state_schedule not in SCHEDULES:
+            known = f"{', '.join(SCHEDULES)}{did_you_mean(self.state_schedule, SCHEDULES)}"
+            raise UnknownNameError(f"state_schedule={self.state_schedule!r} is not one of {known}")
+        self.check_numbers(max_states=1, max_rows=1, whole=True)
+        for template in self.context_templates or []:
+            if template.count("{}") != 1:
+                raise HyperParameterError(
+                    f"context template {template!r} must hold one {{}} where the prompt goes"
+                )
+
+
+@dataclass
+class ROMEMDMHyperParams(
+    ModuleHyperParams, ComparisonHyperParams, StatisticsHyperParams, ValueHyperParams, StateHyperParams
+):
+    """ROME_MDM's hyperparameters, and those of the other methods that optimise a value and write it in closed
+    form.
+
+    Fields that EasyEdit's `ROMEHyperParams` has as well mean the same.
+    """
+
+    ALG_NAME: ClassVar[str] = "ROME_MDM"
+    KEY_AVERAGES: ClassVar[tuple[str, ...]] = ("single", "easyedit")
+    KEY_STATES: ClassVar[tuple[str, ...]] = ("full_mask", "average")
+    THROUGH: ClassVar[tuple[str, ...]] = ("activation", "weights")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A method with another update than ROME's must say itself that values can be optimised through
+        it.
+        """
+        super().__init_subclass__(**kwargs)
+        if "THROUGH" not in vars(cls):
+            cls.THROUGH = ("activation",)
+
+    def validate(self) -> None:
+        """As `MethodHyperParams.validate`."""
+        super().validate()
+        self.check_choices(
+            fact_token=FACT_TOKENS, kl_position=KL_POSITIONS, key_average=self.KEY_AVERAGES,
+            key_states=self.KEY_STATES, early_stop_on=("cycle", "drawn"), optimise_through=self.THROUGH,
+            v_lr_schedule=("constant", "cosine"),
+        )  # fmt: skip
+        self.check_numbers(v_num_grad_steps=1, facts_per_batch=1, whole=True)
+        self.check_numbers(v_lr=0, v_weight_decay=0, clamp_norm_factor=0, kl_factor=0, mom2_eps=0)
+        if self.mom2_adjustment and not self.mom2_dataset:
+            raise HyperParameterError(
+                "mom2_adjustment is on, but mom2_dataset names no text file: give one, or turn it off"
+            )
+
+    def advice(self, loss: float) -> str:
+        """As `MethodHyperParams.advice`."""
+        if not loss <= self.early_stop_loss:
+            return (
+                f"The value did not reach {self.early_stop_loss:g} (early_stop_loss): try more steps "
+                f"(v_num_grad_steps: {2 * self.v_num_grad_steps}), a wider clamp (clamp_norm_factor: "
+                f"{2 * self.clamp_norm_factor:g}) or another layer (easyedit-mdm sweep)"
+            )
+        through = "weights" in self.THROUGH and self.optimise_through != "weights"
+        return (
+            "The value was found, but the update does not carry it: try another layer (easyedit-mdm sweep)"
+            f"{', optimise_through: weights' if through else ''} or a lower early_stop_loss"
+        )
+
+
 def whose(alg_name: object) -> str:
     """Which class, or whose method, an `alg_name` belongs to, in words."""
-    ours = {cls.ALG_NAME: cls.__name__ for cls in _with_subclasses(ROMEMDMHyperParams) if cls.ALG_NAME}
+    ours = {cls.ALG_NAME: cls.__name__ for cls in _with_subclasses(MethodHyperParams) if cls.ALG_NAME}
     if isinstance(alg_name, str) and alg_name in ours:
         return f"alg_name is {alg_name!r}: use {ours[str(alg_name)]}, or load_hparams, which takes any file"
     if f"{alg_name}_MDM" in ours:
@@ -357,7 +413,7 @@ def whose(alg_name: object) -> str:
     return f"alg_name is {alg_name!r}{did_you_mean(str(alg_name), ours)} Known: {', '.join(ours)}"
 
 
-def _with_subclasses(cls: type[ROMEMDMHyperParams]) -> Iterator[type[ROMEMDMHyperParams]]:
+def _with_subclasses(cls: type[MethodHyperParams]) -> Iterator[type[MethodHyperParams]]:
     yield cls
     for below in cls.__subclasses__():
         yield from _with_subclasses(below)

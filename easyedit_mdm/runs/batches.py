@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from easyedit_mdm.common.files import append_line, explained, new_folder, write_tensors
 from easyedit_mdm.data.cases import BenchCase
-from easyedit_mdm.editing import Edit
+from easyedit_mdm.editing import Edit, ROMEMDMHyperParams, StateHyperParams
 from easyedit_mdm.editing.context import prefixes_of
 from easyedit_mdm.errors import DataError, EasyEditMDMError, EditError
 from easyedit_mdm.evaluation import perplexity, score_prompts
@@ -188,7 +188,8 @@ def _note_base(method: BenchMethod) -> None:
     prefixes that it writes, and whose second moments count.
     """
     if method.session is not None:
-        prefixes_of(method.session.model, method.session.hparams)
+        if isinstance(method.session.hparams, StateHyperParams):
+            prefixes_of(method.session.model, method.session.hparams)
         note_base(method.session.model)
 
 
@@ -200,8 +201,9 @@ def _again(method: BenchMethod, group: Sequence[BenchCase], folder: Path) -> Und
             return method.edit(group)[1]
         except (EasyEditMDMError, ValueError, RuntimeError):
             return _nothing  # it failed the first time as well, and its records say so
-    before, layers = len(session.edits), session.hparams.layers
-    sites = [session.model.site(layer, session.hparams.rewrite_module_tmp) for layer in layers]
+    before, hparams = len(session.edits), session.hparams
+    template = hparams.rewrite_module_tmp if isinstance(hparams, ROMEMDMHyperParams) else None
+    sites = [session.model.site(layer, template) for layer in hparams.layers]
     names = [name for site in sites for name in site.weights]
     session.history.carried(session.model, names)  # notes what the weights were before the first
     for edit in [Edit.load(part) for part in sorted(folder.glob("edit-*"), key=_number)]:

@@ -15,7 +15,7 @@ import torch
 from easyedit_mdm.api import load_model
 from easyedit_mdm.common.yaml_files import find_hparams, read_yaml
 from easyedit_mdm.data.cases import BenchCase
-from easyedit_mdm.editing import METHODS, Edit, ROMEMDMHyperParams
+from easyedit_mdm.editing import METHODS, Edit, MethodHyperParams
 from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.evaluation.records import EditFigures
 from easyedit_mdm.models import Adapter
@@ -83,7 +83,7 @@ def bench_method(
 
 def load_ours(
     alg_name: str, hparams_file: str | Path, device: str | None = None
-) -> tuple[Adapter, ROMEMDMHyperParams]:
+) -> tuple[Adapter, MethodHyperParams]:
     """The hyperparameters of one of our methods, and the model that they name.
 
     Raises:
@@ -103,7 +103,7 @@ def load_ours(
     return load_model(hparams.model_name, device=where, dtype=hparams.load_dtype, **said), hparams
 
 
-def ours(adapter: Adapter, hparams: ROMEMDMHyperParams) -> BenchMethod:
+def ours(adapter: Adapter, hparams: MethodHyperParams) -> BenchMethod:
     """One of our methods on a model, in a session of its own."""
     session = Session(adapter, hparams)
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from easyedit_mdm.common.files import write_text
 from easyedit_mdm.common.locks import only_writer
 from easyedit_mdm.data.cases import Loaded, load_cases
-from easyedit_mdm.editing import METHODS, ROMEMDMHyperParams
+from easyedit_mdm.editing import METHODS, MethodHyperParams
 from easyedit_mdm.errors import DataError, HyperParameterError
 from easyedit_mdm.evaluation.records import read_run
 from easyedit_mdm.models import Adapter
@@ -129,7 +129,7 @@ def sweep(job: SweepJob, out: str | Path) -> dict[str, Any]:
 
 def layer_choices(
     layers: int,
-    hparams: ROMEMDMHyperParams,
+    hparams: MethodHyperParams,
     wanted: Sequence[int] | None = None,
     windows: Sequence[int] | None = None,
 ) -> list[list[int]]:
@@ -145,9 +145,9 @@ def layer_choices(
         raise HyperParameterError(
             f"layers {beyond} do not exist: {hparams.model_name} has layers 0 to {layers - 1}"
         )
-    widths = sorted(set(windows)) if windows is not None else [1] if hparams.ONE_LAYER else [1, WINDOW]
-    if min(widths) < 1 or (hparams.ONE_LAYER and max(widths) > 1):
-        able = "one layer" if hparams.ONE_LAYER else "at least one layer"
+    widths = sorted(set(windows)) if windows is not None else [1] if hparams.LAYERS == "one" else [1, WINDOW]
+    if min(widths) < 1 or (hparams.LAYERS == "one" and max(widths) > 1):
+        able = "one layer" if hparams.LAYERS == "one" else "at least one layer"
         raise HyperParameterError(
             f"windows of {widths} layers: {hparams.alg_name} edits {able}; give such --windows"
         )
@@ -165,7 +165,7 @@ def layer_choices(
 def _setting(
     config: BenchConfig,
     adapter: Adapter,
-    hparams: ROMEMDMHyperParams,
+    hparams: MethodHyperParams,
     layers: list[int],
     loaded: Loaded,
     folder: Path,

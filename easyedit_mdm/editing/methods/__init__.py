@@ -1,6 +1,14 @@
 """The methods, a file each; a new one is imported here, which registers it."""
 
-from easyedit_mdm.editing.methods import alphaedit, memit, r_rome, residual_memory, rome  # noqa: F401  (registration)
+from easyedit_mdm.editing.methods import (  # noqa: F401  (registration)
+    alphaedit,
+    grace,
+    ike,
+    memit,
+    r_rome,
+    residual_memory,
+    rome,
+)
 from easyedit_mdm.editing.methods._registry import METHODS, Method
 
 __all__ = ["METHODS", "Method"]

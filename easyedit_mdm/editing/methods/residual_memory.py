@@ -30,7 +30,7 @@ from easyedit_mdm.editing.request import EditRequest, check_requests
 from easyedit_mdm.editing.solve.card import card
 from easyedit_mdm.editing.solve.keys import key_columns
 from easyedit_mdm.editing.solve.rank_one import site_values
-from easyedit_mdm.editing.solve.sites import check_modules
+from easyedit_mdm.editing.solve.sites import check_modules, one_map
 from easyedit_mdm.editing.solve.value import Optimised
 from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.models import Adapter
@@ -86,12 +86,8 @@ def residual_memory(
         OptimisationError: if the optimisation breaks down.
     """
     check_requests(requests)
-    site = check_modules(adapter, hparams)
-    if site.routed:
-        raise HyperParameterError(
-            f"layer {site.layer} is a mixture of experts: TimeROME-style needs one linear map; name one that"
-            " every token goes through (rewrite_module_tmp), or a layer without experts"
-        )
+    check_modules(adapter, hparams)
+    site = one_map(adapter, hparams)
     outcomes = list(values or site_values(adapter, requests, hparams))
     facts = [tokenise(adapter, request, hparams) for request in requests]
     columns = key_columns(adapter, site, facts, hparams)

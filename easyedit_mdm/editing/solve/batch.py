@@ -63,7 +63,7 @@ class BatchHyperParams(ROMEMDMHyperParams):
     ALG_NAME: ClassVar[str] = ""
     KEY_STATES: ClassVar[tuple[str, ...]] = ("full_mask", "average", "per_state")
     THROUGH: ClassVar[tuple[str, ...]] = ("activation", "weights")
-    ONE_LAYER: ClassVar[bool] = False
+    LAYERS: ClassVar[str] = "some"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """The update of these methods is linear in the values, so that it can be optimised through."""
@@ -349,6 +349,9 @@ def outputs(
     """The block's (or the site's) output at the subject's token of each bare prompt, with no slot
     revealed.
     """
-    rows = SiteRows.of((fact.contexts[0], key_states(adapter, fact, hparams)[0].tails[0]) for fact in facts)
+    rows = SiteRows.of(
+        (fact.contexts[0], key_states(adapter, fact, hparams, hparams.key_states)[0].tails[0])
+        for fact in facts
+    )
     name = adapter.spec.paths.block.format(site.layer) if block else None
     return read_site(adapter, site, rows, hparams.max_rows, name)[1]

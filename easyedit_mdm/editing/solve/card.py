@@ -1,22 +1,41 @@
-"""What an edit says about itself."""
+"""What an edit says about itself, and how its optimisation went."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from easyedit_mdm.editing.edit.card import Card, FactRecord
 from easyedit_mdm.editing.facts import Fact
-from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
+from easyedit_mdm.editing.hparams import MethodHyperParams
 from easyedit_mdm.editing.request import EditRequest
-from easyedit_mdm.editing.solve.value import Optimised
+
+
+@dataclass
+class Outcome:
+    """How the optimisation for one fact went.
+
+    Attributes:
+        losses: total loss before each step; for schedules that draw, of the states drawn.
+        steps: optimiser steps taken.
+        schedule: the schedule that was used, and the one asked for.
+        forwards: rows that went through the layers from the edited one up.
+        layer_passes: rows times the layers that each went through, forward only.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    steps: int = 0
+    schedule: str = ""
+    forwards: int = 0
+    layer_passes: int = 0
 
 
 def card(
     requests: Sequence[EditRequest],
     facts: Sequence[Fact],
-    hparams: ROMEMDMHyperParams,
-    outcomes: Sequence[Optimised],
+    hparams: MethodHyperParams,
+    outcomes: Sequence[Outcome],
     figures: dict[str, Any],
 ) -> Card:
     """The card of a new edit: its facts, each with its optimisation, the hyperparameters, and figures."""

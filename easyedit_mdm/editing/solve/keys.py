@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from easyedit_mdm.editing.facts import Fact, fact_generator
-from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
+from easyedit_mdm.editing.hparams import ROMEMDMHyperParams, StateHyperParams
 from easyedit_mdm.editing.request import Prompt
 from easyedit_mdm.editing.solve.plans import Plan
 from easyedit_mdm.models import Adapter
@@ -75,9 +75,11 @@ class KeyStates:
     weights: Float[Tensor, " states"]
 
 
-def key_states(adapter: Adapter, fact: Fact, hparams: ROMEMDMHyperParams) -> list[KeyStates]:
-    """The states under which the key is read; the first holds those of the bare prompt."""
-    name = "full_mask" if hparams.key_states == "full_mask" else "enumerate"
+def key_states(adapter: Adapter, fact: Fact, hparams: StateHyperParams, which: str) -> list[KeyStates]:
+    """The states under which the key is read, `which` being the hyperparameter `key_states`; the first holds
+    those of the bare prompt.
+    """
+    name = "full_mask" if which == "full_mask" else "enumerate"
     plan = Plan.of(adapter, fact, name, hparams.max_states)
     return [
         KeyStates(
@@ -166,7 +168,7 @@ def _by_group(
 
 def read_keys(adapter: Adapter, site: Site, fact: Fact, hparams: ROMEMDMHyperParams) -> Keys:
     """Keys in the states of `key_states`, and what the site makes of them, both averaged over the states."""
-    states = key_states(adapter, fact, hparams)
+    states = key_states(adapter, fact, hparams, hparams.key_states)
     keys, values = read_site(adapter, site, SiteRows.of(_key_rows(fact, states)), hparams.max_rows)
     order = torch.tensor([c for some in states for c in some.contexts]).argsort()
 
@@ -192,7 +194,7 @@ def key_columns(
     and of the mean of the others, as EasyEdit's MEMIT, which averages by kind of context, comes to. `lower`:
     see `read_site`.
     """
-    states = [key_states(adapter, fact, hparams) for fact in facts]
+    states = [key_states(adapter, fact, hparams, hparams.key_states) for fact in facts]
     rows = SiteRows.of(pair for fact, some in zip(facts, states) for pair in _key_rows(fact, some))
     keys, _ = read_site(adapter, site, rows, hparams.max_rows, lower=lower)
     read = iter(_by_group(keys, [group for some in states for group in some]))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from easyedit_mdm.editing.edit import LowRank
 from easyedit_mdm.editing.facts import Fact
-from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
+from easyedit_mdm.editing.hparams import MethodHyperParams, ROMEMDMHyperParams
 from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
@@ -39,6 +39,22 @@ def check_modules(adapter: Adapter, hparams: ROMEMDMHyperParams) -> Site:
         raise HyperParameterError(
             f"v_loss_layer={hparams.v_loss_layer}: the loss is read after the last layer, "
             f"{adapter.layers - 1}"
+        )
+    return site
+
+
+def one_map(adapter: Adapter, hparams: MethodHyperParams) -> Site:
+    """The edit site of the only layer, for a method that needs one linear map that every token goes through.
+
+    Raises:
+        ModelError: for a module or layer that does not exist.
+        HyperParameterError: for the experts of a mixture.
+    """
+    site = adapter.site(hparams.layers[-1], getattr(hparams, "rewrite_module_tmp", None))
+    if site.routed:
+        raise HyperParameterError(
+            f"layer {site.layer} is a mixture of experts: {hparams.alg_name} needs one linear map that every"
+            " token goes through; name one (rewrite_module_tmp), or a layer without experts"
         )
     return site
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from easyedit_mdm.denoising import States
 from easyedit_mdm.editing.facts import Fact, fact_generator
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
+from easyedit_mdm.editing.solve.card import Outcome
 from easyedit_mdm.editing.solve.plans import Plan
 from easyedit_mdm.editing.solve.rollout import rolled_out
 from easyedit_mdm.editing.solve.rows import Rows, build_rows
@@ -53,26 +54,18 @@ _DRAWS = 10_000  # of noise that a fact's rows of one step have to themselves
 
 
 @dataclass
-class Optimised:
+class Optimised(Outcome):
     """The outcome for one fact.
 
     Attributes:
         delta: what is to be added to the site's output.
-        losses: total loss before each step; for schedules that draw, of the states drawn.
-        steps: optimiser steps taken.
-        schedule: the schedule that was used, and the one asked for.
-        forwards: rows that went through the layers from the edited one up.
-        layer_passes: rows times the layers that each went through, forward only: the layers above the edit at
-            every step; those up to it once, or at every step where states are drawn anew; all of them in a
-            roll-out, a row a slot. A row of which a causal model runs only a part counts whole.
+
+    `layer_passes` counts the layers above the edit at every step; those up to it once, or at every step where
+    states are drawn anew; all of them in a roll-out, a row a slot. A row of which a causal model runs only a
+    part counts whole.
     """
 
-    delta: Float[Tensor, " width"]
-    losses: list[float] = field(default_factory=list)
-    steps: int = 0
-    schedule: str = ""
-    forwards: int = 0
-    layer_passes: int = 0
+    delta: Float[Tensor, " width"] = field(kw_only=True)
 
 
 def optimise(
@@ -147,7 +140,7 @@ def _optimise(
 ) -> list[Optimised]:
     plans = [Plan.of(adapter, fact, hparams.state_schedule, hparams.max_states) for fact in facts]
     deltas = [torch.zeros_like(v, requires_grad=True) for v in initial]
-    done = [Optimised(d, schedule=p.used) for d, p in zip(deltas, plans)]
+    done = [Optimised(delta=d, schedule=p.used) for d, p in zip(deltas, plans)]
     recent: list[deque[float]] = [
         deque(maxlen=1 if hparams.early_stop_on == "drawn" else p.cycle) for p in plans
     ]

@@ -1,0 +1,116 @@
+"""In-context editing for both paradigms (Zheng et al., arXiv 2305.12740): the new fact stands before every
+prompt, after some demonstrations. No weight changes, and nothing is optimised: the cheapest baseline.
+
+    New Fact: {prompt} {target}\\nPrompt: ...
+
+The text is EasyEdit's IKE's. EasyEdit picks the demonstrations with a model of sentence embeddings; here
+they are those that the hyperparameters name, in their order, or none. What the edit costs is `context_tokens`
+in its card: so many tokens more in every row that the model reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from easyedit_mdm.editing.edit import Edit
+from easyedit_mdm.editing.edit.attached import Context
+from easyedit_mdm.editing.facts import Fact
+from easyedit_mdm.editing.hparams import MethodHyperParams
+from easyedit_mdm.editing.methods._registry import METHODS, Method
+from easyedit_mdm.editing.request import EditRequest, check_requests, encode, locate, target_ids
+from easyedit_mdm.editing.solve.card import Outcome, card
+from easyedit_mdm.errors import HyperParameterError, ModelError
+from easyedit_mdm.models import Adapter
+
+_FIELDS = ("{prompt}", "{target}")
+
+
+@dataclass
+class IKEMDMHyperParams(MethodHyperParams):
+    """IKE_MDM's hyperparameters.
+
+    Attributes:
+        layers: none: nothing is edited in any.
+        fact: how the new fact is said, with `{prompt}` and `{target}`.
+        lead: what stands between the last fact and the prompt.
+        demonstrations: facts with `prompt` and `target_new` that stand before, each said by `demonstration`.
+        demonstration: how each of them is said.
+        batch_size: requests a batch, for EasyEdit's `batch_edit`.
+    """
+
+    layers: list[int] = field(default_factory=list)
+    fact: str = "New Fact: {prompt} {target}\n"
+    lead: str = "Prompt: "
+    demonstrations: list[dict[str, str]] = field(default_factory=list)
+    demonstration: str = "New Fact: {prompt} {target}\nPrompt: {prompt} {target}\n\n"
+    batch_size: int = 1
+
+    ALG_NAME: ClassVar[str] = "IKE_MDM"
+    LAYERS: ClassVar[str] = "any"
+
+    def validate(self) -> None:
+        """As `MethodHyperParams.validate`."""
+        super().validate()
+        self.check_numbers(batch_size=1, whole=True)
+        if self.layers:
+            raise HyperParameterError(f"layers={self.layers!r}: IKE_MDM edits no layer; leave it out")
+        for name in ("fact", "demonstration"):
+            text = getattr(self, name)
+            if not all(part in text for part in _FIELDS):
+                raise HyperParameterError(f"{name}={text!r} must hold {' and '.join(_FIELDS)}")
+        for one in self.demonstrations:
+            if not all(isinstance(one.get(key), str) for key in ("prompt", "target_new")):
+                raise HyperParameterError(
+                    f"demonstrations: {one!r} needs a prompt and a target_new that are text"
+                )
+
+    def advice(self, loss: float) -> str:
+        """As `MethodHyperParams.advice`."""
+        return "Try demonstrations, or another wording (fact, lead)"
+
+
+def ike(adapter: Adapter, requests: Sequence[EditRequest], hparams: IKEMDMHyperParams) -> Edit:
+    """Make (not apply) one edit of all requests: their facts, one after the other.
+
+    Raises:
+        RequestError: for a request that cannot be carried out.
+        ModelError: for a model whose canvas is read apart from its prompt.
+    """
+    check_requests(requests)
+    if adapter.spec.noised:
+        raise ModelError(
+            f"IKE_MDM is not offered for {adapter.name or adapter.spec.name}: it reads its canvas apart"
+        )
+    shown = "".join(_said(hparams.demonstration, one) for one in hparams.demonstrations)
+    before, lead = _ids(adapter, shown), _ids(adapter, hparams.lead)
+    facts, parts = [], []
+    for request in requests:
+        target = target_ids(adapter, request.prompt, request.target_new)
+        prompt = locate(adapter, request)
+        facts.append(Fact([prompt], target, prompt))
+        text = _said(hparams.fact, {"prompt": request.prompt, "target_new": request.target_new})
+        parts.append(Context("", {"demonstrations": before, "fact": _ids(adapter, text), "lead": lead}))
+    tokens = len(before) + len(lead) + sum(len(part.tensors["fact"]) for part in parts)
+    outcomes = [Outcome() for _ in requests]
+    return Edit([], card(requests, facts, hparams, outcomes, {"context_tokens": tokens}), parts)
+
+
+def _said(template: str, fact: Mapping[str, str]) -> str:
+    prompt, target = fact["prompt"].strip(), fact["target_new"].strip()
+    return template.replace("{prompt}", prompt).replace("{target}", target)
+
+
+def _ids(adapter: Adapter, text: str) -> Int[Tensor, " tokens"]:
+    """A text's tokens; the rows behind it have what the tokenizer puts in front of a text."""
+    encode(adapter, "")  # an error where there is no tokenizer
+    ids = adapter.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    return torch.tensor(ids, dtype=torch.long)
+
+
+METHODS.register("IKE_MDM")(Method("IKE_MDM", IKEMDMHyperParams, ike, stands_for="IKE", batchable=True))
