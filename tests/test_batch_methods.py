@@ -12,10 +12,11 @@ from easyedit_mdm import make_edit, make_edits
 from easyedit_mdm.common.fingerprints import parameter_hashes
 from easyedit_mdm.editing import METHODS, EditRequest, History
 from easyedit_mdm.editing.facts import tokenise
+from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.methods.alphaedit import null_space, projected
 from easyedit_mdm.editing.methods.memit import least_squares
 from easyedit_mdm.editing.solve import batch, sites
-from easyedit_mdm.editing.solve.batch import System, pivots
+from easyedit_mdm.editing.solve.batch import BatchHyperParams, System, pivots
 from easyedit_mdm.editing.solve.keys import key_columns
 from easyedit_mdm.errors import (
     HyperParameterError,
@@ -28,7 +29,8 @@ from easyedit_mdm.models import FAMILIES
 from easyedit_mdm.models.adapter import Site
 from easyedit_mdm.statistics import SecondMoments
 
-BATCHED = [name for name in METHODS if METHODS[name].batchable]
+BATCHED = [name for name in METHODS if issubclass(METHODS[name].hparams, BatchHyperParams)]
+IN_CLOSED_FORM = [name for name in METHODS if issubclass(METHODS[name].hparams, ROMEMDMHyperParams)]
 REQUESTS = [
     {
         "prompt": "The mother tongue of Danielle Darrieux is",
@@ -86,7 +88,7 @@ def hparams(method: str, **changes):
 
 
 @pytest.mark.parametrize("family", ["dream", "llama"])
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", IN_CLOSED_FORM)
 def test_edits_made_together_are_those_made_alone(tiny, family, method):
     """make_edits: for every method, to 1e-5 of the update's norm, whatever the lengths of the other
     targets.

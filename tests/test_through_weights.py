@@ -21,7 +21,7 @@ from easyedit_mdm.editing import METHODS
 from easyedit_mdm.editing.facts import tokenise
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.request import anchor, locate
-from easyedit_mdm.editing.solve.batch import outputs
+from easyedit_mdm.editing.solve.batch import BatchHyperParams, outputs
 from easyedit_mdm.editing.solve.keys import read_keys
 from easyedit_mdm.editing.solve.rank_one import closed_form
 from easyedit_mdm.editing.solve.rollout import _slots
@@ -148,7 +148,7 @@ def test_r_rome_says_that_it_cannot():
         dataclasses.replace(base, optimise_through="weights")
 
 
-BATCH_METHODS = [name for name in METHODS if METHODS[name].batchable]
+BATCH_METHODS = [name for name in METHODS if issubclass(METHODS[name].hparams, BatchHyperParams)]
 TWO = [
     {**REQUEST, "target_new": "red river English"},
     {"prompt": "Anna is from", "subject": "Anna", "target_new": "good"},
