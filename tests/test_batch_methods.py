@@ -12,7 +12,6 @@ from easyedit_mdm import make_edit, make_edits
 from easyedit_mdm.common.fingerprints import parameter_hashes
 from easyedit_mdm.editing import METHODS, EditRequest, History
 from easyedit_mdm.editing.facts import tokenise
-from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.methods.alphaedit import null_space, projected
 from easyedit_mdm.editing.methods.memit import least_squares
 from easyedit_mdm.editing.solve import batch, sites
@@ -30,7 +29,7 @@ from easyedit_mdm.models.adapter import Site
 from easyedit_mdm.statistics import SecondMoments
 
 BATCHED = [name for name in METHODS if issubclass(METHODS[name].hparams, BatchHyperParams)]
-IN_CLOSED_FORM = [name for name in METHODS if issubclass(METHODS[name].hparams, ROMEMDMHyperParams)]
+OF_VALUES = [name for name in METHODS if METHODS[name].values is not None]
 REQUESTS = [
     {
         "prompt": "The mother tongue of Danielle Darrieux is",
@@ -88,7 +87,7 @@ def hparams(method: str, **changes):
 
 
 @pytest.mark.parametrize("family", ["dream", "llama"])
-@pytest.mark.parametrize("method", IN_CLOSED_FORM)
+@pytest.mark.parametrize("method", OF_VALUES)
 def test_edits_made_together_are_those_made_alone(tiny, family, method):
     """make_edits: for every method, to 1e-5 of the update's norm, whatever the lengths of the other
     targets.

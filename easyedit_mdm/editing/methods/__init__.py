@@ -2,8 +2,10 @@
 
 from easyedit_mdm.editing.methods import (  # noqa: F401  (registration)
     alphaedit,
+    ft,
     grace,
     ike,
+    lora,
     memit,
     r_rome,
     residual_memory,

@@ -5,6 +5,8 @@ prompt.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,16 +15,43 @@ from torch import Tensor
 from easyedit_mdm.denoising.sampler import writable
 from easyedit_mdm.denoising.states import Schedule, Slots, States
 from easyedit_mdm.editing.facts import Fact
+from easyedit_mdm.editing.solve.plans import Plan
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
 from easyedit_mdm.models.geometry import right_padded
 from easyedit_mdm.models.hooks import adding_at, writing_all_through, writing_through
 
 
+def states_met(
+    adapter: Adapter,
+    site: Site | None,
+    facts: Sequence[Fact],
+    plans: Sequence[Plan],
+    some: Sequence[int],
+    deltas: Sequence[Tensor] = (),
+    rights: Float[Tensor, "facts inner"] | None = None,
+    together: bool = False,
+) -> dict[int, list[tuple[tuple[int, ...], States]]]:
+    """For some facts (by number) the states that the model comes through after the first prefix of each
+    group of their prefixes, beside the numbers of the group's prefixes. See `rolled_out`.
+    """
+    found: dict[int, list[tuple[tuple[int, ...], States]]] = {i: [] for i in some}
+    for number in range(max((len(plans[i].groups) for i in some), default=0)):
+        groups = {i: plans[i].groups[number] for i in some if number < len(plans[i].groups)}
+        asked = {
+            i: replace(facts[i], contexts=[facts[i].contexts[group.contexts[0]]])
+            for i, group in groups.items()
+        }
+        schedules = {i: plans[i].schedules[number] for i in groups}
+        for i, states in rolled_out(adapter, site, asked, deltas, schedules, rights, together).items():
+            found[i].append((groups[i].contexts, states))
+    return found
+
+
 @torch.no_grad()
 def rolled_out(
     adapter: Adapter,
-    site: Site,
+    site: Site | None,
     facts: dict[int, Fact],
     deltas: Sequence[Tensor],
     plans: Sequence[Schedule] | Mapping[int, Schedule],
@@ -37,7 +66,8 @@ def rolled_out(
     block: its right token, or the model's own. The best token is the best of those that the sampler may
     write. All facts go
     through the model together: as many passes as the longest target has tokens. `rights`, `together`: see
-    `easyedit_mdm.editing.solve.value.optimise`; `deltas` and `rights` are those of all facts.
+    `easyedit_mdm.editing.solve.value.optimise`; `deltas` and `rights` are those of all facts. `site` None:
+    the model as it is, without deltas.
     """
     shared = (rights, torch.stack(list(deltas))) if together and rights is not None else None
     revealed = {i: torch.zeros(len(f.target), dtype=torch.bool) for i, f in facts.items()}
@@ -52,7 +82,7 @@ def rolled_out(
             [facts[i] for i in going],
             [revealed[i] for i in going],
             [shown[i] for i in going],
-            [deltas[i] for i in going],
+            [deltas[i] for i in going] if site is not None else [],
         )
         through = None if rights is None or together else rights[going]
         for i, logits in zip(going, _slots(adapter, site, *given, through, step, shared)):
@@ -74,9 +104,27 @@ def _spread(met: list[tuple[Tensor, Tensor, Tensor]], most: int) -> States:
     return States(revealed, scored, torch.full((len(kept),), 1 / len(kept)), shown)
 
 
-def _slots(
+def _written(
     adapter: Adapter,
     site: Site,
+    facts: Sequence[Fact],
+    deltas: Sequence[Float[Tensor, " width"]],
+    rights: Float[Tensor, "going inner"] | None,
+    shared: tuple[Float[Tensor, "facts inner"], Float[Tensor, "facts width"]] | None,
+) -> AbstractContextManager[None]:
+    """The deltas in the model, as `_slots` says."""
+    module = adapter.module(site.name)
+    if shared is not None:
+        return writing_all_through(module, *shared)
+    added = torch.stack(list(deltas))
+    if rights is not None:
+        return writing_through(module, rights, added)
+    return adding_at(module, torch.tensor([f.contexts[0].site for f in facts]), added)
+
+
+def _slots(
+    adapter: Adapter,
+    site: Site | None,
     facts: Sequence[Fact],
     revealed: Sequence[Bool[Tensor, " _"]],
     shown: Sequence[Int[Tensor, " _"]],
@@ -99,14 +147,6 @@ def _slots(
     most = max(map(len, tails))
     start = torch.tensor([len(f.contexts[0].ids) for f in facts])
     at = (start[:, None] + torch.arange(most)).clamp(max=ids.shape[1] - 1).to(ids.device)
-    where = torch.tensor([f.contexts[0].site for f in facts])
-    module, added = adapter.module(site.name), torch.stack(list(deltas))
-    with (
-        writing_all_through(module, *shared)
-        if shared is not None
-        else adding_at(module, where, added)
-        if rights is None
-        else writing_through(module, rights, added)
-    ):
+    with nullcontext() if site is None else _written(adapter, site, facts, deltas, rights, shared):
         logits = adapter.token_logits(ids, mask, at=at, canvas=start.to(ids.device)).float().cpu()
     return [row[: len(tail)] for row, tail in zip(logits, tails)]

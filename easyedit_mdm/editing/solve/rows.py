@@ -113,11 +113,12 @@ def build_rows(
     adapter: Adapter,
     facts: dict[int, Fact],
     states: dict[int, list[tuple[tuple[int, ...], States]]],
-    kl_position: str,
+    kl_position: str | None,
     dealt: bool = False,
     draw: int = 0,
 ) -> Rows:
-    """Rows for some facts (by number), each in its states: contexts x states, and one anchor row a fact.
+    """Rows for some facts (by number), each in its states: contexts x states, and one anchor row a fact where
+    `kl_position` says where it is read.
 
     In a causal model a row ends with the last token that a prediction is read from.
 
@@ -172,6 +173,8 @@ def build_rows(
                     prompt, turn = fact.contexts[c], (s - c) % period if dealt else -1
                     read = list(range(len(prompt.ids), len(prompt.ids) + len(fact.target)))
                     add(i, prompt, tail, read, fact.target, share, False, turn, period)
+        if kl_position is None:
+            continue
         filler = torch.zeros(1, dtype=torch.long)
         stop = len(fact.anchor.ids) if kl_position == "slot" else fact.anchor.site + 1
         anchor = replace(fact.anchor, ids=fact.anchor.ids[:stop])

@@ -31,7 +31,7 @@ from easyedit_mdm.editing.facts import Fact, fact_generator
 from easyedit_mdm.editing.hparams import ROMEMDMHyperParams
 from easyedit_mdm.editing.solve.card import Outcome
 from easyedit_mdm.editing.solve.plans import Plan
-from easyedit_mdm.editing.solve.rollout import rolled_out
+from easyedit_mdm.editing.solve.rollout import states_met
 from easyedit_mdm.editing.solve.rows import Rows, build_rows
 from easyedit_mdm.errors import OptimisationError
 from easyedit_mdm.models import Adapter
@@ -380,21 +380,11 @@ class _Forward:
         self, facts: list[int], deltas: list[Tensor]
     ) -> dict[int, list[tuple[tuple[int, ...], States]]]:
         """The states that the model comes through after each group's first prefix."""
-        found: dict[int, list[tuple[tuple[int, ...], States]]] = {i: [] for i in facts}
-        for number in range(max((len(self.plans[i].groups) for i in facts), default=0)):
-            some = {i: self.plans[i].groups[number] for i in facts if number < len(self.plans[i].groups)}
-            asked = {
-                i: replace(self.facts[i], contexts=[self.facts[i].contexts[group.contexts[0]]])
-                for i, group in some.items()
-            }
-            schedules = {i: self.plans[i].schedules[number] for i in some}
-            for i, states in rolled_out(
-                self.adapter, self.site, asked, deltas, schedules, self.rights, self.together
-            ).items():
-                found[i].append((some[i].contexts, states))
-                self.count[1, i] += self.adapter.layers * len(
-                    self.facts[i].target
-                )  # a row for each slot in turn
+        found = states_met(
+            self.adapter, self.site, self.facts, self.plans, facts, deltas, self.rights, self.together
+        )
+        for i, groups in found.items():  # a row for each slot in turn
+            self.count[1, i] += self.adapter.layers * len(self.facts[i].target) * len(groups)
         return found
 
     def _chunk(
