@@ -30,7 +30,9 @@ from rich.table import Table
 
 from easyedit_mdm import load_model, make_edit, register, score_prompts, wrap_model
 from easyedit_mdm.editing import METHODS
+from easyedit_mdm.host.finding import find_easyedit
 from easyedit_mdm.host.importing import host_module
+from easyedit_mdm.host.on_cpu import CudaMeansCpu
 from easyedit_mdm.twins.benchmark import cases
 from easyedit_mdm.twins.world import World
 
@@ -78,13 +80,13 @@ def counting(model: torch.nn.Module) -> Iterator[list[float]]:
             handle.remove()
 
 
-def wide_model() -> torch.nn.Module:
+def wide_model(masked: bool = False):
     """A random Llama, 12 layers, width 768, LLaMA's vocabulary of 32,000 (of which the twins' tokenizer uses
-    the first).
+    the first); `masked`: as a LLaDA.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    twin = load_model("twin-llama")
+    twin = load_model("twin-llada" if masked else "twin-llama")
     config = LlamaConfig(
         vocab_size=32000, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
         num_attention_heads=12, num_key_value_heads=12,
@@ -92,7 +94,8 @@ def wide_model() -> torch.nn.Module:
         attn_implementation="sdpa",
     )  # fmt: skip
     torch.default_generator.manual_seed(0)
-    return wrap_model(LlamaForCausalLM(config).eval(), twin.tokenizer, name="wide")
+    more = {"family": "llada", "mask_id": twin.ids.mask} if masked else {}
+    return wrap_model(LlamaForCausalLM(config).eval(), twin.tokenizer, name="wide", **more)
 
 
 def hparams_of(method: str, layers: list[int], schedule: str, early_stop: bool, dataset: str):
@@ -133,8 +136,13 @@ def ours(adapter, method: str, layers: list[int], schedule: str, early_stop: boo
     return run
 
 
-def theirs(adapter, method: str, layers: list[int], dataset: str) -> Run:
-    """EasyEdit's own function, as its editor calls it, the weights put back after each call."""
+def theirs(adapter, method: str, layers: list[int], dataset: str, steps: int | None = None) -> Run:
+    """EasyEdit's own function, as its editor calls it, the weights put back after each call.
+
+    Args:
+        steps: v_num_grad_steps, where it is not the one above.
+    """
+    device = adapter.device
     module = host_module(f"models.{method.lower()}.{method.lower()}_main")
     module.CONTEXT_TEMPLATES_CACHE = ["{}", *PREFIXES] if method == "ROME" else [["{}"], list(PREFIXES)]
     cls = getattr(host_module("models"), f"{method}HyperParams")
@@ -147,17 +155,27 @@ def theirs(adapter, method: str, layers: list[int], dataset: str) -> Run:
         attn_module_tmp="model.layers.{}.self_attn",
         ln_f_module="model.norm",
         lm_head_module="lm_head", mom2_dataset=dataset, mom2_n_samples=None, mom2_dtype="float32",
-        device="cpu", stats_dir=None,
+        device=(device.index or 0) if device.type == "cuda" else "cpu", stats_dir=None,
     )  # fmt: skip
+    values["v_num_grad_steps"] = steps or values["v_num_grad_steps"]
     hparams = cls(**{k: v for k, v in values.items() if k in cls.__dataclass_fields__})
     apply = host_module("util.alg_dict").ALG_DICT[method]
     adapter.tokenizer.padding_side = "right"
+    here = (
+        CudaMeansCpu if device.type == "cpu" and find_easyedit().form == "wheel" else contextlib.nullcontext
+    )
 
     def run(requests: list[dict], judge: Callable[[list[dict]], None]) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), here():
             for group in [requests] if method == "MEMIT" else [[r] for r in requests]:
                 _, originals = apply(
-                    adapter.native, adapter.tokenizer, group, hparams, copy=False, return_orig_weights=True
+                    adapter.native,
+                    adapter.tokenizer,
+                    group,
+                    hparams,
+                    copy=False,
+                    return_orig_weights=True,
+                    keep_original_weight=True,
                 )
                 judge(group)
                 with torch.no_grad():
