@@ -493,6 +493,19 @@ def sweep(
     sweep(SweepJob(config, wanted, windows, trace, trace_limit), out)
 
 
+@app.command()
+def leaderboard(
+    out: Annotated[str, Option(help="folder for leaderboard.html and the runs; what is there is kept")],
+    suite: Annotated[str, Option(help="small, full, or a YAML file")] = "small",
+    data_dir: DataDir = None,
+    device: Device = None,
+) -> None:
+    """Every method on every model, with equal search, in one table; several processes share the work."""
+    from easyedit_mdm.runs.leaderboard import leaderboard as run
+
+    print(run(suite, out, data_dir, device))
+
+
 app.add_typer(twins, name="twins")
 
 

@@ -43,13 +43,12 @@ def ladder(
     """
     base = DecodeConfig(temperature=config.temperature, eps=config.eps, seed=config.seed)
     out = _teacher_forced(adapter, prompts, answers)
-    if adapter.denoises:
-        for order in ("left_to_right", "random"):
-            _add(out, order, score_prompts(adapter, prompts, answers, replace(base, order=order)))
     scores = score_prompts(adapter, prompts, answers, base)
-    _add(out, "multi_step", scores)
-    if adapter.denoises:
-        _fewer_steps(adapter, prompts, answers, base, scores, out)
+    if not adapter.denoises:
+        _add(out, "multi_step", scores)
+    else:
+        for rungs, more in zip(out, decodings(adapter, prompts, answers, base)):
+            rungs |= more
         for rungs, prompt, answer in zip(out, prompts, answers):
             rungs["any_order"] = any_order(adapter, *_ids(adapter, prompt, answer))
     for canvas in CANVASES:
@@ -59,6 +58,22 @@ def ladder(
             exact = score["text_to_end"] == answers[i].strip()
             out[i][f"canvas{canvas}"] = {"token_acc": score["token_acc"], "exact": exact}
     _add(out, "in_context", score_prompts(adapter, [f"{DISTRACTOR} {p}" for p in prompts], answers, base))
+    return out
+
+
+def decodings(
+    adapter: Adapter, prompts: Sequence[str], answers: Sequence[str], config: DecodeConfig = DecodeConfig()
+) -> list[dict[str, Rung]]:
+    """The rungs of a masked model that are ways of decoding exactly N masks: `left_to_right`, `random`,
+    `multi_step`, `steps_half` and `one_step`.
+    """
+    base = DecodeConfig(temperature=config.temperature, eps=config.eps, seed=config.seed)
+    out: list[dict[str, Rung]] = [{} for _ in prompts]
+    for order in ("left_to_right", "random"):
+        _add(out, order, score_prompts(adapter, prompts, answers, replace(base, order=order)))
+    scores = score_prompts(adapter, prompts, answers, base)
+    _add(out, "multi_step", scores)
+    _fewer_steps(adapter, prompts, answers, base, scores, out)
     return out
 
 

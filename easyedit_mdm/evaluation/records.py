@@ -120,18 +120,23 @@ class Denoising(TypedDict, total=False):
 
 
 class EditFigures(TypedDict, total=False):
-    """What an edit took: optimiser steps, forward passes, the schedule of states, and the guard's figures."""
+    """What an edit took: optimiser steps, forward passes, rows through a layer, bytes that keep it (a fact's
+    share), the schedule of states, and the guard's figures.
+    """
 
     steps: float
     forwards: float
+    layer_passes: float
+    stored_bytes: float
     schedule: str
     guard: dict[str, float | None]
 
 
 class Times(TypedDict, total=False):
-    """Seconds."""
+    """Seconds, and the most memory that was held while the edit was made, which varies as they do."""
 
     edit_seconds: float
+    edit_peak_bytes: float
     evaluation_seconds: float
 
 
@@ -193,6 +198,7 @@ class JudgeRecord(TypedDict, total=False):
     rungs: bool
     fluency: bool
     held_out: list[str]
+    decodings: bool
 
 
 class BatchesRecord(TypedDict):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from easyedit_mdm.errors import DataError
-from easyedit_mdm.evaluation.records import CaseRecord, Header, Judgement, Run, scores
+from easyedit_mdm.evaluation.records import CaseRecord, Header, Judgement, Run, Rung, scores
 
 
 class Interval(TypedDict):
@@ -92,6 +92,7 @@ ZERO_IF_FAILED = (
     "success", "success_one_step", "token_acc", "first_commit", "rephrase_exact", "portability_exact",
 )  # fmt: skip
 PAIRED = (*ZERO_IF_FAILED[:5], "locality_kept", "portability_exact", "mirage_gap", "mirage_gap_exact")
+DECODINGS = ("multi_step", "steps_half", "one_step", "left_to_right", "random")
 SCORES = ("ES", "PS", "NS", "EM", "PM", "NM")
 DIGITS = 6
 
@@ -138,6 +139,7 @@ def case_figures(case: CaseRecord) -> dict[str, float | None]:
         "locality_kept": _mean(kept.values()),
         **{f"locality_kept.{name}": share for name, share in kept.items()},
         "same_subject_kept": post.get("same_subject_kept"),
+        "every_decoding": _every_decoding(rungs),
         "mirage_gap": post.get("mirage_gap"),
         "mirage_gap_exact": post.get("mirage_gap_exact"),
         "success_before": _mean(s.get("exact") for s in scores(pre.get("multi_step", {}).get("rewrite"))),
@@ -147,6 +149,14 @@ def case_figures(case: CaseRecord) -> dict[str, float | None]:
         **_extras(pre, post),
     }
     return {name: None if value is None else float(value) for name, value in found.items()}
+
+
+def _every_decoding(rungs: Mapping[str, Rung]) -> bool | None:
+    """Whether a masked model writes the target whichever way it is decoded: N steps, half as many, one, from
+    left to right, and in a random order.
+    """
+    found = [rungs[name].get("exact") for name in DECODINGS if name in rungs]
+    return all(found) if len(found) == len(DECODINGS) else None
 
 
 def _likelihoods(post: Judgement) -> dict[str, float | None]:
@@ -282,6 +292,9 @@ def summary(run: Run, seed: int = 0, resamples: int = 2000) -> Summary:
             "edit_seconds": median(case.get("time", {}).get("edit_seconds") for case in done),
             "forwards": median(case.get("edit", {}).get("forwards") for case in done),
             "steps": median(case.get("edit", {}).get("steps") for case in done),
+            "layer_passes": median(case.get("edit", {}).get("layer_passes") for case in done),
+            "stored_bytes": median(case.get("edit", {}).get("stored_bytes") for case in done),
+            "edit_peak_bytes": median(case.get("time", {}).get("edit_peak_bytes") for case in done),
         },
         "header": run.header,
     }

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from easyedit_mdm.common.files import append_line, explained, new_folder, write_tensors
+from easyedit_mdm.common.memory import peak_memory
 from easyedit_mdm.data.cases import BenchCase
 from easyedit_mdm.editing import Edit, ROMEMDMHyperParams, StateHyperParams
 from easyedit_mdm.editing.context import prefixes_of
@@ -137,7 +138,8 @@ def _run_batch(
     ]
     began = time.perf_counter()
     try:
-        figures, undo = _edit(method, group, folder)
+        with peak_memory(method.adapter.device) as peak:
+            figures, undo = _edit(method, group, folder)
     except EditError:
         raise
     except (EasyEditMDMError, torch.cuda.OutOfMemoryError, ValueError, RuntimeError) as error:
@@ -152,7 +154,11 @@ def _run_batch(
         record["n_tokens"] = scores(record["pre"]["multi_step"]["rewrite"])[0]["n_tokens"]
         record["history"] = {"post": history(method.adapter, case, judge.decode)}
         spent = time.perf_counter() - start
-        record["time"] = {"edit_seconds": seconds / len(group), "evaluation_seconds": spent}
+        record["time"] = {
+            "edit_seconds": seconds / len(group),
+            **({"edit_peak_bytes": peak[0]} if peak else {}),
+            "evaluation_seconds": spent,
+        }
     return records, undo
 
 

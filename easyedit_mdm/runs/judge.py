@@ -11,7 +11,7 @@ from easyedit_mdm.denoising import DecodeConfig, Trajectory, decode
 from easyedit_mdm.editing.request import encode, target_ids
 from easyedit_mdm.evaluation import fluency, perplexity
 from easyedit_mdm.evaluation.judgements import counterfact_scores
-from easyedit_mdm.evaluation.ladder import given_k, ladder
+from easyedit_mdm.evaluation.ladder import decodings, given_k, ladder
 from easyedit_mdm.evaluation.multi_step import Question, score_questions
 from easyedit_mdm.evaluation.records import (
     VERSION,
@@ -35,18 +35,21 @@ class Judge:
         rungs: the ladder of honesty, and success given k tokens.
         held_out: texts whose perplexity is taken; none if empty.
         fluency: n-gram entropy of 100 written tokens.
+        decodings: of the ladder those rungs alone that are ways of decoding (masked models).
     """
 
     decode: DecodeConfig = DecodeConfig()
     rungs: bool = True
     held_out: tuple[str, ...] = ()
     fluency: bool = True
+    decodings: bool = False
 
     def settings(self) -> JudgeRecord:
         """What the results depend on, for headers and for keys of kept evaluations."""
         return {
             "version": VERSION, "decode": self.decode.record(), "rungs": self.rungs, "fluency": self.fluency,
             "held_out": list(self.held_out),
+            **({"decodings": True} if self.decodings else {}),
         }  # fmt: skip
 
     def judge(self, adapter: Adapter, case: BenchCase) -> Judgement:
@@ -63,6 +66,8 @@ class Judge:
             result |= {"ladder": rungs, "mirage_gap": mirage_gap(rungs)}
             if adapter.denoises:
                 result["given_k"] = [*given_k(adapter, case.prompt, case.target_new, self.decode.seed)]
+        elif self.decodings and adapter.denoises:
+            result["ladder"] = decodings(adapter, [case.prompt], [case.target_new], self.decode)[0]
         if case.target_true:
             result["counterfact"] = counterfact_scores(
                 adapter,

@@ -127,6 +127,8 @@ def _figures(edit: Edit, fact: Mapping[str, Any]) -> EditFigures:
     figures: EditFigures = {
         "steps": fact["steps"],
         "forwards": fact["forwards"],
+        "layer_passes": fact["layer_passes"],
+        "stored_bytes": edit.bytes / len(edit.card["facts"]),
         "schedule": fact["schedule"],
     }
     if edit.card["guard"]["on"]:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from easyedit_mdm.common.files import append_line, explained, replacing, write_text
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.common.locks import only_writer
+from easyedit_mdm.common.memory import peak_memory
 from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.data.cases import BenchCase, Loaded, load_cases
 from easyedit_mdm.denoising import DecodeConfig
@@ -53,6 +54,7 @@ class BenchConfig:
         held_out: a text for perplexity before and after (`easyedit_mdm.statistics.text_source`); `twins` for
             the twins by default, else none.
         light: leave out the ladder of honesty and fluency, which are most of the evaluation's time.
+        decodings: with `light`, whether every way of decoding is tried all the same (masked models).
         fluency: whether 100 tokens are written before and after each edit, for their n-gram entropy.
         device: where the model goes.
     """
@@ -71,6 +73,7 @@ class BenchConfig:
     fluency: bool = True
     mode: str = "each"
     batch_size: int | None = None
+    decodings: bool = False
 
 
 def bench(config: BenchConfig, out: str | Path, resume: bool = False, others: Others | None = None) -> int:
@@ -228,7 +231,8 @@ def run_case(case: BenchCase, method: BenchMethod, judge: Judge, before: Kept) -
         record["n_tokens"] = scores(record["pre"]["multi_step"]["rewrite"])[0]["n_tokens"]
         record["history"] = {"pre": history(adapter, case, judge.decode)}
         judged = time.perf_counter()
-        (record["edit"],), undo = method.edit([case])
+        with peak_memory(adapter.device) as peak:
+            (record["edit"],), undo = method.edit([case])
         edited = time.perf_counter()
         try:
             record["post"] = judge.judge(adapter, case)
@@ -239,6 +243,7 @@ def run_case(case: BenchCase, method: BenchMethod, judge: Judge, before: Kept) -
         end = time.perf_counter()
         record["time"] = {
             "edit_seconds": edited - judged,
+            **({"edit_peak_bytes": peak[0]} if peak else {}),
             "evaluation_seconds": end - edited + judged - began,
         }
     except EditError:
@@ -311,6 +316,7 @@ def judge_of(config: BenchConfig, method: BenchMethod) -> Judge:
         rungs=not config.light,
         fluency=config.fluency and not config.light,
         held_out=texts,
+        decodings=config.decodings and config.light,
     )
 
 

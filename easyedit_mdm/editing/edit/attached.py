@@ -54,11 +54,6 @@ class Attached:
             if value.is_floating_point() and not value.isfinite().all():
                 raise EditError(f"{name} of a {self.KIND} holds NaN or infinity; nothing was changed")
 
-    @property
-    def bytes(self) -> int:
-        """What its tensors take."""
-        return sum(value.numel() * value.element_size() for value in self.tensors.values())
-
     def check(self, module: nn.Module) -> None:
         """Whether it fits the module.
 

@@ -53,6 +53,12 @@ class PlainEdit:
                     f"the update of {change.name} holds NaN or infinity; no weight was changed"
                 )
 
+    @property
+    def bytes(self) -> int:
+        """What its tensors take in a file: factors, exact changes and attachments."""
+        held = [*self.attached, *self.changes]
+        return sum(v.numel() * v.element_size() for part in held for v in part.tensors.values())
+
     def apply(self, model: nn.Module) -> dict[str, Tensor]:
         """Add the changes to the weights; after an exception or Ctrl-C the weights are those of before.
 

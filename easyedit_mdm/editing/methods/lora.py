@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -180,7 +180,7 @@ def _injected(
         peft.inject_adapter_in_model(config, native, _NAME)
         maps = {name: native.get_submodule(name) for name in targets}
         for layer in maps.values():
-            layer.lora_dropout.train()  # the rest of the model is in eval mode
+            cast(nn.Module, layer.lora_dropout).train()  # the rest of the model is in eval mode
             layer.lora_A.float()
             layer.lora_B.float()
         yield maps
