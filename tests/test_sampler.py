@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from easyedit_mdm import DecodeConfig, decode, load_model
 from easyedit_mdm.denoising import ORDERS
+from easyedit_mdm.denoising.sampler import writable
 from easyedit_mdm.errors import HyperParameterError, RequestError, UnknownNameError
 
 HERE = Path(__file__).parent
@@ -205,3 +206,41 @@ def test_settings_are_checked(tiny):
         "top_k",
         "seed",
     }
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
+def test_remasking_by_hand(tiny, family):
+    """After the last step the least sure slots, one after the other, are masked and written anew beside all
+    others; tokens that were given stay.
+    """
+    model = tiny(family)
+    prompts, lengths = [torch.arange(5, 11), torch.arange(20, 24)], [5, 3]
+    given = [torch.tensor([-1, 77, -1, -1, -1]), torch.full((3,), -1)]
+    plain = decode(model, prompts, lengths, given=given)
+    paths = decode(model, prompts, lengths, DecodeConfig(remask=2), given=given)
+    for prompt, before, after in zip(prompts, plain, paths):
+        tokens, sure = before.tokens.clone(), before.confidence.masked_fill(before.step < 0, 2.0)
+        for _ in range(2):
+            slot = int(sure.argmin())
+            sure[slot] = 2.0
+            row = torch.cat([prompt, tokens])
+            row[len(prompt) + slot] = model.ids.mask
+            at, start = torch.tensor([[len(prompt) + slot]]), torch.tensor([len(prompt)])
+            with torch.no_grad():
+                logits = writable(model, model.token_logits(row[None], at=at, canvas=start))
+            tokens[slot] = logits.argmax()
+        assert after.tokens.tolist() == tokens.tolist()
+    assert paths[0].tokens[1] == 77 and paths[0].step[1] == -1
+    assert decode(model, prompts, lengths, given=given)[0].tokens.tolist() == plain[0].tokens.tolist()
+
+
+def test_remasking_more_often_than_there_are_slots(tiny):
+    """Each slot is taken once; an autoregressive model has nothing to mask."""
+    prompt = [torch.arange(5, 11)]
+    often, once = (decode(tiny("llada"), prompt, [3], DecodeConfig(remask=n))[0].tokens for n in (9, 3))
+    assert often.tolist() == once.tolist()
+    with pytest.raises(HyperParameterError, match="autoregressive and masks nothing"):
+        decode(tiny("llama"), prompt, [3], DecodeConfig(remask=1))
+    with pytest.raises(HyperParameterError, match="remask=-1"):
+        DecodeConfig(remask=-1)
+    assert "remask" not in DecodeConfig().record() and DecodeConfig(remask=2).record()["remask"] == 2

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,9 @@ class DecodeConfig:
             LLaDA's, 50 for Dream's, whose `diffusion_generate` inherits that from transformers'
             GenerationConfig; `entropy` depends on it.
         seed: of the generator that temperature and random orders draw from.
+        remask: rounds after the last step (masked models). In each the slot that was committed with the least
+            confidence, of those not yet taken, is masked again and written anew beside all others
+            (Mask-Predict, Ghazvininejad et al., arXiv 1904.09324, one slot a round).
     """
 
     canvas: int | None = None
@@ -65,9 +68,12 @@ class DecodeConfig:
     eps: float = 1e-3
     top_k: int | None = None
     seed: int = 0
+    remask: int = 0
 
     def __post_init__(self) -> None:
         ORDERS[self.order]
+        if self.remask < 0:
+            raise HyperParameterError(f"decode setting remask={self.remask!r} must not be negative")
         for name in ("canvas", "steps", "block_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -96,8 +102,9 @@ class DecodeConfig:
             object.__setattr__(self, "top_k", ORDERS[self.order].top_k)
 
     def record(self) -> dict[str, Any]:
-        """The settings as they go into records."""
-        return asdict(self)
+        """The settings as they go into records; without `remask` where there is none, as in older ones."""
+        found = asdict(self)
+        return found if self.remask else {k: v for k, v in found.items() if k != "remask"}
 
     def plan(
         self, length: int, attention: Attention = FULL, prompt: int = 0, given: Sequence[bool] | None = None
@@ -265,7 +272,7 @@ class Trajectory:
     Attributes:
         tokens: the tokens at the end, slot by slot.
         step: the step at which each slot was committed, from 0; -1 for tokens that were given. Slots never
-            change afterwards: this is the history.
+            change afterwards: this is the history. (With `remask` the last time counts.)
         confidence: the probability each token had when it was committed.
         one_step: what each slot would have been if all had been committed at the first step.
     """
@@ -301,12 +308,14 @@ class _Canvas:
     step: Tensor = field(init=False)
     confidence: Tensor = field(init=False)
     one_step: Tensor = field(init=False)
+    rewritten: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         lengths = torch.tensor([p.length for p in self.plans], device=self.ids.device)
         self.masked = torch.arange(self.at.shape[1], device=self.ids.device)[None] < lengths[:, None]
         self.tokens, self.step, self.one_step = (torch.zeros_like(self.at) for _ in range(3))
         self.confidence = torch.zeros(self.at.shape, device=self.ids.device)
+        self.rewritten = torch.zeros_like(self.masked)
 
 
 @torch.no_grad()
@@ -333,8 +342,13 @@ def decode(
 
     Raises:
         RequestError: if a prompt and its canvas are longer than the model's positions, or a canvas is empty.
+        HyperParameterError: for `remask` with an autoregressive model.
     """
     if not adapter.denoises:
+        if config.remask:
+            raise HyperParameterError(
+                f"decode setting remask={config.remask}: {adapter.name} is autoregressive and masks nothing"
+            )
         config = DecodeConfig(
             config.canvas,
             temperature=config.temperature,
@@ -362,6 +376,9 @@ def decode(
         for r in going:
             place[r] = _next(state, r, place[r], config)
         step += 1
+    surest = replace(config, order="low_confidence", pace="even", threshold=None)
+    for turn in range(config.remask):
+        _rewrite(adapter, state, step + turn, surest, generator)
     return [
         Trajectory(
             *(getattr(state, name)[r, :n].cpu() for name in ("tokens", "step", "confidence", "one_step"))
@@ -448,6 +465,26 @@ def _denoise(
             commit, value.to(getattr(state, name).dtype), getattr(state, name)[rows]
         )
     state.masked[rows] = state.masked[rows] & ~commit
+
+
+def _rewrite(
+    adapter: Adapter, state: _Canvas, step: int, config: DecodeConfig, generator: torch.Generator
+) -> None:
+    """Mask the least sure slot of each row again and write it anew; one that was rewritten before is left
+    alone, as are tokens that were given.
+    """
+    lengths = torch.tensor([plan.length for plan in state.plans], device=state.ids.device)
+    own = torch.arange(state.at.shape[1], device=state.ids.device)[None] < lengths[:, None]
+    free = own & (state.step >= 0) & ~state.rewritten
+    rows = free.any(1).nonzero()[:, 0]
+    if not len(rows):
+        return
+    slot = state.confidence.masked_fill(~free, torch.inf).argmin(1)[rows]
+    state.rewritten[rows, slot] = True
+    state.masked[rows, slot] = True
+    state.ids[rows, state.at[rows, slot]] = adapter.hidden.slots(1, config.seed * _STEPS + step).to(state.ids)
+    turns = [Turn(int(place), 1, 1) for place in slot.tolist()]
+    _denoise(adapter, state, rows, turns, step, config, generator)
 
 
 def _renew(adapter: Adapter, state: _Canvas, rows: Tensor, draw: int) -> None:

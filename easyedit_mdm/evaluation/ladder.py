@@ -77,6 +77,21 @@ def decodings(
     return out
 
 
+def remasked(
+    adapter: Adapter, prompts: Sequence[str], answers: Sequence[str], config: DecodeConfig = DecodeConfig()
+) -> list[Rung]:
+    """N steps, and then every slot masked again and written anew, the least sure first: what a decoder can do
+    about an answer that went wrong on the way, without an edit that foresaw it. Twice the forward passes.
+    """
+    base = DecodeConfig(temperature=config.temperature, eps=config.eps, seed=config.seed)
+    found: list[Rung] = []
+    for prompt, answer in zip(prompts, answers):
+        rounds = len(target_ids(adapter, prompt, answer))
+        (score,) = score_prompts(adapter, [prompt], [answer], replace(base, remask=rounds))
+        found.append({"token_acc": score["token_acc"], "exact": score["exact"]})
+    return found
+
+
 def _add(out: Sequence[dict[str, Rung]], name: str, scores: Sequence[Score]) -> None:
     for rungs, score in zip(out, scores):
         rungs[name] = {"token_acc": score["token_acc"], "exact": score["exact"]}

@@ -31,6 +31,7 @@ from easyedit_mdm.version import __version__
 MEASURES = {
     "success": "success",
     "success_one_step": "in one step",
+    "ladder.remasked": "remasked",
     "every_decoding": "every decoding",
     "rephrase_exact": "paraphrase",
     "locality_kept": "locality",

@@ -11,7 +11,7 @@ from easyedit_mdm.denoising import DecodeConfig, Trajectory, decode
 from easyedit_mdm.editing.request import encode, target_ids
 from easyedit_mdm.evaluation import fluency, perplexity
 from easyedit_mdm.evaluation.judgements import counterfact_scores
-from easyedit_mdm.evaluation.ladder import decodings, given_k, ladder
+from easyedit_mdm.evaluation.ladder import decodings, given_k, ladder, remasked
 from easyedit_mdm.evaluation.multi_step import Question, score_questions
 from easyedit_mdm.evaluation.records import (
     VERSION,
@@ -35,7 +35,7 @@ class Judge:
         rungs: the ladder of honesty, and success given k tokens.
         held_out: texts whose perplexity is taken; none if empty.
         fluency: n-gram entropy of 100 written tokens.
-        decodings: of the ladder those rungs alone that are ways of decoding (masked models).
+        decodings: of the ladder those rungs alone that are ways of decoding, and `remasked` (masked models).
     """
 
     decode: DecodeConfig = DecodeConfig()
@@ -67,7 +67,8 @@ class Judge:
             if adapter.denoises:
                 result["given_k"] = [*given_k(adapter, case.prompt, case.target_new, self.decode.seed)]
         elif self.decodings and adapter.denoises:
-            result["ladder"] = decodings(adapter, [case.prompt], [case.target_new], self.decode)[0]
+            asked = adapter, [case.prompt], [case.target_new], self.decode
+            result["ladder"] = {**decodings(*asked)[0], "remasked": remasked(*asked)[0]}
         if case.target_true:
             result["counterfact"] = counterfact_scores(
                 adapter,

@@ -28,7 +28,7 @@ from easyedit_mdm.editing.methods._registry import METHODS, Method
 from easyedit_mdm.editing.request import EditRequest, check_requests
 from easyedit_mdm.editing.solve.card import card
 from easyedit_mdm.editing.solve.keys import SiteRows, key_states, read_site
-from easyedit_mdm.editing.solve.replaced import Training, replacing_values
+from easyedit_mdm.editing.solve.replaced import replacing_values
 from easyedit_mdm.editing.solve.sites import one_map
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
@@ -86,7 +86,7 @@ def grace(adapter: Adapter, requests: Sequence[EditRequest], hparams: GRACEMDMHy
 
     Raises:
         RequestError: for a request that cannot be carried out.
-        HyperParameterError: at the experts of a mixture; for a schedule of roll-outs.
+        HyperParameterError: at the experts of a mixture.
         OptimisationError: if the optimisation breaks down.
     """
     check_requests(requests)
@@ -97,15 +97,9 @@ def grace(adapter: Adapter, requests: Sequence[EditRequest], hparams: GRACEMDMHy
     if hparams.val_init == "cold":
         generator = torch.Generator().manual_seed(hparams.seed)
         initial = torch.rand(initial.shape, generator=generator).to(initial)
-    training = Training(
-        hparams.state_schedule,
-        hparams.max_states,
-        hparams.n_iter,
-        hparams.edit_lr,
-        hparams.max_rows,
-        hparams.seed,
+    values, outcomes = replacing_values(
+        adapter, site, facts, initial, hparams, hparams.n_iter, hparams.edit_lr
     )
-    values, outcomes = replacing_values(adapter, site, facts, initial, training)
     parts = [
         Codebook(
             site.name,
