@@ -52,7 +52,8 @@ def test_every_part_of_the_kit(script, tmp_path):
     assert all(r["seconds"] > 0 and r["peak_bytes"] > r["predicted_bytes"] > 0 for r in found["edits"])
     (statistics,), (error,), (profile,) = found["statistics"], found["error"], found["profile"]
     assert statistics["layers"] == [0, 1, 2, 3]
-    assert statistics["seconds_per_million"] == pytest.approx(1e6 / statistics["tokens_per_second"])
+    per_million = 1e6 / statistics["tokens_per_second"] + statistics["fixed_seconds"]
+    assert statistics["seconds_per_million"] == pytest.approx(per_million)
     assert [r["prompts"] for r in found["decoding"]] == [1, 16]
     assert 0 < error["update"] < 0.3
     assert error["reverted"]
@@ -76,10 +77,19 @@ def test_what_does_not_fit_is_listed_and_what_fails_stops_nothing(script, tmp_pa
     def broken(run, model):
         raise RuntimeError("no memory | left")
 
-    monkeypatch.setattr(kit, "PARTS", {**kit.PARTS, "decoding": broken})
-    found = run(kit, tmp_path / "broken", "--minutes", "60", "--parts", "decoding", "error")
+    def endless(run, model):
+        with kit.stopped_at(kit.time.perf_counter() + 0.05, 9):
+            while True:
+                pass
+
+    monkeypatch.setattr(kit, "PARTS", {**kit.PARTS, "decoding": broken, "profile": endless})
+    found = run(kit, tmp_path / "broken", "--minutes", "60", "--parts", "decoding", "profile", "error")
     assert found["left_out"] == [
-        {"what": "tiny-llada, decoding", "why": "failed: RuntimeError: no memory | left"}
+        {"what": "tiny-llada, decoding", "why": "failed: RuntimeError: no memory | left"},
+        {
+            "what": "tiny-llada, profile",
+            "why": "failed: TimeoutError: the 9 minutes were over in the middle of it",
+        },
     ]
     assert found["finished"]
     assert len(found["error"]) == 1
@@ -97,6 +107,7 @@ def test_fewer_facts_where_all_would_take_too_long(script, tmp_path):
         before = {"seconds_per_fact": each, "facts": 16, "states": "spread"}
         return measures._that_fit(given, model, ("MEMIT_MDM", False), 256, before)
 
+    assert len({r["subject"] for r in script("shapes").requests_of(256)}) == 256
     assert [fit(each) for each in (0.1, 0.5, 5.0)] == [256, 112, 0]
     assert left == ["tiny-llada, MEMIT_MDM, spread, 256 facts"] * 2
 

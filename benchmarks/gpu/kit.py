@@ -7,14 +7,17 @@ what fails is listed with its error, and the rest goes on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +98,22 @@ def plan(names: list[str], parts: list[str]) -> list[tuple[str, str, float]]:
     return found
 
 
+@contextlib.contextmanager
+def stopped_at(end: float, minutes: float) -> Iterator[None]:
+    """Whatever is running at `end` is broken off with a TimeoutError, once."""
+
+    def over(*_: Any) -> None:
+        raise TimeoutError(f"the {minutes:g} minutes were over in the middle of it")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, max(end - time.perf_counter(), 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def measure(run: Run, todo: list[tuple[str, str, float]], began: float) -> None:
     """Run the parts; each has its share of what is left when it begins."""
     model: Loaded | None = None
@@ -109,14 +128,18 @@ def measure(run: Run, todo: list[tuple[str, str, float]], began: float) -> None:
             why = f"the {run.minutes:g} minutes are over" if run.left <= 0 else "its model was not made"
             run.leave_out(f"{name}, {part}", why)
             continue
+        failed = ""
         try:
-            if part == "load":
-                model = loaded(run, name)
-            elif model is not None:
-                PARTS[part](run, model)
+            with stopped_at(began + run.minutes * 60, run.minutes):
+                if part == "load":
+                    model = loaded(run, name)
+                elif model is not None:
+                    PARTS[part](run, model)
         except Exception as error:  # whatever it is, the minutes on a card are too few to lose the rest
-            run.leave_out(f"{name}, {part}", f"failed: {type(error).__name__}: {error}"[:500])
-            free()
+            failed = f"failed: {type(error).__name__}: {error}"[:500]
+        if failed:
+            run.leave_out(f"{name}, {part}", failed)
+            free()  # the error, which held on to tensors, is gone
 
 
 def main(arguments: list[str] | None = None, began: float | None = None) -> Path:
@@ -147,7 +170,7 @@ def main(arguments: list[str] | None = None, began: float | None = None) -> Path
             out,
             Path(folder),
         )
-        measure(run, plan(args.shapes, args.parts), report.began)
+        measure(run, plan(args.shapes, args.parts), began)
     report.write(finished=True)
     return out
 

@@ -25,7 +25,7 @@ from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.editing.facts import tokenise
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.sizes import ModelSize
-from easyedit_mdm.statistics import moments_for
+from easyedit_mdm.statistics import CollectConfig, collect, moments_for, text_source
 from easyedit_mdm.statistics import store as statistics_store
 from easyedit_mdm.statistics.texts import SHIPPED
 
@@ -312,30 +312,28 @@ def statistics(run: Run, model: Loaded) -> None:
     hparams = hparams_of(run, model.shape, "MEMIT_MDM", True)
     sites = [adapter.site(layer) for layer in hparams.layers]
 
-    def collected(tokens: int) -> tuple[list, float]:
-        """The moments, and the seconds they took."""
-        began = run.clock()
-        with only_in_memory():
-            found = moments_for(adapter, sites, text_of(run), tokens, run.folder)
-        return found, run.clock() - began
+    source, few = text_source(text_of(run)), 2048
+    many = few * (2 if model.shape.small else 64 if run.left > 30 else 16)
 
-    warm = 2048
-    collected(warm)
-    _, seconds = collected(warm + 1)
-    most = 1 if model.shape.small else 100
-    tokens = int(min(max(run.left / 4, 0.5) / seconds, most) * warm)
-    with peak(run) as memory:
-        moments, seconds = collected(max(tokens, warm + 2))
-    run.tokens[name] = moments[0].tokens
-    began = run.clock()
-    for some in moments:
-        some.solve(torch.zeros(len(some.moment)), EPS)  # the factor is kept
-    rate = moments[0].tokens / seconds
+    def took(work: Callable[[], Any]) -> float:
+        """Seconds."""
+        began = run.clock()
+        work()
+        return run.clock() - began
+
+    took(lambda: collect(adapter, sites, source, CollectConfig(few)))
+    first = took(lambda: collect(adapter, sites, source, CollectConfig(few)))
+    with peak(run) as memory, only_in_memory():
+        seconds = took(lambda: moments_for(adapter, sites, text_of(run), many, run.folder))
+        moments = moments_for(adapter, sites, text_of(run), many, run.folder)  # kept since
+    run.tokens[name] = many
+    factors = took(lambda: [some.solve(torch.zeros(len(some.moment)), EPS) for some in moments])
+    each = max(seconds - first, 1e-9) / (many - few)  # what does not grow with the tokens is told apart
     run.note(
-        "statistics", shape=name, layers=hparams.layers, width=len(moments[0].moment),
-        tokens=moments[0].tokens, seconds=seconds, tokens_per_second=rate,
-        seconds_per_million=STATISTICS / rate, factor_seconds=run.clock() - began, peak_bytes=memory["peak"],
-        sums_bytes=2 * 8 * len(sites) * len(moments[0].moment) ** 2,
+        "statistics", shape=name, layers=hparams.layers, width=len(moments[0].moment), tokens=many,
+        seconds=seconds, tokens_per_second=1 / each, fixed_seconds=max(first - each * few, 0.0),
+        seconds_per_million=max(first - each * few, 0.0) + each * STATISTICS, factor_seconds=factors,
+        peak_bytes=memory["peak"], sums_bytes=2 * 8 * len(sites) * len(moments[0].moment) ** 2,
     )  # fmt: skip
 
 
@@ -412,7 +410,8 @@ def profile(run: Run, model: Loaded) -> None:
     if not kept:
         trace.unlink()
     averages = found.key_averages()
-    busy = sum(e.self_device_time_total for e in averages) / 1e6 if cuda else None
+    kernels = [e for e in averages if e.device_type != torch.autograd.DeviceType.CPU]
+    busy = sum(e.self_device_time_total for e in kernels) / 1e6 if cuda else None
     run.note(
         "profile", shape=model.shape.name, method="ROME_MDM", states="full_mask", facts=len(requests),
         steps=PROFILED, seconds=seconds, flops=flops, flops_per_second=flops / seconds, matrix_speed=speed,
@@ -427,8 +426,10 @@ def _top(averages: Any, cuda: bool, most: int = 15) -> list[dict[str, Any]]:
     def own(event: Any) -> float:
         return event.self_device_time_total if cuda else event.self_cpu_time_total
 
-    total = sum(own(e) for e in averages) or 1.0
-    first = sorted(averages, key=own, reverse=True)[:most]
+    # kernels stand beside the operations that started them, whose own time they are
+    operations = [e for e in averages if e.device_type == torch.autograd.DeviceType.CPU]
+    total = sum(own(e) for e in operations) or 1.0
+    first = sorted(operations, key=own, reverse=True)[:most]
     return [
         {"name": e.key[:60], "calls": e.count, "milliseconds": own(e) / 1e3, "share": own(e) / total}
         for e in first

@@ -95,11 +95,12 @@ def _statistics(found: dict[str, Any]) -> str:
         return ""
     aim = found["aims"]["statistics_seconds_per_million"]
     table = _table(
-        ("shape", "layers", "width", "tokens", "tokens a s", "s for 10^6 tokens", "aim", "factors, s"),
+        ("shape", "layers", "width", "tokens", "tokens a s", "s for 10^6", "aim", "fixed, s", "factors, s"),
         [
             (
                 r["shape"], " ".join(map(str, r["layers"])), r["width"], r["tokens"], r["tokens_per_second"],
-                r["seconds_per_million"], aim if len(r["layers"]) == 4 else None, r["factor_seconds"],
+                r["seconds_per_million"], aim if len(r["layers"]) == 4 else None, r["fixed_seconds"],
+                r["factor_seconds"],
             )
             for r in rows
         ],
