@@ -112,6 +112,17 @@ def test_fewer_facts_where_all_would_take_too_long(script, tmp_path):
     assert left == ["tiny-llada, MEMIT_MDM, spread, 256 facts"] * 2
 
 
+def test_the_committed_rehearsal_is_whole(script):
+    """Its page comes from its JSON, and no part is absent."""
+    folder = ROOT / "benchmarks" / "gpu" / "rehearsal-cpu-tiny"
+    found = json.loads((folder / "kit.json").read_text())
+    assert script("page").page(found) == (folder / "kit.md").read_text()
+    assert found["finished"]
+    assert set(found["parts"]) <= {*found, "easyedit"}
+    assert any(row["method"] == "EasyEdit ROME" for row in found["edits"])
+    assert found["left_out"] == []
+
+
 def test_the_tables_of_the_floor_come_from_its_files(script):
     """docs/speed.md, and a floor that is a floor."""
     floor = script("floor")

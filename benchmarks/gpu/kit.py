@@ -77,7 +77,10 @@ def head(args: argparse.Namespace) -> dict[str, Any]:
     cuda = args.device.startswith("cuda")
     device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
     commit = subprocess.run(
-        ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(HERE), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     return {
         "what": "edit speed, random weights", "shapes": args.shapes, "device": device,

@@ -54,7 +54,7 @@ def _head(found: dict[str, Any]) -> str:
         ("time", f"{found['seconds']:.0f} s of {found['minutes'] * 60:.0f} s"),
         ("run to its end", "yes" if found["finished"] else "**no**"),
     ]
-    return "\n".join(lines) + _table(("", ""), rows)
+    return "\n".join([*lines, _table(("", ""), rows)])
 
 
 def _aim(row: dict[str, Any], aims: dict[str, float]) -> float | None:
