@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from easyedit_mdm import Session, make_edit, make_edits, score_prompts
+from easyedit_mdm.cli import main
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.editing import METHODS, Edit
 from easyedit_mdm.editing.edit import carried
@@ -305,3 +306,20 @@ def test_grace_equals_the_head(easyedit_home):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "2 passed" in done.stdout
+
+
+def test_the_command_line(tmp_path, capsys):
+    """`edit`, `diff` and `verify` of an edit without weights; what holds weights alone refuses it."""
+    saved = str(tmp_path / "edit")
+    fact = ["--prompt", "Tamos Latre was born in", "--subject", "Tamos Latre", "--target", "Zopago Zemo"]
+    assert main(["edit", "--hparams", "GRACE_MDM/twin-llada", *fact, "--save", saved]) == 0
+    capsys.readouterr()
+    assert main(["diff", saved]) == 0
+    assert "codebook, model.layers.3.mlp.down_proj: keys 3x512" in capsys.readouterr().out
+    assert main(["verify", saved]) == 0
+    assert "in the model" in capsys.readouterr().out
+    assert main(["verify", saved, "--model", "twin-llada"]) == 1
+    assert "not in the model" in capsys.readouterr().out
+    for command in (["apply", saved, "--out"], ["export", saved, "--merged"], ["export", saved, "--peft"]):
+        assert main([*command, str(tmp_path / "out")]) == 2
+        assert "not in the weights (codebook)" in capsys.readouterr().err

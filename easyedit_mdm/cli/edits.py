@@ -25,6 +25,7 @@ from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
 from easyedit_mdm.common.locks import only_writer
 from easyedit_mdm.denoising import DecodeConfig, decode
 from easyedit_mdm.editing import Edit, EditRequest, MethodHyperParams
+from easyedit_mdm.editing.edit import Attached
 from easyedit_mdm.editing.edit.compose import compose, conflicts
 from easyedit_mdm.editing.edit.export import write_merged
 from easyedit_mdm.editing.edit.folders import adopt_edits, source_of, write_edited
@@ -219,7 +220,8 @@ def diff_edit(
         file: where to write the report as JSON.
 
     Returns:
-        `weights` (see `weight_figures`) and `effect`: for each prompt `canvas` (tokens that are written:
+        `weights` (see `weight_figures`), `attached` where the edit adds something that is no change of a
+            weight, and `effect`: for each prompt `canvas` (tokens that are written:
         after a
             prompt of the edit's own facts the target's, else 8), `before`, `after`, and `kl`, the divergence
         KL(after || before) of the first token's distribution.
@@ -230,6 +232,8 @@ def diff_edit(
     """
     edit, asked = Edit.load(folder), [*prompts, *_lines(prompts_file)]
     report: dict[str, Any] = {"id": edit.card["id"], "weights": edit.diff(), "effect": []}
+    if edit.attached:
+        report["attached"] = [_described(one) for one in edit.attached]
     if asked:
         adapter, carried = _open(edit, model, device)
         edit = next((other for other in carried if other.card["id"] == edit.card["id"]), edit)
@@ -238,6 +242,12 @@ def diff_edit(
         write_json(file, report)
     _tell_diff(report)
     return report
+
+
+def _described(one: Attached) -> dict[str, Any]:
+    """What an attachment is, and how large."""
+    shapes = {name: list(value.shape) for name, value in one.tensors.items()}
+    return {"kind": one.KIND, "module": one.module, "shapes": shapes, "settings": dict(one.settings)}
 
 
 def effect(adapter: Adapter, edit: Edit, prompts: Sequence[str]) -> list[dict[str, Any]]:
@@ -270,8 +280,8 @@ def verify_edit(
             put into it.
 
     Returns:
-        `holds`, `files`, `weights` (each `edited`, `base`, or `other`: changed since), and `facts` with what
-        the model says.
+        `holds`, `files`, `weights` (each `edited`, `base`, or `other`: changed since), `attached` (whether
+        the model does what the edit adds; of edits without weights), and `facts` with what the model says.
 
     Raises:
         EditError: if the files are broken.
@@ -320,12 +330,14 @@ def verified(edit: Edit, adapter: Adapter) -> dict[str, Any]:
         }
         for f, s, p in zip(told, scores, promised)
     ]
-    holds = all(f["exact"] for f in facts if f["was_exact"]) and set(weights.values()) == {"edited"}
+    there = not edit.attached or edit.is_applied(adapter)
+    written = all(f["exact"] for f in facts if f["was_exact"])
     return {
-        "holds": holds,
+        "holds": written and there and set(weights.values()) <= {"edited"},
         "id": edit.card.get("id"),
         "files": "whole, and of one edit",
         "weights": weights,
+        **({"attached": "in the model" if there else "not in the model"} if edit.attached else {}),
         "facts": facts,
     }
 
@@ -549,7 +561,12 @@ def _tell_diff(report: dict[str, Any]) -> None:
         norms = f"{row['norm']:.3g}", f"{row['spectral']:.3g}", ratio
         rank = f"{row['rank']} ({row['kind']})" if row["kind"] != "low rank" else str(row["rank"])
         table.add_row(*_place(row["weight"]), "x".join(map(str, row["shape"])), rank, *norms)
-    console.print(table)
+    if report["weights"]:
+        console.print(table)
+    for one in report.get("attached", []):
+        shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in one["shapes"].items())
+        place = escape(one["module"]) or "before every prompt"
+        console.print(f"{one['kind']}, {place}: {shapes}", highlight=False)
     if report["effect"]:
         table = Table(title="what the model says")
         for column in ("prompt", "canvas", "without the edit", "with it", "KL"):
@@ -565,6 +582,8 @@ def _tell_verified(report: dict[str, Any], model: str) -> None:
     console.print(f"files: {report['files']} (edit {report['id']})", highlight=False)
     for name, state in report["weights"].items():
         console.print(f"{name}: {state}", highlight=False)
+    if "attached" in report:
+        console.print(f"what it adds to the forward pass: {report['attached']}", highlight=False)
     for fact in report["facts"]:
         mark = (
             "[green]✓[/]"
