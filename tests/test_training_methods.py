@@ -33,7 +33,7 @@ REQUESTS = [
     {"prompt": "The old song of Robert was", "subject": "Robert", "target_new": "a good one"},
 ]
 TRAINED = ["FT_MDM", "LORA_MDM"]
-TARGETS = {"gpt2": ["c_attn"], "bert": ["query", "value"], "llada_moe": ["down_proj"]}
+TARGETS = {"gpt2": ["c_attn"], "bert": ["query", "value"], "llada-moe": ["down_proj"]}
 
 
 def hparams(method: str, family: str = "llada", **changes):
@@ -61,7 +61,7 @@ def state_of(model) -> tuple:
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("llada", {}), ("dream", {}), ("llama", {}), ("gpt2", {}), ("bert", {}), ("llada_moe", {}),
+    [("llada", {}), ("dream", {}), ("llama", {}), ("gpt2", {}), ("bert", {}), ("llada-moe", {}),
      ("llama", {"dtype": "bfloat16"}), ("sdar", {})],
 )  # fmt: skip
 @pytest.mark.parametrize("method", TRAINED)
@@ -210,7 +210,8 @@ def test_prompt_last_reads_every_token_at_the_first_slot(tiny):
     (fact,) = make_edit(model, REQUESTS[0], settings).card["facts"]
     told = tokenise(model, EditRequest.of(REQUESTS[0]), settings)
     prompt = told.contexts[0].ids[None]
-    log_probs = model.native(input_ids=prompt).logits[0, -1].float().log_softmax(-1)
+    with torch.no_grad():
+        log_probs = model.native(input_ids=prompt).logits[0, -1].float().log_softmax(-1)
     assert fact["losses"] == [pytest.approx(-float(log_probs[told.target].mean()), rel=1e-5)]
     with pytest.raises(HyperParameterError, match="has a slot for each token: use target_new"):
         make_edit(tiny("llada"), REQUESTS[0], settings)
@@ -222,12 +223,12 @@ def test_batches_and_early_stop(tiny, method):
     model = tiny("llama")
     (lone,) = make_edits(model, REQUESTS[:1], hparams(method))
     assert lone.card["facts"] == make_edit(model, REQUESTS[0], hparams(method)).card["facts"]
-    far = make_edit(model, REQUESTS, hparams(method, num_steps=200, lr=0.02, early_stop_loss=0.5))
+    far = make_edit(model, REQUESTS, hparams(method, num_steps=60, early_stop_loss=6.0))
     steps = [fact["steps"] for fact in far.card["facts"]]
     losses = [fact["losses"] for fact in far.card["facts"]]
-    assert len({len(each) for each in losses}) == 1 and 1 < len(losses[0]) < 200
-    assert steps == [sum(loss >= 0.5 for loss in each) for each in losses]
-    assert sum(each[-1] for each in losses) / 3 < 0.5 <= sum(each[-2] for each in losses) / 3
+    assert len({len(each) for each in losses}) == 1 and 1 < len(losses[0]) < 60
+    assert steps == [sum(loss >= 6.0 for loss in each) for each in losses]
+    assert sum(each[-1] for each in losses) / 3 < 6.0 <= sum(each[-2] for each in losses) / 3
     with pytest.raises(RequestError, match="stands twice in one batch"):
         make_edit(model, [REQUESTS[0]] * 2, hparams(method))
 
@@ -344,7 +345,7 @@ def test_lora_refuses(tiny, monkeypatch):
 
 def test_shared_weights_are_refused(tiny):
     """DiffusionGemma's encoder and decoder share theirs: LoRA would change one of them, FT changes both."""
-    model = tiny("diffusion_gemma")
+    model = tiny("diffusion-gemma")
     with pytest.raises(HyperParameterError, match="is shared with .*use FT_MDM"):
         make_edit(model, REQUESTS[0], hparams("LORA_MDM"))
     edit = make_edit(model, REQUESTS[0], hparams("FT_MDM"))

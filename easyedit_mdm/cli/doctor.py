@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from easyedit_mdm.models.sizes import ModelSize
 
 OPTIONAL = {
-    "peft": "loading what `export --peft` writes",
+    "peft": "LORA_MDM, and loading what `export --peft` writes",
     "datasets": "second moments of `datasets:NAME:CONFIG:SPLIT`",
     "sentencepiece": "tokenizers that come as tokenizer.model alone",
 }

@@ -88,7 +88,8 @@ def lora(adapter: Adapter, requests: Sequence[EditRequest], hparams: LoRAMDMHype
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
     ):
         torch.default_generator.manual_seed(hparams.seed)
-        torch.cuda.manual_seed_all(hparams.seed)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(hparams.seed)
         with _injected(peft, identity(adapter), list(targets), hparams) as maps:
             trained = [p for p in identity(adapter).parameters() if p.requires_grad]
             outcomes = train(losses, hparams, trained, by_token=True)

@@ -1,3 +1,3 @@
 """What the methods share: where (`sites`), `keys`, values (`value`, over `plans`, `rows`, `rollout`) and the
-update.
+update; for those that train weights the loss over states (`losses`) and the `training`.
 """
