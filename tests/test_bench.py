@@ -286,3 +286,12 @@ def test_as_mpi_tells_it(tmp_path, quick, whole):
         child.join(300)
         assert child.exitcode == 0, (tmp_path / number).read_text()[-2000:]
     same_as_one_process(whole, tmp_path / "two.jsonl")
+
+
+def test_resuming_a_file_of_empty_lines(tmp_path):
+    """A run that was cut off before its header begins anew."""
+    path = tmp_path / "run.jsonl"
+    for held in (b"\n", b" \n\n", b'\n{"header": tr'):
+        path.write_bytes(held)
+        assert running._prepare(path, {"header": True, "mode": "each"}, resume=True) == 0
+        assert json.loads(path.read_text()) == {"header": True, "mode": "each"}

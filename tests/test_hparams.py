@@ -75,6 +75,8 @@ def test_bad_files(tmp_path):
     for text, message in (
         ("alg_name: ROME_MDM\nlayers: [1]\n", "model_name is missing"),
         ("- 1\n- 2\n", "must hold a mapping"),
+        ("1: x\nalg_name: ROME_MDM\n", "the key 1 is int, not a word"),
+        ("~: x\n", "the key None is NoneType"),
         ("a: [1\n", "not readable YAML"),
         ("model_name: !!python/object/apply:os.system ['true']\n", "not readable YAML"),
     ):

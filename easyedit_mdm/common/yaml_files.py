@@ -74,7 +74,8 @@ def read_yaml_file(path: str | Path) -> YamlFile:
     """Read a YAML mapping.
 
     Raises:
-        HyperParameterError: if the file is not YAML, not a mapping, or holds an alias.
+        HyperParameterError: if the file is not YAML, not a mapping, has a key that is no string, or holds an
+            alias.
     """
     path = Path(path)
     try:
@@ -98,6 +99,12 @@ def read_yaml_file(path: str | Path) -> YamlFile:
     if not isinstance(values, dict):
         raise HyperParameterError(
             f"{path} must hold a mapping of hyperparameters, not {type(values).__name__}"
+        )
+    odd = next((key for key in values if not isinstance(key, str)), None)
+    if odd is not None or None in values:
+        raise HyperParameterError(
+            f"{path}: the key {odd!r} is {type(odd).__name__}, not a word: name a hyperparameter, in quotes"
+            " if YAML reads it as something else"
         )
     return YamlFile(path, values, {str(key.value): key.start_mark.line + 1 for key, _ in node.value})
 

@@ -367,11 +367,11 @@ def _prepare(path: Path, header: Header, resume: bool) -> int:
     Raises:
         DataError: if the file holds a run of something else.
     """
-    if not (resume and path.exists() and b"\n" in path.read_bytes()):
+    if not (resume and path.exists() and b"\n" in path.read_bytes().lstrip()):
         write_text(path, json.dumps(header, sort_keys=True) + "\n")
         return 0
     data = path.read_bytes()
-    whole = data[: data.rindex(b"\n") + 1]
+    whole = data[: data.rindex(b"\n") + 1]  # with the header at least
     lines = _records(whole, path)
     found = _as_now(lines[0], header)
     if found != header:
