@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 from conftest import tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from easyedit_mdm import load_model
-from easyedit_mdm.errors import CheckpointError, ModelError
+from easyedit_mdm import Edit, load_model, make_edit
+from easyedit_mdm.editing import METHODS
+from easyedit_mdm.errors import CheckpointError, EditError, ModelError
 from easyedit_mdm.models import FAMILIES, adapt
 from easyedit_mdm.models.families._registry import LLAMA_KEYS, pick
 from easyedit_mdm.models.loading import kept
@@ -85,6 +87,66 @@ def test_device_map(tmp_path):
     assert torch.equal(spread, plain) and torch.equal(automatic, plain)
     with pytest.raises(CheckpointError, match="not both"):
         load_model(tmp_path, device="cpu", device_map="auto")
+
+
+SPREAD = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.norm": "cpu",
+}
+
+
+@pytest.mark.parametrize("method", ["ROME_MDM", "MEMIT_MDM"])
+def test_layers_on_the_disk(tmp_path, tokenizer, method):
+    """With all but the edited layer left in the checkpoint: the same edit to the bit, saved for the same
+    base, applied and taken back; a layer on the disk is refused.
+    """
+    write_checkpoint(tmp_path, "llada", vocabulary=len(tokenizer))
+    places = {**SPREAD, "model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "disk"}
+    plain = load_model(tmp_path, tokenizer=tokenizer)
+    spread = load_model(tmp_path, tokenizer=tokenizer, device_map=places)
+    assert sum(p.is_meta for p in spread.parameters()) == 2 * 9 + 1
+    fact = {"prompt": "Tamos Latre was born in", "subject": "Tamos Latre", "target_new": "Zopago Zemo"}
+    settings = {
+        "alg_name": method, "model_name": "tiny", "layers": [0], "context_templates": ["{}", "Now. {}"],
+        "v_num_grad_steps": 4, "mom2_dataset": "twins", "mom2_n_tokens": 200, "mom2_eps": 1e-2,
+        "stats_dir": str(tmp_path / "mom2"),
+    }  # fmt: skip
+    hparams = METHODS[method].hparams(**settings)
+    found = [make_edit(model, fact, hparams) for model in (plain, spread)]
+    for one, other in zip(*(edit.changes for edit in found)):
+        assert torch.equal(one.left, other.left) and torch.equal(one.right, other.right)
+    found[1].save(tmp_path / "edit", spread)
+    Edit.load(tmp_path / "edit").apply(plain)
+    before = spread.token_logits(ids := torch.arange(2, 12)[None])
+    found[1].apply(spread)
+    assert torch.equal(spread.token_logits(ids), plain.token_logits(ids))
+    found[1].revert(spread)
+    assert torch.equal(spread.token_logits(ids), before)
+    with pytest.raises(EditError, match="offloaded and cannot be edited"):
+        make_edit(spread, fact, dataclasses.replace(hparams, layers=[1])).apply(spread)
+
+
+def test_memory_decides_what_stays_on_the_disk(tmp_path):
+    """`max_memory` for less than the model; an embedding on the disk; tied weights; a wrong shape."""
+    tensors = write_checkpoint(tmp_path / "llada", "llada")
+    ids = torch.arange(2, 12)[None]
+    plain = load_model(tmp_path / "llada")
+    size = sum(p.numel() for p in plain.parameters()) * 4
+    small = load_model(tmp_path / "llada", device_map="auto", max_memory={"cpu": size // 2})
+    assert 0 < sum(p.numel() * 4 for p in small.parameters() if not p.is_meta) <= size // 2
+    assert torch.equal(small.token_logits(ids), plain.token_logits(ids))
+    below = load_model(tmp_path / "llada", device_map={"": "disk"})
+    assert below.device == torch.device("cpu")
+    assert torch.equal(below.token_logits(ids), plain.token_logits(ids))
+    write_checkpoint(tmp_path / "tied", "a2d-qwen3")
+    tied = load_model(tmp_path / "tied", device_map={"": "disk"})
+    assert torch.equal(tied.token_logits(ids), load_model(tmp_path / "tied").token_logits(ids))
+    name = "model.transformer.blocks.1.ff_out.weight"
+    save_file({**tensors, name: torch.zeros(3, 3)}, tmp_path / "llada" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"shape \(3, 3\)"):
+        load_model(tmp_path / "llada", device_map={"": "disk"})
 
 
 def test_wrong_folders(tmp_path):

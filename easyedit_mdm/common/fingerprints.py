@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
+from easyedit_mdm.errors import ModelError
+
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
@@ -18,7 +20,23 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
 
 def parameter_hashes(model: torch.nn.Module) -> dict[str, str]:
     """SHA-256 of every parameter, by name."""
-    return {name: tensor_sha256(value) for name, value in model.named_parameters()}
+    return {name: tensor_sha256(stored(model, name, value)) for name, value in model.named_parameters()}
+
+
+def stored(model: torch.nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
+    """The values of a parameter, of which accelerate may have left but the shape in the model.
+
+    Raises:
+        ModelError: if they are nowhere.
+    """
+    if not value.is_meta:
+        return value
+    path, _, own = name.rpartition(".")
+    hook = getattr(model.get_submodule(path), "_hf_hook", None)
+    weights = getattr(hook, "weights_map", None)
+    if weights is None:
+        raise ModelError(f"{name} has a shape and no values (it is on the meta device): load the model anew")
+    return weights[own]
 
 
 def model_fingerprint(model: torch.nn.Module, instead: Mapping[str, torch.Tensor] | None = None) -> str:
@@ -30,5 +48,8 @@ def model_fingerprint(model: torch.nn.Module, instead: Mapping[str, torch.Tensor
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.named_parameters(), key=lambda pair: pair[0]):
-        digest.update(f"{name} {tensor_sha256((instead or {}).get(name, value))}\n".encode())
+        kept = (instead or {}).get(name)
+        digest.update(
+            f"{name} {tensor_sha256(stored(model, name, value) if kept is None else kept)}\n".encode()
+        )
     return digest.hexdigest()

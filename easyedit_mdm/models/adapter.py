@@ -168,8 +168,12 @@ class Adapter(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the embedding."""
-        return self.weight_of(self.spec.paths.embedding).device
+        """Where inputs go: the device of the embedding, or the one that accelerate brings it to."""
+        weight = self.weight_of(self.spec.paths.embedding)
+        if weight.is_meta:
+            hook = getattr(self.module(self.spec.paths.embedding), "_hf_hook", None)
+            return torch.device(getattr(hook, "execution_device", None) or "meta")
+        return weight.device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -52,7 +52,8 @@ def load_adapter(
         name_or_folder: a folder with `config.json` and safetensors, or a hub id.
         device: where to put it; the CPU by default. Not together with `device_map`.
         dtype: torch dtype or its name; as stored (`torch_dtype` in the config) by default.
-        device_map: `auto`, `balanced`, ... or a mapping, for several devices through accelerate.
+        device_map: `auto`, `balanced`, ... or a mapping, for several devices through accelerate. What it puts
+            on the `disk` is read from the checkpoint whenever it is needed, and cannot be edited.
         max_memory: memory a device, for `device_map`, as in accelerate.
         family: name of the family, where the folder does not tell.
         mask_id: the mask token's id, overriding config and tokenizer.
@@ -73,11 +74,11 @@ def load_adapter(
     model = _empty_model(spec, config, len(files))
     target = _dtype(dtype, config)
     places = _places(model, spec, device, device_map, max_memory, target)
-    _fill(model, spec, config, files, target, places)
+    left = _fill(model, spec, config, files, target, places)
     if device_map is not None:
         from accelerate import dispatch_model
 
-        model = dispatch_model(model, device_map=places)
+        model = dispatch_model(model, device_map=places, offload_index=left or None)
     model.eval()
     tok = tokenizer if tokenizer is not None else load_tokenizer(folder, spec)
     said = {**(config.get("text_config") or {}), **config}
@@ -255,7 +256,8 @@ def _fill(
     files: Mapping[str, Path],
     dtype: torch.dtype,
     places: Mapping[str, Any],
-) -> None:
+) -> dict[str, dict[str, str]]:
+    """Put the weights where they belong. What stays on the disk is returned, as accelerate asks for it."""
     from accelerate.utils import set_module_tensor_to_device
 
     expected = {name: tuple(p.shape) for name, p in kept(spec, model)}
@@ -269,22 +271,63 @@ def _fill(
     unexpected = sorted(set(table) - set(expected) - tied)
     if missing or unexpected:
         raise CheckpointError(_mismatch(spec, missing, unexpected, table))
-    for name, tensor in _tensors(
-        {name: (table[name], files[table[name]]) for name in expected if name in table}
-    ):
+    where = {name: (table[name], files[table[name]]) for name in expected if name in table}
+    left = {
+        name: where.pop(name)
+        for name, _ in model.named_parameters()
+        if name in where and _place_of(name, places) == "disk"
+    }
+    _check_left(left, expected, made)
+    for name, tensor in _tensors(where):
         if name in made:
             tensor = made[name][1](tensor)
-        if tuple(tensor.shape) != expected[name]:
-            raise CheckpointError(
-                f"{table[name]!r} has shape {tuple(tensor.shape)}, but config.json makes {name!r}"
-                f" {expected[name]}: config and weights do not belong together"
-            )
-        set_module_tensor_to_device(model, name, _place_of(name, places), value=tensor, dtype=dtype)
+        _check_shape(table[name], tuple(tensor.shape), name, expected[name])
+        set_module_tensor_to_device(model, name, _memory_of(name, places), value=tensor, dtype=dtype)
     model.tie_weights()
     for path, module in model.named_modules():  # buffers that are computed, not stored
         for key, buffer in module.named_buffers(recurse=False):
             if buffer is not None:
-                module._buffers[key] = buffer.to(_place_of(f"{path}.{key}", places))
+                module._buffers[key] = buffer.to(_memory_of(f"{path}.{key}", places))
+    kind = str(dtype).removeprefix("torch.")
+    return {
+        other: {"safetensors_file": str(left[name][1]), "weight_name": left[name][0], "dtype": kind}
+        for name, other in _all_names(model)
+        if name in left
+    }
+
+
+def _all_names(model: Any) -> Iterator[tuple[str, str]]:
+    """(first name, name) of every parameter: tied ones have several."""
+    first = {id(value): name for name, value in model.named_parameters()}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        yield first[id(value)], name
+
+
+def _check_shape(key: str, found: tuple[int, ...], name: str, wanted: tuple[int, ...]) -> None:
+    if found != wanted:
+        raise CheckpointError(
+            f"{key!r} has shape {found}, but config.json makes {name!r} {wanted}: config and weights do not"
+            " belong together"
+        )
+
+
+def _check_left(
+    left: Mapping[str, tuple[str, Path]], expected: Mapping[str, tuple[int, ...]], made: Iterable[str]
+) -> None:
+    """What stays on the disk is read as it is, whenever it is needed.
+
+    Raises:
+        CheckpointError: for a tensor of another shape, or one that is made of the checkpoint's.
+    """
+    changed = sorted(set(left) & set(made))
+    if changed:
+        raise CheckpointError(
+            f"device_map puts {len(changed)} parameters on the disk that are not in the checkpoint as the"
+            f" model has them, such as {changed[0]}: they have to be in memory (max_memory)"
+        )
+    for name, (key, path) in left.items():
+        with opened_tensors(path, CheckpointError, "a readable safetensors file") as tensors:
+            _check_shape(key, tuple(tensors.get_slice(key).get_shape()), name, expected[name])
 
 
 def kept(spec: FamilySpec, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -331,7 +374,12 @@ def _tensors(table: Mapping[str, tuple[str, Path]]) -> Iterator[tuple[str, torch
 
 def _place_of(name: str, places: Mapping[str, Any]) -> Any:
     best = max((p for p in places if p == "" or name == p or name.startswith(p + ".")), key=len, default=None)
-    place = torch.device("cpu") if best is None else places[best]
+    return torch.device("cpu") if best is None else places[best]
+
+
+def _memory_of(name: str, places: Mapping[str, Any]) -> Any:
+    """The same for what is never left on the disk."""
+    place = _place_of(name, places)
     return "cpu" if place == "disk" else place
 
 
