@@ -5,6 +5,8 @@ pass.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import random
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from easyedit_mdm.editing.facts import Fact
 from easyedit_mdm.editing.request import Prompt
 from easyedit_mdm.editing.solve.plans import Plan
 from easyedit_mdm.editing.solve.rows import Rows, build_rows
+from easyedit_mdm.models.geometry import similar
 
 
 def facts() -> dict[int, Fact]:
@@ -153,6 +156,26 @@ def test_chunks(tiny):
     assert whole != rest
     (everything,) = rows.chunks(100)
     assert len(everything[0]) == 18 and everything[1:] == (7, 3)
+
+
+@pytest.mark.parametrize(("device", "more"), [("cpu", 32), ("cuda", 256)])
+def test_rows_are_put_together_at_the_least_cost(device, more):
+    """Held against every way to cut rows in order of their length; `most` is kept, and nothing is lost."""
+    generator = random.Random(0)
+    for _ in range(40):
+        lengths = [generator.randint(1, 9 * more // 4) for _ in range(generator.randint(1, 8))]
+        found = list(similar(lengths, 8, device))
+        order = sorted(lengths, reverse=True)
+        costs = []
+        for cut in itertools.product((False, True), repeat=len(order) - 1):
+            starts = [0, *(i + 1 for i, here in enumerate(cut) if here), len(order)]
+            costs.append(sum(more + (b - a) * order[a] for a, b in itertools.pairwise(starts)))
+        assert sum(more + len(some) * max(lengths[i] for i in some) for some in found) == min(costs)
+        few = list(similar(lengths, 3, device))
+        assert max(map(len, few)) <= 3
+        assert sorted(i for some in few for i in some) == list(range(len(lengths)))
+    assert list(similar([], 4, device)) == []
+    assert [len(some) for some in similar([5] * 7, 3, device)] == [3, 3, 1]
 
 
 def test_take(tiny):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -123,24 +124,38 @@ def gather_rows(
     return values.gather(1, at.to(values.device)[:, :, None].expand(-1, -1, values.shape[-1]))
 
 
-_WORTH_A_PASS = 32
+# tokens whose time one more pass costs: on a CPU, calling the operations; elsewhere, reading the weights
+_PASS = {"cpu": 32}
+_PASS_ELSEWHERE = 256
 
 
-def similar(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Numbers of rows of similar length, the longest first, up to `most` at a time: little of a pass is
-    padding.
+def similar(lengths: Sequence[int], most: int, device: torch.device | str = "cpu") -> Iterator[list[int]]:
+    """Numbers of rows of similar length, the longest first, up to `most` at a time: passes over them take the
+    least time, a pass costing what its tokens and its padding cost, and some more.
+
+    Args:
+        device: where the passes run.
     """
-    order, start = sorted(range(len(lengths)), key=lambda i: -lengths[i]), 0
-    for end in range(1, len(order) + 1):
-        # fewer rows than these are not worth a pass of their own
-        shorter = (
-            end < len(order)
-            and end - start >= _WORTH_A_PASS
-            and lengths[order[end]] < 0.8 * lengths[order[start]]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    more = _PASS.get(torch.device(device).type, _PASS_ELSEWHERE)
+    # where a pass may begin: at the first row of each length
+    starts = [k for k, i in enumerate(order) if k == 0 or lengths[i] != lengths[order[k - 1]]]
+    ends = [*starts[1:], len(order)]
+    best: list[tuple[float, int]] = [(0.0, 0)]  # time up to a start, and the start before it
+    for end in ends if order else ():
+        best.append(
+            min(
+                (best[k][0] + (end - start) * lengths[order[start]] + more * -(-(end - start) // most), k)
+                for k, start in enumerate(starts[: len(best)])
+            )
         )
-        if end == len(order) or end - start == most or shorter:
-            yield order[start:end]
-            start = end
+    cuts, k = [len(order)], len(best) - 1
+    while k > 0:
+        k = best[k][1]
+        cuts.append(starts[k])
+    for start, end in itertools.pairwise(reversed(cuts)):
+        for first in range(start, end, most):
+            yield order[first : min(first + most, end)]
 
 
 def right_padded(

@@ -87,7 +87,7 @@ def first_slots(adapter: Adapter, facts: Sequence[GateFact]) -> list[tuple[float
         for fact in facts
     ]
     found: list[tuple[float, bool]] = [(0.0, False)] * len(facts)
-    for group in similar([len(row) for row in rows], ROWS):
+    for group in similar([len(row) for row in rows], ROWS, adapter.device):
         ids, mask = right_padded([torch.tensor(rows[i]) for i in group], adapter.ids.pad, adapter.device)
         at = torch.tensor([[len(rows[i]) - len(facts[i].tokens)] for i in group], device=ids.device)
         logits = adapter.token_logits(ids, mask, at=at)[:, 0].float()
@@ -170,7 +170,7 @@ def _gate(name: str, value: float, n: int, **more: Any) -> dict[str, Any]:
 def _written(adapter: Adapter, prompts: Sequence[str], answers: Sequence[str]) -> list[Score]:
     """Records of the multi-step metric, rows of like length together."""
     found: list[Score] = [{} for _ in prompts]
-    for group in similar([len(prompt) for prompt in prompts], ROWS):
+    for group in similar([len(prompt) for prompt in prompts], ROWS, adapter.device):
         records = score_prompts(
             adapter, [prompts[i] for i in group], [answers[i] for i in group], DecodeConfig()
         )

@@ -138,7 +138,7 @@ def read_site(
     rows, at = read.rows, read.at
     if adapter.attention.causal:  # what comes later changes nothing at that position
         rows = [row[: place + 1] for row, place in zip(rows, at)]
-    passes = list(similar([len(row) for row in rows], max_rows))
+    passes = list(similar([len(row) for row in rows], max_rows, adapter.device))
     keys: list[Tensor] = []
     outputs: list[Tensor] = []
     for number, some in enumerate(passes):

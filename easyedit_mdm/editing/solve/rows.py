@@ -97,7 +97,7 @@ class Rows:
         )
         read = ((self.weights != 0) * numbers).amax(1).clamp(min=1)  # an anchor's one slot weighs nothing
         columns, rest, slots = torch.stack([whole, whole - self.site, read]).tolist()  # one transfer a step
-        for some in similar(rest if by_rest else columns, most):
+        for some in similar(rest if by_rest else columns, most, whole.device):
             yield (
                 torch.tensor(some, device=whole.device),
                 max(columns[i] for i in some),
