@@ -232,22 +232,21 @@ def measured(arm: Arm, repeats: int) -> dict[str, Any]:
 
 
 def profiled(arm: Arm) -> dict[str, Any]:
-    """Where the CPU's seconds of one edit go: by group, and the operations with the most time of their own.
+    """Where the operations' own time of one edit goes: by group, and the operations with the most of it.
 
-    What no operation has is Python's, and the profiler's own cost.
+    The profiler counts by the clock, and has the operations alone: not Python between them.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        seconds = arm.edit()
+        arm.edit()
     events = profile.key_averages()
     own = {event.key: event.self_cpu_time_total / 1e6 for event in events}
     calls = {event.key: event.count for event in events}
     groups = {name: 0.0 for name in (*GROUPS, "other operations")}
     for name, time_of in own.items():
         groups[_group(name)] += time_of
-    groups["outside operations"] = max(0.0, seconds - sum(own.values()))
     total = sum(groups.values())
     return {
-        "seconds": seconds,
+        "seconds": total,
         "groups": {name: part / total for name, part in groups.items()},
         "operations": [
             {"name": name, "calls": calls[name], "seconds": own[name]}
@@ -263,6 +262,11 @@ def _group(operation: str) -> str:
         if name in names if exact else name.startswith(names):
             return group
     return "other operations"
+
+
+def reports() -> list[dict[str, Any]]:
+    """Those that have been measured."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in FILES.values() if file.exists()]
 
 
 def tables(reports: list[dict[str, Any]]) -> str:
@@ -304,12 +308,13 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="write docs/speed.md from the files")
     args = parser.parse_args()
     if args.tables:
-        reports = [json.loads(file.read_text(encoding="utf-8")) for file in FILES.values()]
-        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), tables(reports)), encoding="utf-8")
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(written(page, tables(reports())), encoding="utf-8")
         return
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     report: dict[str, Any] = {"part": args.part, "threads": 1, "repeats": args.repeats, "rows": []}
+    report["torch"] = torch.__version__
     with tempfile.TemporaryDirectory() as folder:
         for arm in arms(args.part, args.facts, args.steps, folder):
             report["rows"].append(measured(arm, args.repeats) | {"profile": profiled(arm)})
