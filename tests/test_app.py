@@ -80,6 +80,7 @@ def test_a_stack_with_undo_and_its_downloads(desk, tmp_path):
         desk.download("edit")
 
 
+@pytest.mark.end_to_end
 def test_desks_do_not_disturb_each_other(desk):
     """An edit that one keeps is not in the other's model."""
     other = Desk.open("twin-llada")

@@ -163,6 +163,7 @@ def test_update_equals_easyedit(tiny, method, family, monkeypatch):
 
 
 @pytest.mark.easyedit_head
+@pytest.mark.end_to_end
 def test_update_equals_the_head(easyedit_home):
     """Against the repository's head, in a process of its own: two forms cannot be imported into one."""
     if HEAD:

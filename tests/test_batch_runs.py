@@ -76,6 +76,7 @@ def test_batches_are_taken_back(config, tmp_path):
 @pytest.mark.parametrize(
     ("method", "mode"), [("MEMIT_MDM", "sequential"), ("AlphaEdit_MDM", "sequential"), ("MEMIT_MDM", "batch")]
 )
+@pytest.mark.end_to_end
 def test_killed_in_the_middle(config, tmp_path, monkeypatch, method, mode):
     """After a kill in the second batch the resumed run is the uninterrupted one; finished batches are not
     made again.

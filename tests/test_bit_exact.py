@@ -257,6 +257,7 @@ def note(what: str, number: int, edit: Edit, oracle: Oracle) -> None:
             assert oracle.stacks[name].pop()[0] == number
 
 
+@pytest.mark.end_to_end
 def test_any_sequence():
     """At least a thousand random ones, in three dtypes, with tied weights and without."""
     sequences()

@@ -65,6 +65,7 @@ def test_statistics_bad_input(changed, message, capsys):
     assert told.err.startswith("easyedit-mdm: ") and message in told.err and told.out == ""
 
 
+@pytest.mark.end_to_end
 def test_bench_and_compare(tmp_path, capsys):
     """Two methods on the same cases; each line is a case, in order; the report names both; a finished file is
     not overwritten.

@@ -22,6 +22,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.end_to_end
 def test_processes_and_threads(tmp_path):
     """The command line, with one thread and with two, each from nothing: statistics, prefixes, edit and card
     are the same bytes.

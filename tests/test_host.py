@@ -120,6 +120,7 @@ def test_single_edit(joined, world):
     json.dumps(metrics)
 
 
+@pytest.mark.end_to_end
 def test_batch_of_requests_is_restored_each_time(joined, world):
     """Several requests: each is edited alone, as if it were the only one."""
     editor = editor_for(joined)
@@ -147,6 +148,7 @@ def test_sequential_edits_stay(joined, world):
 
 
 @pytest.mark.parametrize("model", ["twin-llada", "twin-llama"])
+@pytest.mark.end_to_end
 def test_fluency(joined, world, model):
     """EasyEdit's test_generation, its own for autoregressive models; without nltk and its data the record
     says whose words they are.
@@ -581,6 +583,7 @@ def future(tmp_path):
     return make
 
 
+@pytest.mark.end_to_end
 def test_a_transformers_to_come(tmp_path, future):
     """A class and a module that EasyEdit imports are gone: it is imported and edits; what is gone names
     itself when it is used.
@@ -710,6 +713,7 @@ def test_where_easyedit_is_looked_for(tmp_path, monkeypatch):
 
 
 @pytest.mark.easyedit_head
+@pytest.mark.end_to_end
 def test_all_of_this_on_the_head(easyedit_home):
     """This file once more, in a process that imports the clone."""
     if HEAD:
@@ -733,6 +737,7 @@ def test_all_of_this_on_the_head(easyedit_home):
 
 @pytest.mark.easyedit_head
 @pytest.mark.data
+@pytest.mark.end_to_end
 def test_easyedits_zsre_runner(easyedit_home, data_dir, tmp_path):
     """examples/run_zsre_llama2.py, untouched, on ten real zsRE records: four fifths of their targets' tokens
     and more are written.
@@ -759,6 +764,7 @@ def test_easyedits_zsre_runner(easyedit_home, data_dir, tmp_path):
 
 
 @pytest.mark.easyedit_head
+@pytest.mark.end_to_end
 def test_easyedits_knowedit_runner(easyedit_home, world, tmp_path):
     """examples/run_knowedit_llama2.py, untouched, gets to its last line: the means over all sections, without
     nltk.

@@ -258,6 +258,7 @@ def test_the_rate_reaches_the_optimisation(tiny):
 
 
 @pytest.mark.data
+@pytest.mark.end_to_end
 def test_real_records_are_written(twin_llada, data_dir):
     """zsRE, which the twin knows nothing of: with its own file, four fifths of the target's tokens and more,
     in the weights.

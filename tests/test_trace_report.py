@@ -406,6 +406,7 @@ def quick(tmp_path):
     return make
 
 
+@pytest.mark.end_to_end
 def test_sweep(quick, compared, tmp_path, capsys, monkeypatch):
     """Every layer ranked beside the trace, the YAML line printed; what is finished is not run again."""
     arguments = [

@@ -41,6 +41,7 @@ def test_it_is_committed_clean():
     }
 
 
+@pytest.mark.end_to_end
 def test_it_runs(tmp_path, monkeypatch):
     """In a kernel of its own, in a folder of its own: its assertions hold, the edit is written, and the file
     gives it back.

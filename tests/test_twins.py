@@ -270,6 +270,7 @@ def test_portability_takes_one_hop_from_the_new_object(world):
     assert sum(changed) > 0.7 * len(changed)
 
 
+@pytest.mark.end_to_end
 def test_training_command(tmp_path):
     """One step of every stage; the results load as the families they are, and a stage can start from
     another's folder.
