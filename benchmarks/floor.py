@@ -1,8 +1,10 @@
 """How near edits come to the time that their matrix products take by themselves: the floor.
 
-    python benchmarks/floor.py --part twins --facts 64 --steps 25 --out benchmarks/floor-twins.json
-    python benchmarks/floor.py --part wide --facts 16 --steps 4 --out benchmarks/floor-wide.json
-    python benchmarks/floor.py --tables                # docs/speed.md from the two files
+    python benchmarks/floor.py --part twins --facts 16 --steps 10 --repeats 2 --out FILE
+    python benchmarks/floor.py --part wide --facts 2 --steps 2 --repeats 1 --out FILE
+    python benchmarks/floor.py --tables
+
+`--tables` writes docs/speed.md from benchmarks/floor-twins.json and floor-wide.json.
 
 The floor of an edit is the time of the products of the linear maps above the edit that the optimisation must
 make: at every step, for every row, forward and (but for the last step) backward to the input, without
@@ -11,10 +13,10 @@ made. Those products are replayed, pass by pass, with `torch.mm` on the model's 
 is there already. Attention's own products, what lies below the edit, keys and the closed form are not in the
 floor.
 
-Edit and replay take turns, `--repeats` times; what counts is the median of the CPU's seconds, with one
-thread. `twins`: twin-llama and twin-llada. `wide`: random models of 12 layers and width 768. ROME_MDM edits
-one fact of three tokens at layer 4, MEMIT_MDM `--facts` facts of 1 to 4 tokens at layers 2 to 4, six context
-prefixes, no early stop; statistics are made beforehand.
+Edit and replay take turns, `--repeats` times; what counts is the median of the CPU's seconds, one thread.
+`twins`: twin-llama and twin-llada. `wide`: random models of 12 layers and width 768. ROME_MDM edits one fact
+of three tokens at layer 4, MEMIT_MDM `--facts` facts of 1 to 4 tokens at layers 2 to 4, six context prefixes,
+no early stop; statistics are made beforehand.
 """
 
 from __future__ import annotations
@@ -246,7 +248,6 @@ def profiled(arm: Arm) -> dict[str, Any]:
         groups[_group(name)] += time_of
     total = sum(groups.values())
     return {
-        "seconds": total,
         "groups": {name: part / total for name, part in groups.items()},
         "operations": [
             {"name": name, "calls": calls[name], "seconds": own[name]}
