@@ -146,8 +146,9 @@ def leaderboard(
         if len(waiting) == len(work):
             time.sleep(PAUSE)  # other processes are at all of them
         work = waiting
+    once = [one for i, one in enumerate(left) if one not in left[:i]]  # some pairs were come back to
     return write_board(
-        list(_entries(suite, place)), left, {"suite": suite.name, "seed": suite.seed}, place.folder
+        list(_entries(suite, place)), once, {"suite": suite.name, "seed": suite.seed}, place.folder
     )
 
 
