@@ -230,8 +230,9 @@ def _join_batching() -> None:
 
 def _join_hparams(stands_for: str) -> None:
     """`ROMEHyperParams.from_hparams` on a file whose alg_name is one of ours gives our hyperparameters."""
-    package = host_module("models")
-    theirs = getattr(package, f"{stands_for}HyperParams", None)
+    package, wanted = host_module("models"), f"{stands_for}HyperParams".lower()
+    # by the letters alone: GRACE's are called GraceHyperParams
+    theirs = next((getattr(package, name) for name in dir(package) if name.lower() == wanted), None)
     if theirs is None:
         return
     original = theirs.from_hparams.__func__

@@ -113,4 +113,5 @@ def _ids(adapter: Adapter, text: str) -> Int[Tensor, " tokens"]:
     return torch.tensor(ids, dtype=torch.long)
 
 
-METHODS.register("IKE_MDM")(Method("IKE_MDM", IKEMDMHyperParams, ike, stands_for="IKE", batchable=True))
+# for EasyEdit's IKE its runners prepare a model of sentence embeddings, which has no part here
+METHODS.register("IKE_MDM")(Method("IKE_MDM", IKEMDMHyperParams, ike, stands_for="ROME", batchable=True))
