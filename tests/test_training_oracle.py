@@ -11,6 +11,7 @@ import contextlib
 import copy
 import importlib
 import io
+import math
 import os
 import re
 import subprocess
@@ -93,7 +94,9 @@ def check(kind: str, model, requests, **settings) -> None:
     import_easyedit()
     their_losses, their_updates = theirs(kind, model, requests, **settings)
     our_losses, our_updates = ours(kind, model, requests, **settings)
-    assert len(their_losses) > STEPS // 2 and their_losses[-1] < 0.5 * their_losses[0]
+    batches = math.ceil(len(requests) / settings.get("batch_size", 1))
+    assert len(their_losses) > 2 * batches
+    assert sum(their_losses[-batches:]) < 0.95 * sum(their_losses[:batches])
     assert our_losses == pytest.approx(their_losses, rel=1e-4, abs=1e-6)
     assert their_updates.keys() == our_updates.keys()
     for name, update in their_updates.items():
@@ -103,8 +106,9 @@ def check(kind: str, model, requests, **settings) -> None:
 
 def test_prompt_last_equals_easyedit(twin_llama, requests):
     """FT as in the paper that FT-L comes from, against whichever form of EasyEdit this process finds."""
-    objective = {"objective_optimization": "prompt_last"}
-    check("FT", twin_llama, requests[:1], **FT, **objective)
+    # few steps: Adam makes much of gradients that are hardly more than rounding
+    changes = {"objective_optimization": "prompt_last", "layers": [3], "num_steps": 4}
+    check("FT", twin_llama, requests[:1], **{**FT, **changes})
 
 
 @pytest.mark.skipif(not HEAD, reason="the wheel has neither FT's target_new nor LoRA")
