@@ -47,7 +47,7 @@ def hparams(method: str, family: str = "llada", **changes):
 
 
 def state_of(model) -> tuple:
-    """Everything of a model that training could leave a trace in; a mixture's views are made when asked for."""
+    """What training could leave a trace in; a mixture's views are made when they are asked for."""
     parameters = [(name, p.requires_grad, p.grad is None) for name, p in model.named_parameters()]
     modules = [(n, id(m), m.training) for n, m in model.native.named_modules() if ".views." not in n]
     own = sorted(name for name in vars(model.native) if not name.startswith("_easyedit_mdm"))
