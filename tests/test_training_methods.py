@@ -347,6 +347,20 @@ def test_shared_weights_are_refused(tiny):
     assert edit.card["facts"][0]["losses"][-1] < edit.card["facts"][0]["losses"][0]
 
 
+@pytest.mark.parametrize("method", TRAINED)
+def test_weights_that_cannot_be_trained(tiny, method):
+    """Offloaded or quantised: said before anything is trained."""
+    for wrong, message in (
+        (torch.empty(32, 32, device="meta"), "is offloaded and cannot be trained"),
+        (torch.zeros(32, 32, dtype=torch.int8), "is torch.int8, a quantised weight"),
+    ):
+        model = tiny("llada")
+        name = "mlp.down_proj" if method == "FT_MDM" else "self_attn.v_proj"
+        model.module(f"model.layers.1.{name}").weight = torch.nn.Parameter(wrong, requires_grad=False)
+        with pytest.raises(ModelError, match=message):
+            make_edit(model, REQUESTS[0], hparams(method))
+
+
 @pytest.mark.parametrize(
     ("method", "change", "message"),
     [

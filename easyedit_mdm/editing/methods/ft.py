@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from easyedit_mdm.editing.edit import Edit, identity, keeping
+from easyedit_mdm.editing.edit import Edit, keeping
 from easyedit_mdm.editing.edit.change import Exact
 from easyedit_mdm.editing.facts import tokenise
 from easyedit_mdm.editing.methods._registry import METHODS, Method
@@ -25,7 +25,7 @@ from easyedit_mdm.editing.request import EditRequest, check_requests
 from easyedit_mdm.editing.solve.card import Outcome, card
 from easyedit_mdm.editing.solve.losses import StateLosses
 from easyedit_mdm.editing.solve.sites import settled
-from easyedit_mdm.editing.solve.training import TrainingHyperParams, train
+from easyedit_mdm.editing.solve.training import TrainingHyperParams, train, weights_to_train
 from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.hooks import frozen
@@ -70,7 +70,7 @@ def ft(adapter: Adapter, requests: Sequence[EditRequest], hparams: FTMDMHyperPar
         RequestError: for a request that cannot be carried out, or two that are the same or contradict each
             other.
         HyperParameterError: for `prompt_last` on a model that denoises.
-        ModelError: for a module or layer that does not exist.
+        ModelError: for a module or layer that does not exist, or a weight that is offloaded or quantised.
         OptimisationError: if a loss is not a number.
     """
     check_requests(requests)
@@ -97,8 +97,7 @@ def _trained(
     adapter: Adapter, names: Sequence[str], losses: StateLosses, hparams: FTMDMHyperParams
 ) -> tuple[list[Outcome], dict[str, Tensor]]:
     """Train some weights of the model in place; what each has moved by, in float32."""
-    known = dict(identity(adapter).named_parameters(remove_duplicate=False))
-    weights = [known[name] for name in names]
+    weights = weights_to_train(adapter, names)
     start = [weight.detach().float().clone() for weight in weights]
     trained = [each.clone().requires_grad_() for each in start]
     gradients = [weight.grad for weight in weights]

@@ -24,7 +24,7 @@ from easyedit_mdm.editing.methods._registry import METHODS, Method
 from easyedit_mdm.editing.request import EditRequest, check_requests
 from easyedit_mdm.editing.solve.card import card
 from easyedit_mdm.editing.solve.losses import StateLosses
-from easyedit_mdm.editing.solve.training import TrainingHyperParams, train
+from easyedit_mdm.editing.solve.training import TrainingHyperParams, train, weights_to_train
 from easyedit_mdm.errors import HyperParameterError, MissingPackageError, ModelError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.hooks import frozen
@@ -76,7 +76,8 @@ def lora(adapter: Adapter, requests: Sequence[EditRequest], hparams: LoRAMDMHype
         RequestError: for a request that cannot be carried out, or two that are the same or contradict each
             other.
         HyperParameterError: if a layer has no module of a name, or one that several modules share.
-        ModelError: for a layer that does not exist, or if the model carries adapters of peft already.
+        ModelError: for a layer that does not exist, a weight that is offloaded or quantised, or if the model
+            carries adapters of peft already.
         OptimisationError: if a loss is not a number.
     """
     check_requests(requests)
@@ -143,6 +144,7 @@ def _targets(adapter: Adapter, hparams: LoRAMDMHyperParams) -> dict[str, int]:
     if not found:
         raise HyperParameterError("target_modules is empty: name at least one linear map")
     _check_alone(adapter, found)
+    weights_to_train(adapter, [f"{name}.weight" for name in found])
     return found
 
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from easyedit_mdm.editing.edit import identity
 from easyedit_mdm.editing.hparams import StateHyperParams
 from easyedit_mdm.editing.solve.card import Outcome
 from easyedit_mdm.editing.solve.losses import StateLosses
-from easyedit_mdm.errors import OptimisationError
+from easyedit_mdm.errors import ModelError, OptimisationError
+from easyedit_mdm.models import Adapter
 
 
 @dataclass
@@ -51,6 +53,27 @@ class TrainingHyperParams(StateHyperParams):
         return (
             f"Try more steps (num_steps: {2 * self.num_steps}), another lr than {self.lr:g}, or other layers"
         )
+
+
+def weights_to_train(adapter: Adapter, names: Sequence[str]) -> list[Tensor]:
+    """The weights of these names.
+
+    Raises:
+        ModelError: for one that is not in memory, or is quantised, which no edit could be added to.
+    """
+    known = dict(identity(adapter).named_parameters(remove_duplicate=False))
+    for name in names:
+        weight = known[name]
+        if weight.is_meta:
+            raise ModelError(
+                f"{name} is offloaded and cannot be trained: load the model without offloading (device_map,"
+                " max_memory), or name another layer"
+            )
+        if not weight.is_floating_point():
+            raise ModelError(
+                f"{name} is {weight.dtype}, a quantised weight: load it in bfloat16, float16 or float32"
+            )
+    return [known[name] for name in names]
 
 
 def train(
