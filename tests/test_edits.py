@@ -494,14 +494,11 @@ def test_advice_after_a_value_that_was_found():
     """Where the optimisation ended well, its steps are not the cause: layer, or the way through the
     weights.
     """
-    from easyedit_mdm.cli.edits import _advice
-
     settings = ROMEMDMHyperParams(alg_name="ROME_MDM", model_name="m", layers=[1])
-    assert "optimise_through: weights" in _advice(0.01, settings) and "more steps" not in _advice(
-        0.01, settings
-    )
-    assert "optimise_through" not in _advice(0.01, replace(settings, optimise_through="weights"))
-    assert "more steps" in _advice(0.06, settings) and "more steps" in _advice(float("nan"), settings)
+    assert "optimise_through: weights" in settings.advice(0.01)
+    assert "more steps" not in settings.advice(0.01)
+    assert "optimise_through" not in replace(settings, optimise_through="weights").advice(0.01)
+    assert "more steps" in settings.advice(0.06) and "more steps" in settings.advice(float("nan"))
 
 
 def test_diff_at_80_columns_shows_the_layer(tmp_path, monkeypatch, capsys):

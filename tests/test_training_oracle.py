@@ -104,8 +104,9 @@ def check(kind: str, model, requests, most: float = 1e-4, **settings) -> None:
         assert float((our_updates[name] - update).norm() / update.norm()) < most
 
 
+@pytest.mark.skipif(not HEAD, reason="the wheel's FT needs a tokenizer with an unknown token")
 def test_prompt_last_equals_easyedit(twin_llama, requests):
-    """FT as in the paper that FT-L comes from, against whichever form of EasyEdit this process finds."""
+    """FT as in the paper that FT-L comes from."""
     changes = {"objective_optimization": "prompt_last", "layers": [3], "num_steps": 4}
     # Adam divides each gradient by its size: entries whose gradient is hardly more than rounding move, too
     check("FT", twin_llama, requests[:1], most=1e-3, **{**FT, **changes})

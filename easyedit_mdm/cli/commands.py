@@ -500,7 +500,10 @@ def leaderboard(
     data_dir: DataDir = None,
     device: Device = None,
 ) -> None:
-    """Every method on every model, with equal search, in one table; several processes share the work."""
+    """Every method on a suite of models, in one table.
+
+    Each is searched equally. Several processes with the same --out share the work.
+    """
     from easyedit_mdm.runs.leaderboard import leaderboard as run
 
     print(run(suite, out, data_dir, device))

@@ -22,7 +22,10 @@ def context_of(native: nn.Module) -> Int[Tensor, " tokens"] | None:
 
 def put_context(native: nn.Module, ids: Int[Tensor, " tokens"] | None) -> None:
     """Put tokens before every row from now on; None: none."""
-    native.__dict__[_CONTEXT] = ids
+    if ids is None:
+        native.__dict__.pop(_CONTEXT, None)
+    else:
+        native.__dict__[_CONTEXT] = ids
 
 
 @contextmanager

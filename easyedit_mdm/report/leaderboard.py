@@ -24,7 +24,7 @@ from easyedit_mdm.report.figures import (
     save,
     svg,
 )
-from easyedit_mdm.report.summaries import Summary
+from easyedit_mdm.report.summaries import Median, Summary
 from easyedit_mdm.version import __version__
 
 # measures of the table; `*`: masked models alone
@@ -44,6 +44,7 @@ COSTS = {
     "edit_peak_bytes": "peak MB",
     "stored_bytes": "stored kB",
 }
+NONE: Median = {"median": None, "q25": None, "q75": None, "n": 0}
 UNITS = {"edit_peak_bytes": 1e6, "stored_bytes": 1e3}
 
 
@@ -76,7 +77,7 @@ class Entry:
         measures, cost = self.summary["measures"], self.summary["cost"]
         found = [show(measures[name]) if name in measures else "–" for name in MEASURES]
         for name in COSTS:
-            estimate = cost[name]
+            estimate = cost.get(name, NONE)
             scale = UNITS.get(name, 1.0)
             found.append(
                 show_median({**estimate, "median": estimate["median"] / scale, "q25": None, "q75": None})
@@ -217,7 +218,7 @@ def _csv(entries: Sequence[Entry]) -> str:
                 figures = [found["mean"], found["low"], found["high"], found["n"]]
                 writer.writerow([e.model, e.dataset, e.mode, e.method, e.summary["cases"], name, *figures])
         for name in COSTS:
-            median = e.summary["cost"][name]
+            median = e.summary["cost"].get(name, NONE)
             figures = [median["median"], median["q25"], median["q75"], median["n"]]
             writer.writerow([e.model, e.dataset, e.mode, e.method, e.summary["cases"], name, *figures])
     return stream.getvalue()

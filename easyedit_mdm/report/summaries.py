@@ -292,12 +292,21 @@ def summary(run: Run, seed: int = 0, resamples: int = 2000) -> Summary:
             "edit_seconds": median(case.get("time", {}).get("edit_seconds") for case in done),
             "forwards": median(case.get("edit", {}).get("forwards") for case in done),
             "steps": median(case.get("edit", {}).get("steps") for case in done),
-            "layer_passes": median(case.get("edit", {}).get("layer_passes") for case in done),
-            "stored_bytes": median(case.get("edit", {}).get("stored_bytes") for case in done),
-            "edit_peak_bytes": median(case.get("time", {}).get("edit_peak_bytes") for case in done),
+            **_further_costs(done),
         },
         "header": run.header,
     }
+
+
+def _further_costs(cases: Sequence[CaseRecord]) -> dict[str, Median]:
+    """Costs that only newer files have."""
+    edits, times = [case.get("edit", {}) for case in cases], [case.get("time", {}) for case in cases]
+    found = {
+        "layer_passes": median(edit.get("layer_passes") for edit in edits),
+        "stored_bytes": median(edit.get("stored_bytes") for edit in edits),
+        "edit_peak_bytes": median(time.get("edit_peak_bytes") for time in times),
+    }
+    return {name: value for name, value in found.items() if value["n"]}
 
 
 def _counted(reasons: Sequence[object]) -> dict[str, int]:

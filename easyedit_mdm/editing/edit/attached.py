@@ -275,6 +275,8 @@ def attach(native: nn.Module, ready: Prepared) -> None:
         handles.append(native.register_forward_pre_hook(put_before.before, with_kwargs=True))
         handles.append(native.register_forward_hook(put_before.after, with_kwargs=True))
     native.__dict__[_HANDLES] = tuple(handles)
+    if not handles:
+        del native.__dict__[_HANDLES]
     put_context(native, ready.context)
 
 

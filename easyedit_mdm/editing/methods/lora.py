@@ -190,8 +190,8 @@ def _injected(
     finally:
         for name, module in before.items():
             parent, _, last = name.rpartition(".")
-            if name and before[parent]._modules.get(last) is not module:
-                before[parent]._modules[last] = module
+            if name and getattr(before[parent], last, None) is not module:
+                setattr(before[parent], last, module)
         vars(native).pop("peft_config", None)
 
 
