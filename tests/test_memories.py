@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from test_batch_methods import REQUESTS
 
 from easyedit_mdm import Session, make_edit, make_edits, score_prompts
 from easyedit_mdm.cli import main
@@ -27,15 +28,6 @@ from easyedit_mdm.host import import_easyedit
 from easyedit_mdm.models import FAMILIES
 
 WEIGHTLESS = ["GRACE_MDM", "IKE_MDM", "TimeROME-style"]
-REQUESTS = [
-    {
-        "prompt": "The mother tongue of Danielle Darrieux is",
-        "subject": "Danielle Darrieux",
-        "target_new": "red river",
-    },
-    {"prompt": "The river of Anna is", "subject": "Anna", "target_new": "the"},
-    {"prompt": "The old song of Robert was", "subject": "Robert", "target_new": "a very good one"},
-]
 
 
 def hparams(method: str, **changes):
