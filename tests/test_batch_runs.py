@@ -174,6 +174,7 @@ def test_two_writers(config, tmp_path):
     bench(config("MEMIT_MDM", "batch", limit=2), path)
 
 
+@pytest.mark.end_to_end
 def test_a_file_of_batches_that_does_not_fit(config, tmp_path):
     """Lines are missing from NAME.batches.jsonl: said, and nothing is overwritten."""
     path = tmp_path / "run.jsonl"

@@ -263,6 +263,7 @@ def test_launchers(tmp_path, quick, whole, launcher):
 
 
 @needs_processes
+@pytest.mark.end_to_end
 def test_as_mpi_tells_it(tmp_path, quick, whole):
     """The same with what Open MPI and accelerate's launcher tell the processes, where there is no MPI."""
     told = {

@@ -371,6 +371,7 @@ def interrupted_at(event: int, call: Callable[[], object], everywhere: bool = Fa
         sys.settrace(before)
 
 
+@pytest.mark.end_to_end
 def test_ctrl_c_at_any_bytecode_of_apply_and_revert():
     """A real signal before each bytecode: `apply` leaves the weights of before, `revert` is done or not
     begun.
@@ -435,6 +436,7 @@ def test_ctrl_c_at_any_bytecode_of_undo():
 
 
 @pytest.mark.parametrize("method", ["MEMIT_MDM", "AlphaEdit_MDM", "ROME_MDM"])
+@pytest.mark.end_to_end
 def test_ctrl_c_while_an_edit_is_made(tiny, tmp_path, method):
     """Methods that change layers on the way put them back: a signal at random lines of the whole of it."""
     (tmp_path / "text.txt").write_text(

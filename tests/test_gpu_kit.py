@@ -34,6 +34,7 @@ def run(kit: ModuleType, out: Path, *more: str) -> dict:
     return json.loads((folder / "kit.json").read_text())
 
 
+@pytest.mark.end_to_end
 def test_every_part_of_the_kit(script, tmp_path):
     """A tiny shape, every arm: what is measured, and the page."""
     found = run(script("kit"), tmp_path, "--minutes", "60", "--parts", *PARTS)

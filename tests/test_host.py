@@ -471,6 +471,7 @@ def test_runner(tmp_path):
     assert "Traceback" not in missing[1]
 
 
+@pytest.mark.end_to_end
 def test_hook(tmp_path):
     """Plain `python run.py --editing_method=ROME_MDM` with the hook's folder on PYTHONPATH."""
     (tmp_path / "run.py").write_text(RUNNER)

@@ -54,6 +54,7 @@ def board(tmp_path_factory) -> tuple[Path, dict]:
     return folder / "out", json.loads((folder / "out" / "leaderboard.json").read_text())
 
 
+@pytest.mark.end_to_end
 def test_every_method_is_in_the_table(board):
     """Each model, mode and method once; what a method cannot do is listed with the reason."""
     _, told = board
@@ -69,6 +70,7 @@ def test_every_method_is_in_the_table(board):
     assert grace["cost"]["stored_bytes"]["median"] > 4 * (512 + 128), "a key and a value at least"
 
 
+@pytest.mark.end_to_end
 def test_the_better_setting_is_taken(board):
     """By the harmonic mean of success, paraphrase and locality on the search cases, the earlier of equals."""
     folder, told = board
@@ -88,6 +90,7 @@ def test_the_better_setting_is_taken(board):
         assert chosen == {json.dumps(tries[scores.index(max(scores))], sort_keys=True)}
 
 
+@pytest.mark.end_to_end
 def test_table_page_and_picture(board):
     """The same figures in each form."""
     folder, told = board
@@ -103,6 +106,7 @@ def test_table_page_and_picture(board):
     assert (folder / "leaderboard.png").stat().st_size > 10_000 and "<svg" in page
 
 
+@pytest.mark.end_to_end
 def test_what_is_finished_is_not_run_again(board, monkeypatch):
     """Called again it only writes the page; a run that is missing is made, and no other."""
     folder, _ = board
@@ -162,6 +166,7 @@ def test_a_wrong_suite(tmp_path, changes, says):
     assert says in str(caught.value) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.end_to_end
 def test_another_suite_in_the_folder(tmp_path, board):
     """Refused; a suite that does not exist too."""
     folder, _ = board

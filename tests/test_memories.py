@@ -291,6 +291,7 @@ def test_grace_equals_easyedit(tiny, family):
 
 
 @pytest.mark.easyedit_head
+@pytest.mark.end_to_end
 def test_grace_equals_the_head(easyedit_home):
     """In a process of its own: two forms cannot be imported into one."""
     environment = {**os.environ, "ORACLE_FORM": "head", "EASYEDIT_HOME": str(easyedit_home)}

@@ -263,6 +263,7 @@ def test_page_in_a_browser(compared, tmp_path):
     assert '<body id="pwned"' not in dom and "&lt;img src=x&gt;" in dom
 
 
+@pytest.mark.end_to_end
 def test_trace_of_one_prompt(world, tmp_path, capsys):
     """From the command line: the model's own answer, masks for the subject, one random slot revealed."""
     known = next(f for f in split_facts(world)["test"] if f.length == 2)

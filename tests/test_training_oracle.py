@@ -129,6 +129,7 @@ def test_training_equals_easyedit(twin_llama, requests, kind, changes):
 
 
 @pytest.mark.easyedit_head
+@pytest.mark.end_to_end
 def test_training_equals_the_head(easyedit_home):
     """Against the repository's head, in a process of its own: two forms cannot be imported into one."""
     if HEAD:
