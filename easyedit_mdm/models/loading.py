@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from easyedit_mdm.common.files import opened_tensors, read_json
-from easyedit_mdm.errors import CheckpointError, EasyEditMDMError
+from easyedit_mdm.errors import CheckpointError, EasyEditMDMError, ModelError
 from easyedit_mdm.models.adapter import Adapter, special_ids
 from easyedit_mdm.models.families import FAMILIES
 from easyedit_mdm.models.mixture import put_in
@@ -78,7 +78,13 @@ def load_adapter(
     if device_map is not None:
         from accelerate import dispatch_model
 
-        model = dispatch_model(model, device_map=places, offload_index=left or None)
+        try:
+            model = dispatch_model(model, device_map=places, offload_index=left or None)
+        except ValueError as error:  # older versions want something in memory
+            raise ModelError(
+                f"accelerate does not take this device_map ({error}): leave part of the model in memory, or"
+                " install a newer accelerate"
+            ) from error
     model.eval()
     tok = tokenizer if tokenizer is not None else load_tokenizer(folder, spec)
     said = {**(config.get("text_config") or {}), **config}
