@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from easyedit_mdm import DecodeConfig, decode, load_model
 from easyedit_mdm.denoising import ORDERS
-from easyedit_mdm.denoising.sampler import writable
+from easyedit_mdm.denoising.sampler import _next, writable
 from easyedit_mdm.errors import HyperParameterError, RequestError, UnknownNameError
 
 HERE = Path(__file__).parent
@@ -244,3 +245,17 @@ def test_remasking_more_often_than_there_are_slots(tiny):
     with pytest.raises(HyperParameterError, match="remask=-1"):
         DecodeConfig(remask=-1)
     assert "remask" not in DecodeConfig().record() and DecodeConfig(remask=2).record()["remask"] == 2
+
+
+def test_a_block_that_is_full_sooner_than_planned():
+    """With a threshold the next turn is the first of the next block, however many turns were left; without
+    one, or with a slot still masked, it is the next.
+    """
+    config = DecodeConfig(steps=8, block_length=4, threshold=0.5)
+    plan = config.plan(8)
+    assert [turn.start for turn in plan.turns] == [0] * 4 + [4] * 4
+    state = SimpleNamespace(plans=[plan], masked=torch.tensor([[False] * 4 + [True] * 4]))
+    assert [_next(state, 0, place, config) for place in range(4)] == [4] * 4
+    assert _next(state, 0, 4, config) == 5 and _next(state, 0, 0, DecodeConfig()) == 1
+    state.masked[:] = False
+    assert _next(state, 0, 5, config) == len(plan.turns)
