@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 
 from easyedit_mdm import DecodeConfig, decode, load_model
 from easyedit_mdm.denoising import ORDERS
-from easyedit_mdm.denoising.sampler import _next, writable
+from easyedit_mdm.denoising.sampler import _Canvas, _next, writable
 from easyedit_mdm.errors import HyperParameterError, RequestError, UnknownNameError
 
 HERE = Path(__file__).parent
@@ -254,7 +253,11 @@ def test_a_block_that_is_full_sooner_than_planned():
     config = DecodeConfig(steps=8, block_length=4, threshold=0.5)
     plan = config.plan(8)
     assert [turn.start for turn in plan.turns] == [0] * 4 + [4] * 4
-    state = SimpleNamespace(plans=[plan], masked=torch.tensor([[False] * 4 + [True] * 4]))
+    row = torch.zeros(1, 8, dtype=torch.long)
+    state = _Canvas(
+        row, torch.ones_like(row), torch.arange(8)[None], torch.zeros(1, dtype=torch.long), [plan]
+    )
+    state.masked[0, :4] = False
     assert [_next(state, 0, place, config) for place in range(4)] == [4] * 4
     assert _next(state, 0, 4, config) == 5 and _next(state, 0, 0, DecodeConfig()) == 1
     state.masked[:] = False
