@@ -127,14 +127,15 @@ def _write_shard(
         metadata = stored.metadata()
     for key in ready.keys() & changes.keys():
         value, change = ready[key], changes[key]
-        if key == EMBEDDING:
-            value = value.clone()
-            value[mask_id] = change[0].to(value.dtype)
-        elif value.shape != change.shape:
+        row = key == EMBEDDING  # of which only the mask's row changes
+        if value.shape[1:] != change.shape[1:] or not (row or len(value) == len(change)):
             raise CheckpointError(
                 f"{key!r} has shape {tuple(value.shape)}, the adapter's change {tuple(change.shape)}: "
                 "another model's adapter"
             )
+        if row:
+            value = value.clone()
+            value[mask_id] = change[0].to(value.dtype)
         else:
             value = (value.float() + change).to(value.dtype)
         ready[key] = value
