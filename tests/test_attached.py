@@ -314,3 +314,45 @@ def test_a_context_that_leaves_no_room(tiny):
     Edit([], {}, [context(*range(5, 5 + model.max_positions - 3))]).apply(model)
     with pytest.raises(ModelError, match="has 128 positions"):
         logits(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "says"),
+    [
+        ("residual memory", {"residuals": torch.zeros(2, WIDTH)}, "equally many rows"),
+        ("residual memory", {"keys": torch.zeros(INNER)}, "equally many rows"),
+        ("residual memory", {"ridge": "much"}, "ridge='much'"),
+        ("residual memory", {"alpha": True}, "alpha=True"),
+        ("codebook", {"values": torch.zeros(1, WIDTH)}, "equally many rows"),
+        ("codebook", {"target": torch.zeros(2)}, "no token ids"),
+        ("codebook", {"radius": -1.0}, "radius=-1"),
+        ("codebook", {"radius": float("inf")}, "radius=inf"),
+        ("context", {"fact": torch.tensor([[1]])}, "no token ids"),
+        ("context", {"lead": torch.tensor([-1])}, "no token ids"),
+    ],
+)
+def test_parts_that_do_not_belong_together(kind, change, says):
+    """A file may say anything: shapes, token ids and settings are looked at before they are used."""
+    made = {
+        "residual memory": memory(0),
+        "codebook": Codebook(
+            "m",
+            {"keys": torch.zeros(2, INNER), "values": torch.zeros(2, WIDTH), "target": torch.tensor([1])},
+            {"radius": 1.0},
+        ),
+        "context": context(11),
+    }[kind]
+    tensors = {name: change.get(name, value) for name, value in made.tensors.items()}
+    settings = {name: change.get(name, value) for name, value in made.settings.items()}
+    with pytest.raises(EditError) as caught:
+        type(made)(made.module, tensors, settings)
+    assert says in str(caught.value)
+
+
+def test_tokens_that_the_model_does_not_have(tiny):
+    """A context of another vocabulary is refused before it is put in."""
+    model = tiny("llada")
+    before = logits(model)
+    with pytest.raises(EditError, match="its context has token 999999"):
+        Edit([], {}, [context(11, 999999)]).apply(model)
+    assert not carried(model) and torch.equal(logits(model), before)

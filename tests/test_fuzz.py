@@ -33,6 +33,7 @@ from safetensors.torch import load, save
 from easyedit_mdm import Edit
 from easyedit_mdm.data.cases import load_cases
 from easyedit_mdm.editing import METHODS, LowRank
+from easyedit_mdm.editing.edit.attached import Codebook, Context, ResidualMemory
 from easyedit_mdm.editing.edit.files import CARD, TENSORS, file_sha256
 from easyedit_mdm.editing.edit.folders import adopt_edits, write_edited
 from easyedit_mdm.editing.hparams import find_hparams, read_yaml
@@ -224,9 +225,15 @@ def hparams_target(folder: Path) -> Target:
 
 
 def edit_target(folder: Path) -> Target:
-    """Edit folders: the card, the tensors, and (half the time) a hash that fits, so that what lies behind it
-    is reached.
+    """Edit folders, with changes of weights and without: the card, the tensors, and (half the time) a hash
+    that fits, so that what lies behind it is reached.
     """
+    one = torch.ones(1, 3)
+    attached = [
+        ResidualMemory("a", {"keys": one, "residuals": one}, {"ridge": 1.0, "alpha": 1.0, "top_q": 1.0}),
+        Codebook("a", {"keys": one, "values": one, "target": torch.tensor([1])}, {"radius": 1.0}),
+        Context("", {name: torch.tensor([1]) for name in Context.TENSORS}),
+    ]
     changes = [
         LowRank("a.weight", torch.ones(4, 1), torch.ones(1, 3)),
         LowRank("b.weight", torch.ones(2, 2), torch.ones(2, 2), True),
@@ -243,9 +250,11 @@ def edit_target(folder: Path) -> Target:
             "guard": {"on": False},
             "hyperparameters": {},
         },
+        attached,
     ).save(folder / "e")
     card, tensors = json.loads((folder / "e" / CARD).read_text()), (folder / "e" / TENSORS).read_bytes()
     names = [f"{c.name}|{key}" for c in changes for key in c.tensors]
+    names += [f"attached {i}|{key}" for i, part in enumerate(attached) for key in part.TENSORS]
     inputs = st.tuples(
         st.one_of(spoiled(card).map(dumped), torn(dumped(card)), st.just(dumped(card))),
         st.one_of(torn(tensors), tensor_file(names), st.just(tensors)),
@@ -262,6 +271,9 @@ def edit_target(folder: Path) -> Target:
         (folder / "e" / CARD).write_bytes(data)
         edit = Edit.load(folder / "e")
         edit.diff()
+        for part in edit.attached:
+            if not isinstance(part, Context):
+                type(part).joined([part])
         return Edit.compose([edit, edit], force=True)
 
     return Target(inputs, run, (dumped(card), tensors, False), (dumped({**card, "note": 1}), tensors, True))

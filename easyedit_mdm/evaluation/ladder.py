@@ -47,7 +47,7 @@ def ladder(
     if not adapter.denoises:
         _add(out, "multi_step", scores)
     else:
-        for rungs, more in zip(out, decodings(adapter, prompts, answers, base)):
+        for rungs, more in zip(out, decodings(adapter, prompts, answers, base, scores)):
             rungs |= more
         for rungs, prompt, answer in zip(out, prompts, answers):
             rungs["any_order"] = any_order(adapter, *_ids(adapter, prompt, answer))
@@ -62,16 +62,23 @@ def ladder(
 
 
 def decodings(
-    adapter: Adapter, prompts: Sequence[str], answers: Sequence[str], config: DecodeConfig = DecodeConfig()
+    adapter: Adapter,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    config: DecodeConfig = DecodeConfig(),
+    scores: Sequence[Score] | None = None,
 ) -> list[dict[str, Rung]]:
     """The rungs of a masked model that are ways of decoding exactly N masks: `left_to_right`, `random`,
     `multi_step`, `steps_half` and `one_step`.
+
+    Args:
+        scores: those of N steps, the surest first, where they are known already.
     """
     base = DecodeConfig(temperature=config.temperature, eps=config.eps, seed=config.seed)
     out: list[dict[str, Rung]] = [{} for _ in prompts]
     for order in ("left_to_right", "random"):
         _add(out, order, score_prompts(adapter, prompts, answers, replace(base, order=order)))
-    scores = score_prompts(adapter, prompts, answers, base)
+    scores = score_prompts(adapter, prompts, answers, base) if scores is None else scores
     _add(out, "multi_step", scores)
     _fewer_steps(adapter, prompts, answers, base, scores, out)
     return out

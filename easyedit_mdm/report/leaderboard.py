@@ -242,6 +242,7 @@ def _markdown(entries: Sequence[Entry], left: Sequence[Left], about: dict[str, A
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     def line(cells: Sequence[str]) -> str:
+        """A row of the table."""
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "\\n") for cell in cells) + " |"
 
     return [line(names), line(["---"] * len(names)), *map(line, rows)]

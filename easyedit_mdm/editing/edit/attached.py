@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -54,8 +54,44 @@ class Attached:
             if value.is_floating_point() and not value.isfinite().all():
                 raise EditError(f"{name} of a {self.KIND} holds NaN or infinity; nothing was changed")
 
-    def check(self, module: nn.Module) -> None:
-        """Whether it fits the module.
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Whether tensors and settings belong together: they may come from a file that anybody wrote.
+
+        Raises:
+            EditError: if not.
+        """
+
+    def _matrices(self, *names: str) -> None:
+        """Floating-point matrices with a row for each other."""
+        found = {name: self.tensors[name] for name in names}
+        if any(value.dim() != 2 or not value.is_floating_point() for value in found.values()) or (
+            len({len(value) for value in found.values()}) != 1
+        ):
+            shapes = {name: (tuple(value.shape), str(value.dtype)) for name, value in found.items()}
+            raise EditError(f"a {self.KIND} needs matrices with equally many rows, got {shapes}")
+
+    def _ids(self, *names: str) -> None:
+        """Token ids, one after the other."""
+        for name in names:
+            value = self.tensors[name]
+            if value.dim() != 1 or value.dtype != torch.int64 or (len(value) and int(value.min()) < 0):
+                raise EditError(
+                    f"{name} of a {self.KIND} is {value.dtype} of shape {tuple(value.shape)}: these are no"
+                    " token ids"
+                )
+
+    def _numbers(self, *names: str) -> None:
+        """Settings that are finite numbers and not negative."""
+        for name in names:
+            value = self.settings[name]
+            right = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not right or not 0 <= value < float("inf"):
+                raise EditError(f"{name}={value!r} of a {self.KIND} must be a number, at least 0")
+
+    def check(self, native: nn.Module, module: nn.Module) -> None:
+        """Whether it fits the model, and the module in it.
 
         Raises:
             EditError: if not.
@@ -84,7 +120,11 @@ class ResidualMemory(Attached):
     TENSORS = ("keys", "residuals")
     SETTINGS = ("ridge", "alpha", "top_q")
 
-    def check(self, module: nn.Module) -> None:
+    def _check_parts(self) -> None:
+        self._matrices("keys", "residuals")
+        self._numbers("ridge", "alpha", "top_q")
+
+    def check(self, native: nn.Module, module: nn.Module) -> None:
         """As `Attached.check`."""
         keys, residuals = self.tensors["keys"], self.tensors["residuals"]
         _check_widths(self, module, keys.shape[1], residuals.shape[1])
@@ -149,7 +189,12 @@ class Codebook(Attached):
     TENSORS = ("keys", "values", "target")
     SETTINGS = ("radius",)
 
-    def check(self, module: nn.Module) -> None:
+    def _check_parts(self) -> None:
+        self._matrices("keys", "values")
+        self._ids("target")
+        self._numbers("radius")
+
+    def check(self, native: nn.Module, module: nn.Module) -> None:
         """As `Attached.check`."""
         _check_widths(self, module, self.tensors["keys"].shape[1], self.tensors["values"].shape[1])
 
@@ -215,6 +260,19 @@ class Context(Attached):
     KIND = "context"
     TENSORS = ("demonstrations", "fact", "lead")
 
+    def _check_parts(self) -> None:
+        self._ids(*self.TENSORS)
+
+    def check(self, native: nn.Module, module: nn.Module) -> None:
+        """As `Attached.check`."""
+        most = cast(Any, native).get_input_embeddings().weight.shape[0]
+        ids = torch.cat(list(self.tensors.values()))
+        if self.module or (len(ids) and int(ids.max()) >= most):
+            raise EditError(
+                f"the edit does not fit this model: its context has token {int(ids.max())} at"
+                f" {self.module or 'the beginning'}, and the model {most} tokens"
+            )
+
 
 def _check_widths(one: Attached, module: nn.Module, inner: int, width: int) -> None:
     weight = getattr(module, "weight", None)
@@ -246,14 +304,17 @@ def prepared(native: nn.Module, attached: Sequence[Attached]) -> Prepared:
     places: dict[tuple[str, str], list[Attached]] = {}
     for one in attached:
         places.setdefault((one.module, one.KIND), []).append(one)
-    contexts = places.pop(("", Context.KIND), [])
+    contexts = [one for one in attached if isinstance(one, Context)]
+    for context in contexts:
+        places.pop((context.module, Context.KIND), None)
+        context.check(native, native)
     modules = dict(native.named_modules())
     answers = []
     for (name, kind), parts in places.items():
-        if name not in modules:
+        if not name or name not in modules:
             raise EditError(f"the edit does not fit this model: there is no module {name!r}")
         for part in parts:
-            part.check(modules[name])
+            part.check(native, modules[name])
         answers.append((modules[name], KINDS[kind].joined(parts)))
     return Prepared(answers, _said(contexts))
 
