@@ -1,5 +1,9 @@
 """On the autoregressive twin FT_MDM and LORA_MDM are EasyEdit's own: same settings, same losses, same update.
 
+FT runs in float64 on both sides: Adam divides each gradient by its size, so in float32 entries whose gradient is hardly
+more than rounding move as far as the others, and another processor rounds another way. LoRA stays in float32,
+as transformers computes its loss in that anyway.
+
 What is random in LoRA is made equal: no dropout, and A is drawn with the same seed. Facts of a batch are
 padded on the left, as EasyEdit's editor has it for these methods. PyPI's wheel has FT's `prompt_last` alone,
 and its LoRA is AdaLoRA.
@@ -20,7 +24,7 @@ import sys
 import pytest
 import torch
 
-from easyedit_mdm import make_edit
+from easyedit_mdm import load_model, make_edit
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.host import import_easyedit
 from easyedit_mdm.host.on_cpu import CudaMeansCpu
@@ -42,6 +46,12 @@ def requests(world):
         {"prompt": f.prompt(), "subject": f.subject, "target_new": other.object}
         for f, other in zip(facts.values(), [facts[3], facts[1], facts[2]])
     ]
+
+
+@pytest.fixture(scope="module")
+def double():
+    """The autoregressive twin in float64."""
+    return load_model("twin-llama", dtype="float64")
 
 
 def theirs(kind: str, model, requests, **settings) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -97,7 +107,7 @@ def check(kind: str, model, requests, most: float = 1e-4, **settings) -> None:
     batches = math.ceil(len(requests) / settings.get("batch_size", 1))
     assert len(their_losses) > 2 * batches
     assert sum(their_losses[-batches:]) < 0.95 * sum(their_losses[:batches])
-    assert our_losses == pytest.approx(their_losses, rel=1e-4, abs=1e-6)
+    assert our_losses == pytest.approx(their_losses, rel=1e-4, abs=1e-5)
     assert their_updates.keys() == our_updates.keys()
     for name, update in their_updates.items():
         assert float(update.norm()) > 1e-3
@@ -105,11 +115,10 @@ def check(kind: str, model, requests, most: float = 1e-4, **settings) -> None:
 
 
 @pytest.mark.skipif(not HEAD, reason="the wheel's FT needs a tokenizer with an unknown token")
-def test_prompt_last_equals_easyedit(twin_llama, requests):
+def test_prompt_last_equals_easyedit(double, requests):
     """FT as in the paper that FT-L comes from."""
     changes = {"objective_optimization": "prompt_last", "layers": [3], "num_steps": 4}
-    # Adam divides each gradient by its size: entries whose gradient is hardly more than rounding move, too
-    check("FT", twin_llama, requests[:1], most=1e-3, **{**FT, **changes})
+    check("FT", double, requests[:1], **{**FT, **changes})
 
 
 @pytest.mark.skipif(not HEAD, reason="the wheel has neither FT's target_new nor LoRA")
@@ -122,10 +131,11 @@ def test_prompt_last_equals_easyedit(twin_llama, requests):
         ("LoRA", {"batch_size": 3, "layers": [2]}),
     ],
 )
-def test_training_equals_easyedit(twin_llama, requests, kind, changes):
+def test_training_equals_easyedit(double, twin_llama, requests, kind, changes):
     """Three facts, one or several a step; two layers; the L-inf ball; weight decay in FT."""
     own = {"objective_optimization": "target_new"} if kind == "FT" else {"early_stop_loss": 0.0}
-    check(kind, twin_llama, requests, **{**(FT if kind == "FT" else LORA), **own, **changes})
+    model = double if kind == "FT" else twin_llama
+    check(kind, model, requests, **{**(FT if kind == "FT" else LORA), **own, **changes})
 
 
 @pytest.mark.easyedit_head

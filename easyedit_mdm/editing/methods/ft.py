@@ -98,7 +98,8 @@ def _trained(
 ) -> tuple[list[Outcome], dict[str, Tensor]]:
     """Train some weights of the model in place; what each has moved by, in float32."""
     weights = weights_to_train(adapter, names)
-    start = [weight.detach().float().clone() for weight in weights]
+    wide = torch.promote_types(weights[0].dtype, torch.float32)
+    start = [weight.detach().to(wide, copy=True) for weight in weights]
     trained = [each.clone().requires_grad_() for each in start]
     gradients = [weight.grad for weight in weights]
     most = float(hparams.norm_constraint or 0) if hparams.norm_constraint not in (None, False) else None
@@ -106,7 +107,7 @@ def _trained(
     def before() -> None:
         """Take the gradients over from the model's weights."""
         for copy, weight in zip(trained, weights):
-            copy.grad = None if weight.grad is None else weight.grad.float()
+            copy.grad = None if weight.grad is None else weight.grad.to(wide)
 
     @torch.no_grad()
     def after() -> None:
@@ -126,7 +127,7 @@ def _trained(
     finally:
         for weight, gradient in zip(weights, gradients):
             weight.grad = gradient
-    return outcomes, {name: copy.detach() - origin for name, copy, origin in zip(names, trained, start)}
+    return outcomes, {name: (copy.detach() - origin).float() for name, copy, origin in zip(names, trained, start)}
 
 
 METHODS.register("FT_MDM")(Method("FT_MDM", FTMDMHyperParams, ft, stands_for="FT", batchable=True))

@@ -74,7 +74,7 @@ class StateLosses:
         for rows, below in self._passes(step, tuple(some)):
             each, owner = self._each(rows, below), place[rows.fact]
             (each * shares[owner]).sum().backward()
-            total.index_add_(0, owner, each.detach())
+            total.index_add_(0, owner, each.detach().to(total.dtype))
             self._count(rows.fact, self.adapter.layers - self.first, 1)
         return total
 
@@ -120,7 +120,7 @@ class StateLosses:
         logits = self.adapter.token_logits(
             rows.ids, rows.mask, at=rows.at, layer=self.first, hidden=below, canvas=rows.canvas
         )
-        log_probs = logits.float().log_softmax(-1)
+        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         right = log_probs.gather(-1, rows.tokens[..., None])[..., 0]
         return -(right * rows.weights).sum(-1)
 
