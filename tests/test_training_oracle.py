@@ -1,8 +1,8 @@
 """On the autoregressive twin FT_MDM and LORA_MDM are EasyEdit's own: same settings, same losses, same update.
 
-FT runs in float64 on both sides: Adam divides each gradient by its size, so in float32 entries whose gradient is hardly
-more than rounding move as far as the others, and another processor rounds another way. LoRA stays in float32,
-as transformers computes its loss in that anyway.
+FT runs in float64 on both sides: Adam divides each gradient by its size, so in float32 entries whose gradient
+is hardly more than rounding move as far as the others, and another processor rounds another way. LoRA stays
+in float32, as transformers computes its loss in that anyway.
 
 What is random in LoRA is made equal: no dropout, and A is drawn with the same seed. Facts of a batch are
 padded on the left, as EasyEdit's editor has it for these methods. PyPI's wheel has FT's `prompt_last` alone,

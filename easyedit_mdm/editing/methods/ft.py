@@ -127,7 +127,8 @@ def _trained(
     finally:
         for weight, gradient in zip(weights, gradients):
             weight.grad = gradient
-    return outcomes, {name: (copy.detach() - origin).float() for name, copy, origin in zip(names, trained, start)}
+    moved = [(copy.detach() - origin).float() for copy, origin in zip(trained, start)]
+    return outcomes, dict(zip(names, moved))
 
 
 METHODS.register("FT_MDM")(Method("FT_MDM", FTMDMHyperParams, ft, stands_for="FT", batchable=True))
