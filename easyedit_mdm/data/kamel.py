@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -70,12 +72,15 @@ def text(value: Any, field: str) -> str:
     return value
 
 
-def templates() -> dict[str, Template]:
+@cache
+def templates() -> Mapping[str, Template]:
     """The prompts by relation, such as `P19`."""
-    return {
-        relation: Template(**prompts)
-        for relation, prompts in yaml.safe_load(TEMPLATES.read_text(encoding="utf-8")).items()
-    }
+    return MappingProxyType(
+        {
+            relation: Template(**prompts)
+            for relation, prompts in yaml.safe_load(TEMPLATES.read_text(encoding="utf-8")).items()
+        }
+    )
 
 
 def fact(record: Any) -> Fact:
