@@ -458,9 +458,8 @@ def trace(
 
     slots = None if revealed is None else tuple(revealed)
     config = TraceConfig(corrupt, noise, samples, window, slots, reveal, max_rows, seed)
-    models = compare or [model or "twin-llada"]
     facts = (prompt, subject, target, answer_tokens, known, limit, replace_with)
-    trace(TraceJob(models, *facts, device, dtype), out, config)
+    trace(TraceJob(compare or [model or "twin-llada"], *facts, device, dtype), out, config)
 
 
 @app.command(cls=_Spreading)

@@ -20,6 +20,7 @@ import json
 import random
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -478,7 +479,7 @@ def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_se
     if (out / CHECKPOINT).exists():
         state = _resume(out, modules, optimizer, recipe, world)
     log = Log(out / "log.jsonl", state["step"])
-    packer, loss_of = Packer(world, tokenizer, recipe), LOSSES[recipe.objective]
+    loss_at = _loss(recipe, modules, Packer(world, tokenizer, recipe), tokenizer, accelerator.device)
     end = recipe.steps if recipe.until is None else min(recipe.until, recipe.steps)
     began, before, saved = time.monotonic(), state["seconds"], time.monotonic()
     bar = tqdm(
@@ -491,20 +492,8 @@ def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_se
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, recipe)
-        generator = generator_of(recipe.seed, step)
-        batch = Batch(
-            **{name: value.to(accelerator.device) for name, value in vars(packer.batch(step)).items()}
-        )
         with accelerator.autocast():
-            loss = loss_of(
-                modules["model"],
-                cast(Writer, modules["writer"]),
-                batch,
-                tokenizer.mask_token_id,
-                recipe,
-                step,
-                generator,
-            )
+            loss = loss_at(step)
         accelerator.backward(loss)
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
@@ -519,6 +508,22 @@ def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_se
             save_checkpoint(out / CHECKPOINT, dict(modules.named_parameters()), optimizer, state)
             saved = time.monotonic()
     return state
+
+
+def _loss(
+    recipe: Recipe, modules: torch.nn.ModuleDict, packer: Packer, tokenizer: Any, device: torch.device
+) -> Callable[[int], Tensor]:
+    """The loss of a step, by its number."""
+    model, writer, mask = modules["model"], cast(Writer, modules["writer"]), tokenizer.mask_token_id
+
+    def at(step: int) -> Tensor:
+        """Of the step's own batch, with its own generator."""
+        batch = Batch(**{name: value.to(device) for name, value in vars(packer.batch(step)).items()})
+        return LOSSES[recipe.objective](
+            model, writer, batch, mask, recipe, step, generator_of(recipe.seed, step)
+        )
+
+    return at
 
 
 def _writer(recipe: Recipe) -> Writer:

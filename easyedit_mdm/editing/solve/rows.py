@@ -109,6 +109,46 @@ class Rows:
         return (self.turn < 0) | (step % self.period == self.turn)
 
 
+class _Columns:
+    """Rows while they are collected: a list for each field of `Rows`. Every row gets as many slots."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.values: dict[str, list] = {
+            name: [] for name in Rows.__dataclass_fields__ if name not in ("mask", "reach")
+        }
+
+    def add(
+        self,
+        fact: int,
+        prompt: Prompt,
+        tail: Tensor,
+        read: list[int],
+        right: Tensor,
+        weight: Tensor,
+        anchor: bool = False,
+        turn: int = -1,
+        period: int = 1,
+    ) -> None:
+        """One row; slots it does not have are read at its first and weigh nothing."""
+        fill = self.slots - len(read)
+        right, weight = (torch.nn.functional.pad(values, (0, fill)) for values in (right, weight))
+        at = read + [read[0]] * fill
+        ids = torch.cat([prompt.ids, tail])
+        row = (ids, len(prompt.ids), prompt.site, at, right, weight, fact, anchor, turn, period)
+        for name, value in zip(self.values, row):
+            self.values[name].append(value)
+
+    def rows(self, adapter: Adapter) -> Rows:
+        """All of them, as tensors."""
+        ids, mask = right_padded(self.values.pop("ids"), adapter.ids.pad, adapter.device)
+        tensors = {
+            name: (torch.stack(v) if isinstance(v[0], Tensor) else torch.tensor(v)).to(adapter.device)
+            for name, v in self.values.items()
+        }
+        return Rows(ids=ids, mask=mask, **tensors)
+
+
 def build_rows(
     adapter: Adapter,
     facts: dict[int, Fact],
@@ -129,60 +169,36 @@ def build_rows(
             the states of a step weigh together.
         draw: number of the first draw of noise; each row of a fact has one of its own.
     """
-    columns: dict[str, list] = {
-        name: [] for name in Rows.__dataclass_fields__ if name not in ("mask", "reach")
-    }
-    slots = max(len(f.target) for f in facts.values())
-
-    def add(
-        fact: int,
-        prompt: Prompt,
-        tail: Tensor,
-        read: list[int],
-        right: Tensor,
-        weight: Tensor,
-        anchor: bool,
-        turn: int,
-        period: int,
-    ) -> None:
-        """One row; slots it does not have are read at its first and weigh nothing."""
-        fill = slots - len(read)
-        padded = [torch.nn.functional.pad(values, (0, fill)) for values in (right, weight)]
-        row = (
-            torch.cat([prompt.ids, tail]),
-            len(prompt.ids),
-            prompt.site,
-            read + [read[0]] * fill,
-            *padded,
-            fact,
-            anchor,
-            turn,
-            period,
-        )
-        for name, value in zip(columns, row):
-            columns[name].append(value)
-
+    columns = _Columns(max(len(f.target) for f in facts.values()))
     for i, fact in facts.items():
         for contexts, group in states[i]:
-            period = len(group.weights)
-            for s, (revealed, scored, weight) in enumerate(zip(group.revealed, group.scored, group.weights)):
-                shown = fact.target if group.shown is None else group.shown[s]
-                tails = [adapter.behind(shown, revealed, draw + s * len(fact.contexts) + c) for c in contexts]
-                share = scored.float() * ((1.0 if dealt else weight) / scored.sum() / len(fact.contexts))
-                for c, tail in zip(contexts, tails):
-                    prompt, turn = fact.contexts[c], (s - c) % period if dealt else -1
-                    read = list(range(len(prompt.ids), len(prompt.ids) + len(fact.target)))
-                    add(i, prompt, tail, read, fact.target, share, False, turn, period)
-        if kl_position is None:
-            continue
-        filler = torch.zeros(1, dtype=torch.long)
-        stop = len(fact.anchor.ids) if kl_position == "slot" else fact.anchor.site + 1
-        anchor = replace(fact.anchor, ids=fact.anchor.ids[:stop])
-        tail = adapter.behind(filler, torch.zeros(1, dtype=torch.bool), draw)
-        add(i, anchor, tail, [stop], filler, torch.zeros(1), True, -1, 1)
-    batch, mask = right_padded(columns.pop("ids"), adapter.ids.pad, adapter.device)
-    tensors = {
-        name: (torch.stack(v) if isinstance(v[0], Tensor) else torch.tensor(v)).to(adapter.device)
-        for name, v in columns.items()
-    }
-    return Rows(ids=batch, mask=mask, **tensors)
+            _add_states(columns, adapter, i, fact, contexts, group, dealt, draw)
+        if kl_position is not None:
+            filler = torch.zeros(1, dtype=torch.long)
+            stop = len(fact.anchor.ids) if kl_position == "slot" else fact.anchor.site + 1
+            anchor = replace(fact.anchor, ids=fact.anchor.ids[:stop])
+            tail = adapter.behind(filler, torch.zeros(1, dtype=torch.bool), draw)
+            columns.add(i, anchor, tail, [stop], filler, torch.zeros(1), anchor=True)
+    return columns.rows(adapter)
+
+
+def _add_states(
+    columns: _Columns,
+    adapter: Adapter,
+    number: int,
+    fact: Fact,
+    contexts: tuple[int, ...],
+    group: States,
+    dealt: bool,
+    draw: int,
+) -> None:
+    """A fact's rows: each of a group's states after each of some contexts; the rest is as in `build_rows`."""
+    period = len(group.weights)
+    for s, (revealed, scored, weight) in enumerate(zip(group.revealed, group.scored, group.weights)):
+        shown = fact.target if group.shown is None else group.shown[s]
+        tails = [adapter.behind(shown, revealed, draw + s * len(fact.contexts) + c) for c in contexts]
+        share = scored.float() * ((1.0 if dealt else weight) / scored.sum() / len(fact.contexts))
+        for c, tail in zip(contexts, tails):
+            prompt, turn = fact.contexts[c], (s - c) % period if dealt else -1
+            read = list(range(len(prompt.ids), len(prompt.ids) + len(fact.target)))
+            columns.add(number, prompt, tail, read, fact.target, share, turn=turn, period=period)
