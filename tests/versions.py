@@ -134,7 +134,8 @@ def page(rows: list[dict[str, str]]) -> str:
         " for each version of transformers.\n`oldest` is the lower end of every range in pyproject.toml,"
         " `locked` is constraints.txt, `newest` is what pip finds\non the day. With EASYEDIT_HOME set, the"
         " tests of EasyEdit's repository are among them; PyPI's wheel always is.\n`deprecations` counts the"
-        " warnings of other packages about their own future; ours are errors.\n\n"
+        " warnings of other packages about their own future; ours are errors. Under `locked` the\nshapes and"
+        " types of every call are checked as well (jaxtyping, beartype).\n\n"
         + "\n".join(table)
         + "\n\nA version outside the ranges may work. `easyedit-mdm doctor` says when one is installed, and a"
         " call that meets\nsomething that the version lacks ends in an `IncompatibleVersionError` with the"

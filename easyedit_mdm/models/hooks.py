@@ -15,21 +15,26 @@ def _hooked(module: nn.Module, hook: Callable[[tuple, Any], Any]) -> Iterator[No
     """Let `hook` see (arguments, output) of every call of `module`, and replace the output by what it
     returns, if it is not None.
     """
-    on, handle = True, None
-
-    def while_on(_: nn.Module, args: tuple, out: Any) -> Any:
-        """Torch's forward hook."""
-        return (
-            hook(args, out) if on else None
-        )  # Ctrl-C struck before its handle was kept: it is still there, and does nothing
-
+    call, handle = _Hook(hook), None
     try:
-        handle = module.register_forward_hook(while_on)
+        handle = module.register_forward_hook(call)
         yield
     finally:
-        on = False
+        call.on = False
         if handle is not None:
             handle.remove()
+
+
+class _Hook:
+    """Torch's forward hook, which does nothing once it is off: Ctrl-C may strike before its handle is kept,
+    and then it stays in the module.
+    """
+
+    def __init__(self, hook: Callable[[tuple, Any], Any]) -> None:
+        self.hook, self.on = hook, True
+
+    def __call__(self, _: nn.Module, args: tuple, out: Any) -> Any:
+        return self.hook(args, out) if self.on else None
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from torch.func import functional_call
 
 from easyedit_mdm.common.versions import advice
 from easyedit_mdm.errors import IncompatibleVersionError, ModelError
-from easyedit_mdm.models.spec import FamilySpec, ModulePaths
+from easyedit_mdm.models.spec import FamilySpec
 
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # from transformers 5.24, 4.56, 4.46 on
 _HEADS = ("ForCausalLM", "LMHeadModel")
@@ -228,14 +228,8 @@ class Stack:
 
     def __init__(self, module: Callable[[str], nn.Module], spec: FamilySpec, config: Any):
         self._module, self._spec, self._config = module, spec, config
-
-    @property
-    def _paths(self) -> ModulePaths:
-        return self._spec.paths
-
-    @property
-    def _backbone(self) -> nn.Module:
-        return self._module(self._paths.backbone)
+        self._paths = spec.paths
+        self._backbone = module(self._paths.backbone)
 
     def embedded(
         self,
@@ -336,18 +330,7 @@ class Stack:
         rotary = getattr(self._backbone, "rotary_emb", None)
         if self._spec.absolute_positions or (rotary is None and self._spec.window is not None):
             return lambda layer: {}  # learned positions, or layers that turn by themselves
-        kinds: dict[str, Any] = {}
-
-        def turned(layer: nn.Module) -> dict[str, Any]:
-            """Made once a kind."""
-            module = _part(self._backbone, "rotary_emb")
-            names, _ = _parameters(cast(type, type(module)))
-            kind = _kind(layer) if "layer_type" in names else ""
-            if kind not in kinds:
-                kinds[kind] = module(hidden, positions, kind) if kind else module(hidden, positions)
-            return {"position_embeddings": kinds[kind]}
-
-        return turned
+        return functools.partial(_turned, _part(self._backbone, "rotary_emb"), hidden, positions, {})
 
     def normed(self, hidden: Float[Tensor, "rows length width"]) -> Float[Tensor, "rows length width"]:
         """What the head is given: after the final norm, and whatever else stands there."""
@@ -395,6 +378,21 @@ def _kind(layer: nn.Module) -> str:
     """What a layer's attention is called, where a model has several kinds."""
     own = getattr(layer, "attention_type", "")
     return own or getattr(getattr(layer, "self_attn", None), "layer_type", "") or ""
+
+
+def _turned(
+    rotary: nn.Module,
+    hidden: Tensor,
+    positions: Int[Tensor, "rows length"],
+    kinds: dict[str, Any],
+    layer: nn.Module,
+) -> dict[str, Any]:
+    """A layer's rotations, made once a kind of layer."""
+    names, _ = _parameters(cast(type, type(rotary)))
+    kind = _kind(layer) if "layer_type" in names else ""
+    if kind not in kinds:
+        kinds[kind] = rotary(hidden, positions, kind) if kind else rotary(hidden, positions)
+    return {"position_embeddings": kinds[kind]}
 
 
 def _called(layer: nn.Module, buffers: dict[str, Tensor], *args: Any, **more: Any) -> Any:

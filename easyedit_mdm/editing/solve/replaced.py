@@ -9,6 +9,7 @@ mean next-token loss of the target.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -41,15 +42,14 @@ class _Replaced(StateLosses):
 
     def _each(self, rows: Rows, below: Tensor | None) -> Float[Tensor, " rows"]:
         """As `StateLosses`."""
-
-        def replaced(out: Tensor) -> Tensor:
-            """The site's output with each row's value at its token."""
-            index = torch.arange(len(rows), device=out.device)
-            own = self.values[rows.fact.to(self.values.device)].to(out)
-            return out.index_put((index, rows.site.to(out.device)), own)
-
-        with changing_output(self.module, replaced):
+        with changing_output(self.module, partial(self._replaced, rows)):
             return super()._each(rows, below)
+
+    def _replaced(self, rows: Rows, out: Tensor) -> Tensor:
+        """The site's output with each row's value at its token."""
+        index = torch.arange(len(rows), device=out.device)
+        own = self.values[rows.fact.to(self.values.device)].to(out)
+        return out.index_put((index, rows.site.to(out.device)), own)
 
 
 def replacing_values(
