@@ -448,7 +448,7 @@ def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_se
     """Train one twin, or go on with it where `out` holds a checkpoint of the same recipe; on a GPU where
     there is one.
 
-    Matrix products run in bfloat16 (accelerate's autocast), weights and optimiser in float32.
+    Matrix products run in bfloat16 (autocast), weights and optimiser in float32.
 
     Args:
         out: folder for `checkpoint.safetensors` and `log.jsonl`.
@@ -461,7 +461,7 @@ def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_se
     """
     from accelerate import Accelerator
 
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = Accelerator()
     out.mkdir(parents=True, exist_ok=True)
     modules = _modules(recipe, tokenizer).to(accelerator.device)
     if recipe.start_from:
@@ -478,21 +478,17 @@ def train(recipe: Recipe, world: World, tokenizer: Any, out: Path, checkpoint_se
     }
     if (out / CHECKPOINT).exists():
         state = _resume(out, modules, optimizer, recipe, world)
-    log = Log(out / "log.jsonl", state["step"])
-    loss_at = _loss(recipe, modules, Packer(world, tokenizer, recipe), tokenizer, accelerator.device)
+    log, packer = Log(out / "log.jsonl", state["step"]), Packer(world, tokenizer, recipe)
+    loss_at = _loss(recipe, modules, packer, tokenizer, accelerator.device)
     end = recipe.steps if recipe.until is None else min(recipe.until, recipe.steps)
     began, before, saved = time.monotonic(), state["seconds"], time.monotonic()
-    bar = tqdm(
-        range(state["step"], end),
-        initial=state["step"],
-        total=end,
-        desc=f"training {recipe.name}",
-        mininterval=2,
-    )
+    steps = range(state["step"], end)
+    bar = tqdm(steps, f"training {recipe.name}", initial=steps.start, total=end, mininterval=2)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, recipe)
-        with accelerator.autocast():
+        # accelerate 0.34 would leave it switched on after an exception
+        with torch.autocast(accelerator.device.type, torch.bfloat16):
             loss = loss_at(step)
         accelerator.backward(loss)
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
