@@ -9,7 +9,7 @@ import torch
 
 from easyedit_mdm import Edit, load_model
 from easyedit_mdm.app.desk import KINDS, OWN, PLAIN, Desk, Dials, Fact, models
-from easyedit_mdm.app.pages import report_page, stack_page, told, trial_page, wrong
+from easyedit_mdm.app.pages import notice, report_page, stack_page, trial_page, wrong
 from easyedit_mdm.common.fingerprints import parameter_hashes
 from easyedit_mdm.errors import DataError, EditError, HyperParameterError, RequestError, UnknownNameError
 
@@ -121,7 +121,7 @@ def test_an_autoregressive_model_has_one_way():
 
 def test_pages_escape_what_they_show(tmp_path):
     """Nothing that is typed, and nothing in a report, becomes a part of the page."""
-    assert "<b>" not in told("<b>x") and "<b>" not in wrong("<b>x")
+    assert "<b>" not in notice("<b>x") and "<b>" not in wrong("<b>x")
     report = tmp_path / "report.html"
     report.write_text('<p title="x">"hello"</p><script>alert(1)</script>')
     page = report_page(report)

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from easyedit_mdm.app.desk import KINDS, OWN, PLAIN, Desk, Dials, Fact, models, schedules
-from easyedit_mdm.app.pages import report_page, stack_page, style, told, trial_page, wrong
+from easyedit_mdm.app.pages import notice, report_page, stack_page, style, trial_page, wrong
 from easyedit_mdm.errors import EasyEditMDMError, EditError
 
 _INTRO = """# Edit a fact, watch the model write
@@ -61,7 +61,7 @@ class Page:
         self.edit = gr.Button("Edit and watch", variant="primary", elem_id="edit")
 
     def _results(self) -> None:
-        self.message = gr.HTML(told("The model is being loaded."), elem_id="message")
+        self.message = gr.HTML(notice("The model is being loaded."), elem_id="message")
         self.canvas = gr.HTML(elem_id="canvas")
         with gr.Row():
             self.keep_plain = gr.Button("Keep the plain edit", elem_id="keep-plain", interactive=False)
@@ -132,10 +132,10 @@ class Page:
         facts = [f"{fact.prompt} … {fact.target}" for fact in desk.facts()]
         kind = "writes by denoising" if masked else "autoregressive"
         parameters = sum(p.numel() for p in desk.model.parameters())
-        said = f"{desk.name} is loaded: {kind}, {desk.model.layers} layers, {parameters:,} parameters."
+        message = f"{desk.name} is loaded: {kind}, {desk.model.layers} layers, {parameters:,} parameters."
         first = files[0] if files else None
         return {
-            **self._stacked(desk, said),
+            **self._stacked(desk, message),
             **self._dials(desk, first),
             self.desk: desk,
             self.pick: gr.update(choices=facts, value=None, visible=bool(facts)),
@@ -176,7 +176,7 @@ class Page:
         one = len(here.defaults(file)[0]) == 1
         trial = here.attempt(fact, Dials(file or "", int(layer or 0) if one else None, schedule or None))
         return {
-            self.message: told("Done. The model is as it was; keep an edit to put it in."),
+            self.message: notice("Done. The model is as it was; keep an edit to put it in."),
             self.canvas: trial_page(trial),
             self.keep_plain: gr.update(interactive=PLAIN in trial.edits),
             self.keep_own: gr.update(interactive=True),
@@ -192,13 +192,13 @@ class Page:
         here.undo(None if number is None else number + 1)
         return self._stacked(here, f"Taken back. The model carries {len(here.edits)} edit(s).")
 
-    def _stacked(self, desk: Desk, said: str) -> Changes:
+    def _stacked(self, desk: Desk, message: str) -> Changes:
         """The stack as it is now; the canvas and the file of before do not fit the model any more."""
         facts = [fact for edit in desk.edits for fact in edit.card.get("facts", [])]
         names = [f"{i}. {fact['prompt']} … {fact['target_new']}" for i, fact in enumerate(facts, 1)]
         own = "Keep the denoising-aware edit" if desk.model.denoises else "Keep the edit"
         return {
-            self.message: told(said),
+            self.message: notice(message),
             self.stack: stack_page(desk.edits),
             self.number: gr.update(choices=names, value=None),
             self.canvas: "",
@@ -210,18 +210,18 @@ class Page:
     def _made(self, desk: Desk | None, kind: str) -> Changes:
         path = _there(desk).download(kind)
         return {
-            self.message: told(f"{path.name} is ready."),
+            self.message: notice(f"{path.name} is ready."),
             self.result: gr.update(value=str(path), visible=True),
         }
 
     def _shown(self, path: str | None) -> Changes:
         if path is None:
             return {self.report: ""}
-        return {self.message: told("The report is open below."), self.report: report_page(path)}
+        return {self.message: notice("The report is open below."), self.report: report_page(path)}
 
 
 def _busy() -> str:
-    return told("Editing, in both ways; seconds on a small model.")
+    return notice("Editing, in both ways; seconds on a small model.")
 
 
 def _there(desk: Desk | None) -> Desk:

@@ -154,10 +154,10 @@ class Desk:
     # ---- what there is to choose ---------------------------------------------------------------------------
     def files(self) -> list[str]:
         """The hyperparameter files that ship for this model, one-fact methods first."""
-        found = [
+        names = [
             f"{m}/{self.name}" for m in METHODS if (packaged_hparams() / m / f"{self.name}.yaml").exists()
         ]
-        return sorted(found, key=lambda f: (METHODS[f.split("/")[0]].batchable, not f.startswith("ROME_")))
+        return sorted(names, key=lambda f: (METHODS[f.split("/")[0]].batchable, not f.startswith("ROME_")))
 
     def defaults(self, file: str | None) -> tuple[list[int], str | None]:
         """Layers and state schedule that a file sets; neither where no file is given.
@@ -211,8 +211,8 @@ class Desk:
                     sides[arm] = self._side(fact)
                 finally:
                     edits[arm].revert(self.model)
-            said = {arm: _told(edit) for arm, edit in edits.items()}
-            self.trial = Trial(fact, sides, edits, said)
+            outcomes = {arm: _cost_of(edit) for arm, edit in edits.items()}
+            self.trial = Trial(fact, sides, edits, outcomes)
             return self.trial
 
     def _arms(self, hparams: MethodHyperParams) -> dict[str, MethodHyperParams]:
@@ -376,7 +376,7 @@ def _to_end(model: Adapter, path: Trajectory) -> str:
     return model.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
 
 
-def _told(edit: Edit) -> str:
+def _cost_of(edit: Edit) -> str:
     (fact,) = edit.card["facts"]
     losses = fact.get("losses") or [float("nan")]
     return f"{fact.get('steps', 0)} steps, loss {losses[-1]:.3g}, {fact.get('forwards', 0)} forwards"

@@ -41,7 +41,7 @@ def _mark(section: str, trial: Trial, arm: str, row: int) -> str:
 def stack_page(edits: Sequence[Edit]) -> str:
     """The edits in the model, the oldest first."""
     if not edits:
-        return told("The model carries no edit.")
+        return notice("The model carries no edit.")
     facts = [fact for edit in edits for fact in edit.card.get("facts", [])]
     rows = "".join(
         f"<li>{html.escape(fact['prompt'])} … <b>{html.escape(fact['target_new'])}</b></li>" for fact in facts
@@ -49,7 +49,7 @@ def stack_page(edits: Sequence[Edit]) -> str:
     return f'<div class="mdm told"><ol>{rows}</ol></div>'
 
 
-def told(sentence: str) -> str:
+def notice(sentence: str) -> str:
     """A sentence."""
     return f'<div class="mdm told" role="status">{html.escape(sentence)}</div>'
 

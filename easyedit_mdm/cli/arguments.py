@@ -93,14 +93,14 @@ def requests_of(
 def _read_requests(file: str | Path) -> list[EditRequest]:
     from easyedit_mdm.data.cases import load_cases
 
-    found = load_cases("requests", data_file=file)
-    if found.skipped or not found.cases:
-        why = "; ".join(f"record {s.record}: {s.reason}" for s in found.skipped[:5]) or "no records"
+    loaded = load_cases("requests", data_file=file)
+    if loaded.skipped or not loaded.cases:
+        why = "; ".join(f"record {s.record}: {s.reason}" for s in loaded.skipped[:5]) or "no records"
         raise DataError(
-            f"{file}: {len(found.skipped)} of its records cannot be used ({why}): correct them, or take"
+            f"{file}: {len(loaded.skipped)} of its records cannot be used ({why}): correct them, or take"
             " them out"
         )
-    return [EditRequest.of(case.request()) for case in found.cases]
+    return [EditRequest.of(case.request()) for case in loaded.cases]
 
 
 def parse_layers(text: str) -> list[int]:

@@ -289,9 +289,9 @@ def damage(
     args.free(out)
     args.there(EditError, "a folder that easyedit-mdm edit wrote", edits)
     args.extra("lm_eval")
-    from easyedit_mdm.cli.damage import tell_damage
+    from easyedit_mdm.cli.damage import print_damage
 
-    tell_damage(model, edits, tasks, include_path, limit, out, samples=samples, seed=seed, device=device)
+    print_damage(model, edits, tasks, include_path, limit, out, samples=samples, seed=seed, device=device)
 
 
 @app.command(

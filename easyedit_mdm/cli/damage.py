@@ -11,7 +11,7 @@ from easyedit_mdm.harness.damage import HEADS, DamageJob, cells, damage
 from easyedit_mdm.harness.scoring import Scoring
 
 
-def tell_damage(
+def print_damage(
     model: str,
     edits: str,
     tasks: str,

@@ -51,7 +51,7 @@ def doctor(model: str | None = None, easyedit_home: str | None = None, file: str
         FileError: if `file` cannot be written.
     """
     report = examine(model, easyedit_home)
-    _tell(report, Console())
+    _print_findings(report, Console())
     if file is not None:
         _write(file, report)
     return report["can_edit_a_twin"]
@@ -64,10 +64,10 @@ def examine(model: str | None = None, easyedit_home: str | None = None) -> dict[
     findings = [_package(name) for name in needed()]
     whole = all(finding.state != "fails" for finding in findings)
     findings += [_optional(name, use) for name, use in OPTIONAL.items()]
-    found: list[dict[str, Any]] = []
+    available: list[dict[str, Any]] = []
     measured: dict[str, Any] | None = None
     if whole:  # the rest cannot be looked at without the packages
-        more, found, measured = _beyond_packages(model, easyedit_home)
+        more, available, measured = _beyond_packages(model, easyedit_home)
         findings += more
     return {
         "easyedit_mdm": __version__,
@@ -75,7 +75,7 @@ def examine(model: str | None = None, easyedit_home: str | None = None) -> dict[
         "platform": platform.platform(),
         "can_edit_a_twin": all(finding.state != "fails" for finding in findings),
         "findings": [asdict(finding) for finding in findings],
-        "devices": found,
+        "devices": available,
         "model": measured,
     }
 
@@ -88,11 +88,11 @@ def _beyond_packages(
     from easyedit_mdm.twins import TWINS
 
     findings = [*(_twin(name) for name in TWINS), easyedit(easyedit_home), _cache()]
-    found = devices()
+    available = devices()
     if model is None:
-        return findings, found, None
-    measured, finding = _model(model, found)
-    return [*findings, finding], found, measured
+        return findings, available, None
+    measured, finding = _model(model, available)
+    return [*findings, finding], available, measured
 
 
 # ---- what is looked at -------------------------------------------------------------------------------------
@@ -108,8 +108,8 @@ def _package(name: str) -> Finding:
     except importlib.metadata.PackageNotFoundError:
         return Finding(name, "not installed", "fails", wanted)
     except Exception as error:  # a broken installation may raise anything
-        found = f"installed, but importing it fails: {type(error).__name__}: {error}"
-        return Finding(name, found, "fails", f"install it again: {wanted}")
+        state = f"installed, but importing it fails: {type(error).__name__}: {error}"
+        return Finding(name, state, "fails", f"install it again: {wanted}")
     least = next((s.version for s in tested if s.operator == ">="), None)
     if least is not None and Version(version) < Version(least):
         return Finding(name, f"{version}, older than {least}", "fails", wanted)
@@ -169,15 +169,15 @@ def devices() -> list[dict[str, Any]]:
     """The CPU and every accelerator, with total and free memory in bytes."""
     import torch
 
-    found = [
+    available = [
         {"device": "cpu", "name": f"{platform.machine()}, {torch.get_num_threads()} threads", **_memory()}
     ]
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, total = torch.cuda.mem_get_info(i)
-        found.append(
+        available.append(
             {"device": f"cuda:{i}", "name": torch.cuda.get_device_name(i), "total": total, "free": free}
         )
-    return found
+    return available
 
 
 def _memory() -> dict[str, int]:
@@ -199,7 +199,7 @@ def _read(file: Path) -> str:
         return ""
 
 
-def _model(name: str, found: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, Finding]:
+def _model(name: str, available: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, Finding]:
     """A model's measures, what editing it takes by dtype, and whether a device has that."""
     from easyedit_mdm.models.sizes import DTYPES, model_size
     from easyedit_mdm.twins import TWINS, twin_folder
@@ -211,13 +211,15 @@ def _model(name: str, found: list[dict[str, Any]]) -> tuple[dict[str, Any] | Non
             f"model {name}", str(error), "limited", "this model cannot be edited here as it is"
         )
     needs = {dtype: need(size, dtype) for dtype in DTYPES}
-    fits = {dtype: [d["device"] for d in found if _fits(d, found[0], needs[dtype])] for dtype in DTYPES}
+    fits = {
+        dtype: [d["device"] for d in available if _fits(d, available[0], needs[dtype])] for dtype in DTYPES
+    }
     measured = {"name": name, **asdict(size), "bytes": needs, "fits": fits}
-    told = f"{size.family}, {size.parameters:,} parameters in {size.dtype} ({size.source})"
+    summary = f"{size.family}, {size.parameters:,} parameters in {size.dtype} ({size.source})"
     own = "float32" if name in TWINS else size.dtype if size.dtype in DTYPES else "float32"
     if fits[own]:
-        return measured, Finding(f"model {name}", told)
-    return measured, Finding(f"model {name}", told, "limited", _cure(own, needs, fits))
+        return measured, Finding(f"model {name}", summary)
+    return measured, Finding(f"model {name}", summary, "limited", _cure(own, needs, fits))
 
 
 def need(size: ModelSize, dtype: str) -> dict[str, int]:
@@ -264,7 +266,7 @@ def _write(file: str, report: dict[str, Any]) -> None:
 # ---- telling -----------------------------------------------------------------------------------------------
 
 
-def _tell(report: dict[str, Any], console: Console) -> None:
+def _print_findings(report: dict[str, Any], console: Console) -> None:
     console.print(
         f"easyedit_mdm {report['easyedit_mdm']}, Python {report['python']}, {report['platform']}",
         highlight=False,
@@ -284,9 +286,9 @@ def _tell(report: dict[str, Any], console: Console) -> None:
     console.print("[green]The package can edit a twin.[/]" if report["can_edit_a_twin"] else bad)
 
 
-def _devices_table(found: list[dict[str, Any]]) -> Table:
+def _devices_table(available: list[dict[str, Any]]) -> Table:
     table = Table("device", "name", "memory", "free")
-    for device in found:
+    for device in available:
         table.add_row(
             device["device"],
             escape(device["name"]),

@@ -80,8 +80,8 @@ def new_edit(
     hparams = _hparams(hparams_file, model, guard)
     asked = [EditRequest.of(request) for request in requests]
     check_requests(asked)
-    where, said = _device(device, hparams), {"mask_id": hparams.mask_id, "block": hparams.block}
-    adapter = load_model(hparams.model_name, device=where, dtype=dtype or hparams.load_dtype, **said)
+    where, options = _device(device, hparams), {"mask_id": hparams.mask_id, "block": hparams.block}
+    adapter = load_model(hparams.model_name, device=where, dtype=dtype or hparams.load_dtype, **options)
     with only_writer(out):
         edit = _make(adapter, asked, hparams, guard)
         edit.card["metrics"] = _metrics(adapter, edit, asked, hparams.decode_config())
@@ -90,7 +90,7 @@ def new_edit(
         saved = keep_failed or not failures
         if saved:
             edit.save(out)
-    _tell_edit(edit, Path(out) if saved else None, failures)
+    _print_edit(edit, Path(out) if saved else None, failures)
     return saved
 
 
@@ -240,7 +240,7 @@ def diff_edit(
         report["effect"] = effect(adapter, edit, asked)
     if file is not None:
         write_json(file, report)
-    _tell_diff(report)
+    _print_diff(report)
     return report
 
 
@@ -301,7 +301,7 @@ def verify_edit(
     report = verified(edit, adapter)
     if file is not None:
         write_json(file, report)
-    _tell_verified(report, model or f"{edit.card['base'].get('name')} with the edit put in")
+    _print_verified(report, model or f"{edit.card['base'].get('name')} with the edit put in")
     return report
 
 
@@ -311,14 +311,14 @@ def verified(edit: Edit, adapter: Adapter) -> dict[str, Any]:
     A fact counts if it was right when the edit was saved; where that was not noted, every fact counts.
     """
     weights = _states(edit, adapter)
-    told = edit.card.get("facts", [])
-    requests = [EditRequest.of(fact) for fact in told]
+    stored_facts = edit.card.get("facts", [])
+    requests = [EditRequest.of(fact) for fact in stored_facts]
     scores = _say(adapter, requests, _decode_config(edit)) if requests else []
     noted = edit.card.get("metrics", {}).get("facts")
     promised = (
         [bool(f.get("exact")) for f in noted]
-        if isinstance(noted, list) and len(noted) == len(told)
-        else [True] * len(told)
+        if isinstance(noted, list) and len(noted) == len(stored_facts)
+        else [True] * len(stored_facts)
     )
     facts = [
         {
@@ -328,7 +328,7 @@ def verified(edit: Edit, adapter: Adapter) -> dict[str, Any]:
             "exact": s["exact"],
             "was_exact": p,
         }
-        for f, s, p in zip(told, scores, promised)
+        for f, s, p in zip(stored_facts, scores, promised)
     ]
     there = not edit.attached or edit.is_applied(adapter)
     written = all(f["exact"] for f in facts if f["was_exact"])
@@ -364,9 +364,9 @@ def export_edit(
         if not any(other.card["id"] == edit.card["id"] for other in carried):
             edit.apply(adapter)
         ways = write_merged(adapter, source_of(adapter), merged)
-        told = [f"{merged}: {adapter.name} with the edit, in the hub's format; open it with"]
-        told += [f"  {way.line(merged)}" for way in ways]
-        Console().print(escape("\n".join([*told, f"{merged}/README.md says more"])), highlight=False)
+        lines = [f"{merged}: {adapter.name} with the edit, in the hub's format; open it with"]
+        lines += [f"  {way.line(merged)}" for way in ways]
+        Console().print(escape("\n".join([*lines, f"{merged}/README.md says more"])), highlight=False)
     if peft is not None:
         edit.to_peft(peft)
         Console().print(
@@ -454,23 +454,23 @@ def _shares(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    said = {"before": before["text"], "after": after["text"], "canvas": after["decode"]["canvas"]}
-    return {**said, "exact": after["exact"], "was_exact_before": before["exact"]}
+    texts = {"before": before["text"], "after": after["text"], "canvas": after["decode"]["canvas"]}
+    return {**texts, "exact": after["exact"], "was_exact_before": before["exact"]}
 
 
 def _states(edit: Edit, adapter: Adapter) -> dict[str, str]:
     """Of each weight whether it is as the edit left it, as the base had it, or neither."""
     weights = dict(adapter.native.named_parameters(remove_duplicate=False))
     edited, base = edit.card.get("edited", {}), edit.card["base"].get("weights") or {}
-    found: dict[str, str] = {}
+    states: dict[str, str] = {}
     for change in edit.changes:
         now = tensor_sha256(weights[change.name]) if change.name in weights else None
         known: dict[str | None, str] = {
             **dict.fromkeys([base.get(change.name)], "base"),
             **dict.fromkeys(edited.values(), "edited"),
         }
-        found[change.name] = "other" if now is None else known.get(now, "other")
-    return found
+        states[change.name] = "other" if now is None else known.get(now, "other")
+    return states
 
 
 def _canvas(edit: Edit, prompt: str) -> DecodeConfig:
@@ -520,7 +520,7 @@ def _lines(file: str | Path | None) -> list[str]:
 # ---- what is shown -----------------------------------------------------------------------------------------
 
 
-def _tell_edit(edit: Edit, folder: Path | None, failures: Sequence[str]) -> None:
+def _print_edit(edit: Edit, folder: Path | None, failures: Sequence[str]) -> None:
     console, metrics, guard = Console(), edit.card["metrics"], edit.card["guard"]
     table = Table(title=f"{edit.card['method']} on {edit.card['base']['name']}")
     for column in ("prompt", "target", "canvas", "before", "after", ""):
@@ -549,7 +549,7 @@ def _place(weight: str) -> tuple[str, str]:
     return ("", weight) if number is None else (parts[number], ".".join(parts[number + 1 :]))
 
 
-def _tell_diff(report: dict[str, Any]) -> None:
+def _print_diff(report: dict[str, Any]) -> None:
     console, table = (
         Console(),
         Table(title=f"edit {report['id']}", box=SIMPLE_HEAD, pad_edge=False, padding=0),
@@ -577,7 +577,7 @@ def _tell_diff(report: dict[str, Any]) -> None:
         console.print(table)
 
 
-def _tell_verified(report: dict[str, Any], model: str) -> None:
+def _print_verified(report: dict[str, Any], model: str) -> None:
     console = Console()
     console.print(f"files: {report['files']} (edit {report['id']})", highlight=False)
     for name, state in report["weights"].items():

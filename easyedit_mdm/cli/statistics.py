@@ -49,7 +49,7 @@ def collect_statistics(
     options["device"] = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     adapter = load_model(model, **options)
     sites = [adapter.site(layer) for layer in layers]
-    found = moments_for(adapter, sites, dataset, tokens, folder, mask_ratio, settled=settled, wait=False)
+    collected = moments_for(adapter, sites, dataset, tokens, folder, mask_ratio, settled=settled, wait=False)
     report = {
         "model": str(model),
         "dataset": dataset,
@@ -58,16 +58,16 @@ def collect_statistics(
         "eps": eps,
         "layers": {
             str(site.layer): {**moments.figures(eps), "dimensions": key_width(adapter, site)}
-            for site, moments in zip(sites, found)
+            for site, moments in zip(sites, collected)
         },
     }
     if file is not None:
         write_json(file, report)
-    _tell(report)
+    _print_statistics(report)
     return report
 
 
-def _tell(report: dict[str, Any]) -> None:
+def _print_statistics(report: dict[str, Any]) -> None:
     table = Table(
         title=f"second moments of {report['model']} over {report['dataset']}, in {report['folder']}"
     )

@@ -121,9 +121,9 @@ def evaluate_twins(
             facts = [f for f in world.all_facts() if f.length == length]
             facts = rng.sample(facts, min(limit, len(facts)))
             trained = [_trained(f, rng) for f in facts]
-            told = _score(model, [*trained, *(f.paraphrase(rng.randrange(2)) for f in facts)], facts * 2)
-            figures["recall"][str(length)] = _mean([s["exact"] for s in told[: len(facts)]])
-            figures["held_out"][str(length)] = _mean([s["exact"] for s in told[len(facts) :]])
+            scores = _score(model, [*trained, *(f.paraphrase(rng.randrange(2)) for f in facts)], facts * 2)
+            figures["recall"][str(length)] = _mean([s["exact"] for s in scores[: len(facts)]])
+            figures["held_out"][str(length)] = _mean([s["exact"] for s in scores[len(facts) :]])
             longer = _score(model, trained, facts, DecodeConfig(canvas=LONG_CANVAS))
             figures["canvas16"][str(length)] = _mean(
                 [s["text_to_end"] == f.object for s, f in zip(longer, facts)]
@@ -133,7 +133,7 @@ def evaluate_twins(
         result[str(name)] = figures
     if file is not None:
         write_json(file, result)
-    _tell(result)
+    _print_scores(result)
     return result
 
 
@@ -153,10 +153,10 @@ def _editable(model: Adapter, name: str, world: World, n: int) -> dict[int, list
     works = success_as_activation(
         model, optimise_at(model, [EditRequest.of(case.request()) for case in chosen], hparams)
     )
-    found: dict[int, list[bool]] = {}
+    by_length: dict[int, list[bool]] = {}
     for case, value in zip(chosen, works):
-        found.setdefault(case.length, []).append(value)
-    return found
+        by_length.setdefault(case.length, []).append(value)
+    return by_length
 
 
 def _twin_of(model: Adapter) -> str:
@@ -171,7 +171,7 @@ def _trained(fact: Fact, rng: random.Random) -> str:
     return fact.prompt(rng.randrange(len(fact.relation.phrasings)))
 
 
-def _tell(result: dict[str, Any]) -> None:
+def _print_scores(result: dict[str, Any]) -> None:
     table = Table(title="share of facts, by tokens of the object")
     lengths = sorted({n for figures in result.values() for n in figures["recall"]}, key=int)
     for column in ("model", "what", "facts", *lengths):

@@ -265,15 +265,15 @@ def read_tensors(
     """
     check_size(path, error, what)
     with opened_tensors(path, error, what) as stored:
-        found = {name: stored.get_tensor(name) for name in stored.keys()}
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         metadata = dict(stored.metadata() or {})
-    for name, value in found.items():
+    for name, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value.float()).all():
             raise error(
                 f"{path}: {name!r} holds NaN or infinity, so this is not {what} that can be used: get it"
                 " again"
             )
-    return found, metadata
+    return tensors, metadata
 
 
 def _plain(value: Any) -> Any:

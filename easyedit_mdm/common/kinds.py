@@ -31,8 +31,8 @@ def checked(cls: type, values: Mapping[str, Any], what: str = "hyperparameter") 
     try:
         model = _model(cls).model_validate(dict(values))
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False)
-        raise HyperParameterError(_told(cls, values, what, found)) from None
+        errors = error.errors(include_url=False, include_context=False)
+        raise HyperParameterError(_message(cls, values, what, errors)) from None
     read = {key: getattr(model, key) for key in values}
     return {key: read[key] if isinstance(read[key], float) else value for key, value in values.items()}
 
@@ -49,7 +49,7 @@ def _model(cls: type) -> type[BaseModel]:
     return create_model(cls.__name__, __config__=config, **fields)
 
 
-def _told(cls: type, values: Mapping[str, Any], what: str, errors: list[Any]) -> str:
+def _message(cls: type, values: Mapping[str, Any], what: str, errors: list[Any]) -> str:
     """The first thing that is wrong: unknown keys before missing ones before wrong kinds."""
     kinds = {f.name: f.type for f in dataclasses.fields(cls)}
     for error in errors:

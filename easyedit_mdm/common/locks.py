@@ -31,15 +31,15 @@ def only_writer(path: str | Path, wait: bool = False) -> Iterator[None]:
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.lock")
-    told, made = False, not path.parent.exists()
+    announced, made = False, not path.parent.exists()
     with explained(path):
         while (handle := _taken(beside)) is None:
             holder = _holder(beside)
             if not wait:
                 raise FileError(f"{path} is being written by {holder}: wait for it, or give another place")
-            if not told:
+            if not announced:
                 logging.getLogger(__name__).warning("waiting for %s, which writes %s", holder, path)
-            told = True
+            announced = True
             time.sleep(PAUSE)
     try:
         with explained(beside):

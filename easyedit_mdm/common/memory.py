@@ -18,17 +18,17 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
     that torch allocated there; elsewhere the process's resident memory, which Linux counts anew from any
     moment on. Empty where nobody counts.
     """
-    found: list[int] = []
+    peak: list[int] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        yield found
-        found.append(torch.cuda.max_memory_allocated(device))
+        yield peak
+        peak.append(torch.cuda.max_memory_allocated(device))
         return
     counting = _count_anew()
-    yield found
+    yield peak
     highest = re.search(r"VmHWM:\s+(\d+) kB", _read("status")) if counting else None
     if highest:
-        found.append(1024 * int(highest[1]))
+        peak.append(1024 * int(highest[1]))
 
 
 def _count_anew() -> bool:

@@ -94,8 +94,8 @@ def read_yaml_file(path: str | Path) -> YamlFile:
     ) as error:  # fmt: skip
         # PyYAML lets out what its constructors raise: a 13th month, thousands of digits, thousands of
         # brackets
-        said = " ".join(str(error).split())
-        raise HyperParameterError(f"{path} is not readable YAML: {said}") from error
+        reason = " ".join(str(error).split())
+        raise HyperParameterError(f"{path} is not readable YAML: {reason}") from error
     if not isinstance(values, dict):
         raise HyperParameterError(
             f"{path} must hold a mapping of hyperparameters, not {type(values).__name__}"

@@ -255,11 +255,11 @@ def load_cases(
         tokenizer,
     )
     fill(reader)
-    found = reader.found
-    if limit is None or limit >= len(found.cases):
-        return found
-    kept = sorted(random.Random(seed).sample(range(len(found.cases)), limit))
-    return replace(found, cases=[found.cases[i] for i in kept])
+    loaded = reader.found
+    if limit is None or limit >= len(loaded.cases):
+        return loaded
+    kept = sorted(random.Random(seed).sample(range(len(loaded.cases)), limit))
+    return replace(loaded, cases=[loaded.cases[i] for i in kept])
 
 
 def _parse(data: str, path: Path, line: int = 0) -> Any:

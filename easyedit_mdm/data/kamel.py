@@ -177,15 +177,17 @@ def _targets(facts: dict[int, Fact], prompts: dict[int, str], tokenizer: Any, se
     waiting = _choices(facts, prompts, own, tokenizer)
     for number, others in waiting.items():
         random.Random(f"{seed}/{number}").shuffle(others)
-    found: dict[int, str] = {}
-    while waiting := {number: others for number, others in waiting.items() if others and number not in found}:
+    targets: dict[int, str] = {}
+    while waiting := {
+        number: others for number, others in waiting.items() if others and number not in targets
+    }:
         tried = {number: others.pop() for number, others in waiting.items()}
         # the choices were measured after another subject's prompt: measured again after the fact's own
         measured = lengths(tokenizer, [prompts[number] for number in tried], list(tried.values()))
-        found |= {
+        targets |= {
             number: name for (number, name), length in zip(tried.items(), measured) if length == own[number]
         }
-    return found
+    return targets
 
 
 def _choices(

@@ -114,7 +114,7 @@ def run_demo(out: str | Path, easyedit_home: str | None = None) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "demo.json", report)
     write_text(folder / "demo.html", _html(report))
-    _tell(console, report, folder)
+    _print_demo(console, report, folder)
     return all(claims.values())
 
 
@@ -206,7 +206,7 @@ def _table_rows(results: list[dict]) -> list[dict[str, Any]]:
     return rows
 
 
-def _tell(console: Console, report: dict, folder: Path) -> None:
+def _print_demo(console: Console, report: dict, folder: Path) -> None:
     shown = report["shown"]
     console.print(
         Text.assemble(

@@ -180,6 +180,6 @@ def _weighted(
         )
         canvas = torch.tensor([len(rows[i][0]) for i in part], device=ids.device)
         log_probs = adapter.token_logits(ids, mask, at=at, canvas=canvas).float().log_softmax(-1).cpu()
-        found = log_probs.gather(-1, tokens[..., None])[..., 0].double()
-        out[torch.tensor(part)] = (found * share).sum(1)
+        of_tokens = log_probs.gather(-1, tokens[..., None])[..., 0].double()
+        out[torch.tensor(part)] = (of_tokens * share).sum(1)
     return out

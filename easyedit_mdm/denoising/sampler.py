@@ -103,8 +103,8 @@ class DecodeConfig:
 
     def record(self) -> dict[str, Any]:
         """The settings as they go into records; without `remask` where there is none, as in older ones."""
-        found = asdict(self)
-        return found if self.remask else {k: v for k, v in found.items() if k != "remask"}
+        settings = asdict(self)
+        return settings if self.remask else {k: v for k, v in settings.items() if k != "remask"}
 
     def plan(
         self, length: int, attention: Attention = FULL, prompt: int = 0, given: Sequence[bool] | None = None

@@ -97,11 +97,11 @@ def update_figures(edit: Edit, model: nn.Module) -> dict[str, float | None]:
     Raises:
         EditError: if the edit does not fit the model.
     """
-    told = list(_told(edit.card))
-    conditions = [_number(t["condition"]) for t in told if "condition" in t]
+    updates = list(_solved_systems(edit.card))
+    conditions = [_number(t["condition"]) for t in updates if "condition" in t]
     denominators = [
         abs(_number(t["denominator"], 0.0)) / (_number(t["key_norm"]) if "key_norm" in t else 1.0)
-        for t in told
+        for t in updates
         if "denominator" in t
     ]
     return {
@@ -113,7 +113,7 @@ def update_figures(edit: Edit, model: nn.Module) -> dict[str, float | None]:
 
 def reasons(figures: Mapping[str, float | None], config: GuardConfig) -> list[str]:
     """What lies past a threshold, in words; empty if all is well."""
-    found = []
+    exceeded = []
     limits = {"norm_ratio_all": config.norm_ratio, **dataclasses.asdict(config)}
     for name, wrong in (
         ("norm_ratio", "above"),
@@ -128,11 +128,11 @@ def reasons(figures: Mapping[str, float | None], config: GuardConfig) -> list[st
             and limit is not None
             and not (value <= limit if wrong == "above" else value >= limit)
         ):
-            found.append(f"{name} {value:.3g} is {wrong} {limit:.3g}")
-    return found
+            exceeded.append(f"{name} {value:.3g} is {wrong} {limit:.3g}")
+    return exceeded
 
 
-def _told(card: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _solved_systems(card: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """What the method wrote of each system that it solved: the card itself, or one entry a layer; of each
     part, if the edit is composed.
     """

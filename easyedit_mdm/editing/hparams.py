@@ -243,8 +243,8 @@ class MethodHyperParams(LoadingHyperParams, MainHyperParams):
         for name, known in allowed.items():
             value = getattr(self, name)
             if value not in known:
-                said = f"{', '.join(known)} for {self.ALG_NAME}{did_you_mean(value, known)}"
-                raise HyperParameterError(f"{name}={value!r} is not one of {said}")
+                choices = f"{', '.join(known)} for {self.ALG_NAME}{did_you_mean(value, known)}"
+                raise HyperParameterError(f"{name}={value!r} is not one of {choices}")
 
     def check_numbers(self, whole: bool = False, **least: int) -> None:
         """Check that fields are finite numbers (whole ones if asked) of at least what is given.
@@ -415,5 +415,5 @@ def whose(alg_name: object) -> str:
 
 def _with_subclasses(cls: type[MethodHyperParams]) -> Iterator[type[MethodHyperParams]]:
     yield cls
-    for below in cls.__subclasses__():
-        yield from _with_subclasses(below)
+    for subclass in cls.__subclasses__():
+        yield from _with_subclasses(subclass)

@@ -70,22 +70,22 @@ class CollapseGuard:
                 edit.revert(self.adapter)
 
     def _judge(self, edit: Edit, figures: dict[str, float | None], force: bool, done: str) -> Verdict:
-        found = reasons(figures, self.config)
-        verdict = "passed" if not found else "kept by force" if force else done.split(";")[0]
+        exceeded = reasons(figures, self.config)
+        verdict = "passed" if not exceeded else "kept by force" if force else done.split(";")[0]
         record: Verdict = {
             "on": True,
             "verdict": verdict,
-            "reasons": found,
+            "reasons": exceeded,
             "figures": dict(figures),
             "thresholds": asdict(self.config),
         }
         edit.card["guard"] = record
-        if found and not force:
+        if exceeded and not force:
             shown = ", ".join(
                 f"{k} {'not known' if v is None else format(v, '.3g')}" for k, v in figures.items()
             )
             raise CollapseError(
-                f"the edit would damage the model: {'; '.join(found)} ({shown}). It was {done}. Weaken it"
+                f"the edit would damage the model: {'; '.join(exceeded)} ({shown}). It was {done}. Weaken it"
                 " (clamp_norm_factor, mom2_eps), set the threshold (guard), or keep it with force (--force)"
             )
         return record

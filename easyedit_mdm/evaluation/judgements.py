@@ -75,11 +75,11 @@ def counterfact_scores(
         model's is a bound of log p, and not to be compared with an autoregressive model's.
     """
     prompts = [prompt, *paraphrases, *neighbours]
-    found = Preference(adapter, prompts, target_new, target_true, samples)
+    preference = Preference(adapter, prompts, target_new, target_true, samples)
     return {
-        "sum": _scores(found.log_probabilities(per_token=False), len(paraphrases)),
-        "per_token": _scores(found.log_probabilities(per_token=True), len(paraphrases)),
-        "likelihood": found.likelihood,
+        "sum": _scores(preference.log_probabilities(per_token=False), len(paraphrases)),
+        "per_token": _scores(preference.log_probabilities(per_token=True), len(paraphrases)),
+        "likelihood": preference.likelihood,
     }
 
 

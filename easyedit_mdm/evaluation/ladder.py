@@ -91,12 +91,12 @@ def remasked(
     about an answer that went wrong on the way, without an edit that foresaw it. Twice the forward passes.
     """
     base = DecodeConfig(temperature=config.temperature, eps=config.eps, seed=config.seed)
-    found: list[Rung] = []
+    rungs: list[Rung] = []
     for prompt, answer in zip(prompts, answers):
         rounds = len(target_ids(adapter, prompt, answer))
         (score,) = score_prompts(adapter, [prompt], [answer], replace(base, remask=rounds))
-        found.append({"token_acc": score["token_acc"], "exact": score["exact"]})
-    return found
+        rungs.append({"token_acc": score["token_acc"], "exact": score["exact"]})
+    return rungs
 
 
 def _add(out: Sequence[dict[str, Rung]], name: str, scores: Sequence[Score]) -> None:
@@ -131,10 +131,10 @@ def _teacher_forced(
     adapter: Adapter, prompts: Sequence[str], answers: Sequence[str]
 ) -> list[dict[str, Rung]]:
     ids = [_ids(adapter, prompt, answer) for prompt, answer in zip(prompts, answers)]
-    found = teacher_forced(adapter, [prompt for prompt, _ in ids], [target for _, target in ids])
+    forced = teacher_forced(adapter, [prompt for prompt, _ in ids], [target for _, target in ids])
     return [
         {"teacher_forced": {"token_acc": float(right.double().mean()), "exact": bool(right.all())}}
-        for right in found
+        for right in forced
     ]
 
 

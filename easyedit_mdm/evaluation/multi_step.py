@@ -48,16 +48,16 @@ def score_questions(
     Raises:
         RequestError: as `score_prompts`.
     """
-    found: dict[str, Any] = {"locality": {}, "portability": {}}
+    sections: dict[str, Any] = {"locality": {}, "portability": {}}
     scored = score_prompts(adapter, [q.prompt for q in questions], [q.answer for q in questions], config)
     for question, score in zip(questions, scored):
-        place = found if question.key is None else found.setdefault(question.section, {})
+        place = sections if question.key is None else sections.setdefault(question.section, {})
         name = question.key or question.section
         if question.alone:
             place[name] = score
         else:
             place.setdefault(name, []).append(score)
-    return cast(Sections, found)
+    return cast(Sections, sections)
 
 
 def score_prompts(
@@ -85,15 +85,15 @@ def score_prompts(
             )
     ids = [torch.tensor(encode(adapter, p.rstrip())) for p in prompts]
     paths = decode(adapter, ids, [len(t) for t in targets], config)
-    found = [_score(adapter, path, t, config, len(prompt)) for path, t, prompt in zip(paths, targets, ids)]
+    scores = [_score(adapter, path, t, config, len(prompt)) for path, t, prompt in zip(paths, targets, ids)]
     if adapter.denoises:
-        for score, path, target in zip(found, paths, targets):
+        for score, path, target in zip(scores, paths, targets):
             once = path.one_step[: len(target)]
             score |= {"one_step": _share(once, target), "one_step_exact": bool(torch.equal(once, target))}
     else:
-        for score, right in zip(found, teacher_forced(adapter, ids, targets)):
+        for score, right in zip(scores, teacher_forced(adapter, ids, targets)):
             score["teacher_forced"] = float(right.double().mean())
-    return found
+    return scores
 
 
 def _score(

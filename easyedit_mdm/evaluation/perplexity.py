@@ -53,9 +53,9 @@ def perplexity(
         ).to(ids.device)
         canvas = torch.zeros_like(ids[:, 0]) if adapter.hidden.noise else None  # the whole text
         log_probs = adapter.token_logits(ids, mask, at=at, canvas=canvas).float().log_softmax(-1)
-        found = log_probs.gather(-1, right.clamp(min=0).to(log_probs.device)[..., None])[..., 0]
-        counted = (right >= 0).to(found.device)
-        total -= float(found[counted].sum())
+        own = log_probs.gather(-1, right.clamp(min=0).to(log_probs.device)[..., None])[..., 0]
+        counted = (right >= 0).to(own.device)
+        total -= float(own[counted].sum())
         count += int(counted.sum())
     return {"value": math.exp(total / count), "n": count}
 

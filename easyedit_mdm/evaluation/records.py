@@ -322,7 +322,7 @@ def run_lines(data: bytes, path: str | Path, finite: bool = False) -> list[tuple
     """
     options: Any = {"parse_constant": lambda _: None, "parse_float": _finite} if finite else {}
     texts = [(number, text) for number, text in enumerate(data.split(b"\n"), 1) if text.strip()]
-    found = []
+    records = []
     for number, text in texts:
         cure = (
             "start the run again"
@@ -339,8 +339,8 @@ def run_lines(data: bytes, path: str | Path, finite: bool = False) -> list[tuple
             raise DataError(f"{path}, line {number}: not JSON ({error}): {cure}") from None
         if not isinstance(record, dict):
             raise DataError(f"{path}, line {number}: {type(record).__name__}, not a JSON object: {cure}")
-        found.append((number, record))
-    return found
+        records.append((number, record))
+    return records
 
 
 def _finite(text: str) -> float | None:
@@ -401,7 +401,9 @@ def _fitting(hint: Any) -> Callable[[Any], Any]:
         fields = {name: _fitting(part) for name, part in get_type_hints(hint).items()}
         return lambda value: _record(value, fields) if isinstance(value, dict) else _MISFIT
     if origin in (Union, UnionType):
-        return lambda value: next((found for part in parts if (found := part(value)) is not _MISFIT), _MISFIT)
+        return lambda value: next(
+            (fitted for part in parts if (fitted := part(value)) is not _MISFIT), _MISFIT
+        )
     if origin is list:
         return lambda value: _list(value, parts[0]) if isinstance(value, list) else _MISFIT
     if origin is dict:
@@ -412,16 +414,16 @@ def _fitting(hint: Any) -> Callable[[Any], Any]:
 
 
 def _record(value: dict[str, Any], fields: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
-    found = {key: fields[key](part) if key in fields else part for key, part in value.items()}
-    return {key: part for key, part in found.items() if part is not _MISFIT}
+    fitted = {key: fields[key](part) if key in fields else part for key, part in value.items()}
+    return {key: part for key, part in fitted.items() if part is not _MISFIT}
 
 
 def _list(value: list[Any], fit: Callable[[Any], Any]) -> list[Any]:
     """Entries that do not fit are None where the list may hold None, which keeps the others' places."""
-    found = [fit(entry) for entry in value]
+    fitted = [fit(entry) for entry in value]
     return [
         entry
-        for entry in (fit(None) if entry is _MISFIT else entry for entry in found)
+        for entry in (fit(None) if entry is _MISFIT else entry for entry in fitted)
         if entry is not _MISFIT
     ]
 

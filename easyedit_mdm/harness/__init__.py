@@ -19,9 +19,9 @@ def load_edits(folder: str | Path) -> list[Edit]:
     path = Path(folder)
     if (path / "edit.json").is_file():
         return [Edit.load(path)]
-    found = sorted(file.parent for file in path.glob("*/edit.json"))
-    if not found:
+    folders = sorted(file.parent for file in path.glob("*/edit.json"))
+    if not folders:
         raise EditError(
             f"{path} holds no edit: give a folder that easyedit-mdm edit wrote, or a folder of such folders"
         )
-    return [Edit.load(each) for each in found]
+    return [Edit.load(each) for each in folders]

@@ -95,7 +95,7 @@ def _evaluate(model: Any, job: DamageJob) -> dict[str, Any]:
             f"lm-evaluation-harness knows no task {', '.join(unknown)}{where}: easyedit-mdm lm-eval ls tasks"
         )
     model.forget()
-    found = simple_evaluate(
+    results = simple_evaluate(
         model,
         tasks=list(job.tasks),
         limit=job.limit,
@@ -103,9 +103,9 @@ def _evaluate(model: Any, job: DamageJob) -> dict[str, Any]:
         bootstrap_iters=0,
         confirm_run_unsafe_code=False,
     )
-    if not found:
+    if not results:
         raise DataError("lm-evaluation-harness gave no results")
-    return {**found, "config": {**found["config"], **model.get_model_info()}}
+    return {**results, "config": {**results["config"], **model.get_model_info()}}
 
 
 def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Row]:
@@ -134,16 +134,16 @@ def _paired(
 
 def cells(row: Row) -> tuple[str, ...]:
     """A row of the table, as text."""
-    found = row.difference
-    if found is None or found["mean"] is None:
-        told = f"{row.after - row.before:+.3f}", "-"
+    difference = row.difference
+    if difference is None or difference["mean"] is None:
+        difference_cells = f"{row.after - row.before:+.3f}", "-"
     else:
-        low, high = found["low"], found["high"]
-        told = (
-            f"{found['mean']:+.3f}",
+        low, high = difference["low"], difference["high"]
+        difference_cells = (
+            f"{difference['mean']:+.3f}",
             "-" if low is None or high is None else f"[{low:+.3f}, {high:+.3f}]",
         )
-    return row.task, row.metric, str(row.n), f"{row.before:.3f}", f"{row.after:.3f}", *told
+    return row.task, row.metric, str(row.n), f"{row.before:.3f}", f"{row.after:.3f}", *difference_cells
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -157,7 +157,7 @@ def _write(
 ) -> None:
     keep = ("scoring", "likelihoods")
     facts = sum(len(edit.card.get("facts", [])) for edit in edits)
-    told = {
+    report = {
         "model": job.model,
         "edits": [edit.card.get("id") for edit in edits],
         "facts": facts,
@@ -168,4 +168,4 @@ def _write(
     }
     with new_folder(out) as folder:
         write_text(folder / "damage.md", f"# {job.model}: {facts} edited facts\n\n{markdown(rows)}")
-        write_json(folder / "damage.json", told)
+        write_json(folder / "damage.json", report)

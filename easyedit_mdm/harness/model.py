@@ -80,9 +80,9 @@ class EditedLM(LM):
         """See `scoring.likelihoods` and `scoring.greedy`; choices of one question get the same draws."""
         pairs = [split(self.adapter, *request.args) for request in requests]
         draws = [int(getattr(request, "doc_id", None) or 0) for request in requests]
-        found = likelihoods(self.adapter, pairs, self.scoring, draws)
-        self._found += found
-        return [(f.value, g) for f, g in zip(found, greedy(self.adapter, pairs, self.scoring))]
+        scored = likelihoods(self.adapter, pairs, self.scoring, draws)
+        self._found += scored
+        return [(f.value, g) for f, g in zip(scored, greedy(self.adapter, pairs, self.scoring))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """See `scoring.rolling`."""
@@ -106,7 +106,7 @@ class EditedLM(LM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results: edits, settings, and the errors of its likelihoods."""
-        estimated = [found.error for found in self._found if found.error]
+        estimated = [likelihood.error for likelihood in self._found if likelihood.error]
         return {
             "edits": [edit.card.get("id") for edit in self.edits],
             "scoring": vars(self.scoring),

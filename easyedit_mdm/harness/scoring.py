@@ -127,7 +127,7 @@ def likelihoods(
         draws: a number a pair; pairs with the same one (the choices of a question) get the same draws.
     """
     draws = list(range(len(pairs))) if draws is None else list(draws)
-    found: dict[int, Likelihood] = {}
+    scored: dict[int, Likelihood] = {}
     groups: dict[str, list[int]] = {}
     for i, pair in enumerate(pairs):
         groups.setdefault(_method(adapter, pair, scoring), []).append(i)
@@ -138,8 +138,8 @@ def likelihoods(
         for i, values in zip(members, zip(*columns)):
             spread = torch.tensor(values, dtype=torch.float64)
             error = float(spread.std() / math.sqrt(shares)) if shares > 1 else 0.0
-            found[i] = Likelihood(float(spread.mean()), error, len(pairs[i][1]))
-    return [found[i] for i in range(len(pairs))]
+            scored[i] = Likelihood(float(spread.mean()), error, len(pairs[i][1]))
+    return [scored[i] for i in range(len(pairs))]
 
 
 def _method(adapter: Adapter, pair: tuple[Tensor, Tensor], scoring: Scoring) -> str:

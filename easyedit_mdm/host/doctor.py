@@ -15,11 +15,11 @@ def easyedit(home: str | Path | None = None) -> Finding:
     try:
         host = import_easyedit(home)
     except Exception as error:  # whatever its own modules raise at import
-        told = (
+        advice = (
             "`run`, `demo`, the hook, BaseEditor and EasyEdit's own methods in `bench` will not work;"
             " everything else does"
         )
-        return Finding("EasyEdit", str(error) or type(error).__name__, "limited", told)
+        return Finding("EasyEdit", str(error) or type(error).__name__, "limited", advice)
     form = "the repository" if host.form == "head" else "PyPI's wheel of October 2023"
     cure = (
         ""

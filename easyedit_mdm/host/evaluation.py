@@ -84,10 +84,10 @@ def _questions(section: str, key: str | None, prompts: Any, answers: Any) -> lis
 
 def public(scored: Sections) -> Sections:
     """Scores as they go into EasyEdit's records: without the raw token ids."""
-    found = copy.deepcopy(scored)
-    for score in scores(list(found.values())):
+    shown = copy.deepcopy(scored)
+    for score in scores(list(shown.values())):
         score.pop("tokens", None)
-    return found
+    return shown
 
 
 def meta(result_key: str, group: str) -> dict[str, str]:

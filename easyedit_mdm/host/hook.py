@@ -10,7 +10,7 @@ from pathlib import Path
 
 from easyedit_mdm.errors import HostNotFoundError
 from easyedit_mdm.host.finding import Host, find_easyedit, how_to_get
-from easyedit_mdm.host.importing import told
+from easyedit_mdm.host.importing import in_one_sentence
 from easyedit_mdm.host.joining import register
 from easyedit_mdm.host.runner import (
     EASYEDIT_SEED,
@@ -41,7 +41,7 @@ class _JoiningLoader(importlib.abc.Loader):
         _ENTERED.extend([standins(script), understanding_our_methods()])
         for manager in _ENTERED:
             manager.__enter__()
-        with told(self.host):
+        with in_one_sentence(self.host):
             self.loader.exec_module(module)
         joined = register()
         if script is not None:

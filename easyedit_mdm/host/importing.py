@@ -38,7 +38,7 @@ def import_easyedit(home: str | Path | None = None) -> Host:
     """
     host = find_easyedit(home)
     paths = list(sys.path)
-    with standins(), _as_before(), told(host):
+    with standins(), _as_before(), in_one_sentence(host):
         if host.source in ("home", "own folder") and str(host.root) not in sys.path:
             sys.path.insert(0, str(host.root))
         try:
@@ -53,7 +53,7 @@ def import_easyedit(home: str | Path | None = None) -> Host:
 
 
 @contextmanager
-def told(host: Host) -> Iterator[None]:
+def in_one_sentence(host: Host) -> Iterator[None]:
     """Whatever EasyEdit's import raises inside becomes one sentence about module, place, versions and cure.
 
     Raises:
@@ -67,12 +67,12 @@ def told(host: Host) -> Iterator[None]:
 
 def _host_import_error(host: Host, error: Exception) -> HostImportError:
     form = "the repository" if host.form == "head" else "PyPI's wheel"
-    said = " ".join(str(error).split()) or "no message"
+    reason = " ".join(str(error).split()) or "no message"
     packages = _involved(error)
     versions = ", ".join(f"{package} {version_of(package) or 'is not installed'}" for package in packages)
     return HostImportError(
         f"EasyEdit at {host.root} ({form}) was found and cannot be imported: {_place(host, error)}:"
-        f" {type(error).__name__}: {said}. {versions}. {_cure(host, error, packages)}"
+        f" {type(error).__name__}: {reason}. {versions}. {_cure(host, error, packages)}"
     )
 
 

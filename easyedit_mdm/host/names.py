@@ -75,8 +75,8 @@ def load_named(hparams: Any) -> LoadedName:
         dtype = "float32"  # EasyEdit's default
     parallel = getattr(hparams, "model_parallel", False)
     options = {"device_map": "auto"} if parallel else {}
-    said = {name: getattr(hparams, name, None) for name in ("mask_id", "block")}
-    adapter = load_model(hparams.model_name, dtype=dtype, **said, **options)
+    given = {name: getattr(hparams, name, None) for name in ("mask_id", "block")}
+    adapter = load_model(hparams.model_name, dtype=dtype, **given, **options)
     if adapter.denoises and alg_name not in METHODS:
         raise ModelError(
             f"{hparams.model_name} is a masked diffusion model, and EasyEdit's {alg_name} optimises a"

@@ -134,15 +134,15 @@ def understanding_our_methods() -> Iterator[None]:
             _add_alias(self, flag)
             if flag.choices is not None:
                 flag.choices = [*flag.choices, *(n for n in METHODS if n not in flag.choices)]
-        found, rest = original(self, args, namespace)
+        parsed, rest = original(self, args, namespace)
         if flag is not None:
-            setattr(found, flag.dest, _method(getattr(found, flag.dest)))
-            _check_file(getattr(found, flag.dest), found)
+            setattr(parsed, flag.dest, _method(getattr(parsed, flag.dest)))
+            _check_file(getattr(parsed, flag.dest), parsed)
         for name in _FOLDER_FLAGS:  # the runners write there at the very end, and do not make it
-            folder = getattr(found, name, None)
+            folder = getattr(parsed, name, None)
             if isinstance(folder, str) and folder:
                 Path(folder).mkdir(parents=True, exist_ok=True)
-        return found, rest
+        return parsed, rest
 
     # put back below
     argparse.ArgumentParser.parse_known_args = parse_known_args  # type: ignore[method-assign]
@@ -190,18 +190,18 @@ def _add_alias(parser: argparse.ArgumentParser, flag: argparse.Action) -> None:
         flag.option_strings = [*flag.option_strings, "--alg"]
 
 
-def _check_file(method: Any, found: argparse.Namespace) -> None:
+def _check_file(method: Any, parsed: argparse.Namespace) -> None:
     """Results are named after the method, and the file decides which one runs: they must agree.
 
     Raises:
         HyperParameterError: if they do not.
     """
-    for name, value in vars(found).items():
+    for name, value in vars(parsed).items():
         if isinstance(method, MethodName) and name.startswith("hparams") and isinstance(value, str):
-            said = read_yaml(find_hparams(value)).get("alg_name")
-            if said != str(method):
+            named = read_yaml(find_hparams(value)).get("alg_name")
+            if named != str(method):
                 raise HyperParameterError(
-                    f"{value} is a file of {said}, but {method} was asked for: give the file of that method"
+                    f"{value} is a file of {named}, but {method} was asked for: give the file of that method"
                 )
 
 

@@ -138,9 +138,9 @@ def _gone(name: str, error: Exception) -> str:
         return _not_installed(name)
     if isinstance(error, AttributeError) or name == missing or name.startswith(f"{missing}."):
         return f"{package} {version} has it no more: {older(package, name)}"
-    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return (
-        f"{package} {version} fails to import it ({said}); install what it asks for, or"
+        f"{package} {version} fails to import it ({reason}); install what it asks for, or"
         f" {older(package, name)}"
     )
 
@@ -165,15 +165,15 @@ class _Import:
         """Python's own import, and an answer where it fails."""
         names = tuple(fromlist or ())
         try:
-            found = self.before(name, globals, locals, names, level)
+            module = self.before(name, globals, locals, names, level)
         except Exception as error:  # an installed package may raise anything at import
             if level or not self._answers(name, names, globals):
                 raise
             return _instead(name, names, error)
-        missing = _missing(found, names)
+        missing = _missing(module, names)
         if not missing or level or not self._answers(name, missing, globals):
-            return found
-        return _Answer(name, found, {n: _one(name, n, error) for n, error in missing.items()}, "")
+            return module
+        return _Answer(name, module, {n: _one(name, n, error) for n, error in missing.items()}, "")
 
     def _answers(self, name: str, names: Iterable[str], importer: dict | None) -> bool:
         package = name.split(".")[0]
@@ -256,9 +256,9 @@ def _instead(name: str, names: Sequence[str], error: Exception) -> types.ModuleT
     """What `from name import names`, or `import name` without them, gets where the import failed."""
     why = _gone(name, error)
     if names:  # the module may be there, and one of its submodules fail
-        found = sys.modules.get(name)
-        missing = dict.fromkeys(names, error) if found is None else _missing(found, names)
-        return _Answer(name, found, {n: _one(name, n, e) for n, e in missing.items() if n != "*"}, why)
+        module = sys.modules.get(name)
+        missing = dict.fromkeys(names, error) if module is None else _missing(module, names)
+        return _Answer(name, module, {n: _one(name, n, e) for n, e in missing.items() if n != "*"}, why)
     top, *rest = name.split(".")
     return _beside(sys.modules[top], rest, why) if top in sys.modules else _Answer(top, None, {}, why)
 
@@ -269,8 +269,10 @@ def _beside(module: types.ModuleType, rest: Sequence[str], why: str) -> types.Mo
     """
     dotted = f"{module.__name__}.{rest[0]}"
     child = sys.modules.get(dotted)
-    below = make_standin(dotted, why) if child is None or len(rest) == 1 else _beside(child, rest[1:], why)
-    return _Answer(module.__name__, module, {rest[0]: below}, why)
+    child_module = (
+        make_standin(dotted, why) if child is None or len(rest) == 1 else _beside(child, rest[1:], why)
+    )
+    return _Answer(module.__name__, module, {rest[0]: child_module}, why)
 
 
 @contextmanager

@@ -108,9 +108,9 @@ class Adapter(nn.Module):
         self._native = (native,)
         self.spec, self.ids, self.tokenizer, self.name = spec, ids, tokenizer, name
         self.config: Any = text_config(native.config)
-        said = vars(self.config) if native.config else {}
-        self.attention = spec.attention_of(said) if attention is None else attention
-        self.shift = spec.shift_of(said) if shift is None else shift
+        settings = vars(self.config) if native.config else {}
+        self.attention = spec.attention_of(settings) if attention is None else attention
+        self.shift = spec.shift_of(settings) if shift is None else shift
         self.denoise: Callable[..., Tensor] | None = None
         self.source: Path | None = None  # the folder that it was loaded from
         self._ending: dict[str, bool] = {}
@@ -256,8 +256,8 @@ class Adapter(nn.Module):
         return Site(layer, name, transposed=type(module).__name__ == "Conv1D")
 
     def _mixture(self, layer: int) -> Mixture | None:
-        found = self.module(self.spec.paths.mlp.format(layer))
-        return found if isinstance(found, Mixture) else None
+        mlp = self.module(self.spec.paths.mlp.format(layer))
+        return mlp if isinstance(mlp, Mixture) else None
 
     def _experts(self, layer: int) -> str | None:
         """The path of a layer's list of experts, if it is a mixture."""
@@ -421,8 +421,10 @@ class Adapter(nn.Module):
             gradient = torch.randn(leaving[0].shape, generator=torch.Generator().manual_seed(0)).to(
                 leaving[0]
             )
-            (found,) = torch.autograd.grad(leaving[0], outputs[0], gradient, allow_unused=True)
-            self._ending[site.name] = found is not None and torch.equal(found.to(gradient.device), gradient)
+            (arriving,) = torch.autograd.grad(leaving[0], outputs[0], gradient, allow_unused=True)
+            self._ending[site.name] = arriving is not None and torch.equal(
+                arriving.to(gradient.device), gradient
+            )
         return self._ending[site.name]
 
     def forward(

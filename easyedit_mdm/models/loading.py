@@ -87,8 +87,8 @@ def load_adapter(
             ) from error
     model.eval()
     tok = tokenizer if tokenizer is not None else load_tokenizer(folder, spec)
-    said = {**(config.get("text_config") or {}), **config}
-    ids = special_ids(spec, said, tok, model.get_input_embeddings().weight.shape[0], mask_id)
+    settings = {**(config.get("text_config") or {}), **config}
+    ids = special_ids(spec, settings, tok, model.get_input_embeddings().weight.shape[0], mask_id)
     adapter = Adapter(model, spec, ids, tok, str(name or name_or_folder), attention, shift)
     adapter.source = folder
     return adapter
@@ -150,15 +150,15 @@ def weight_files(folder: Path) -> dict[str, Path]:
         if absent:
             raise CheckpointError(f"{index} names shards that are not there: {', '.join(absent)}")
         return {key: folder / shard for key, shard in table.items()}
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         with opened_tensors(path, CheckpointError, "a readable safetensors file") as tensors:
-            found.update(dict.fromkeys(tensors.keys(), path))
-    if not found:
+            files.update(dict.fromkeys(tensors.keys(), path))
+    if not files:
         raise CheckpointError(
             f"{folder} has no model*.safetensors (pickled .bin weights are not read: convert them first)"
         )
-    return found
+    return files
 
 
 def _is_shard(name: Any) -> bool:
@@ -175,12 +175,12 @@ def _dtype(dtype: str | torch.dtype | None, config: Mapping[str, Any]) -> torch.
     dtype = dtype or config.get("torch_dtype") or config.get("dtype") or torch.float32
     if isinstance(dtype, torch.dtype):
         return dtype
-    found = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    named = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise CheckpointError(
             f"dtype {dtype!r} is not a floating-point torch dtype such as 'bfloat16' or 'float32'"
         )
-    return found
+    return named
 
 
 def _empty_model(spec: FamilySpec, config: Mapping[str, Any], tensors: int | None = None) -> Any:
@@ -309,10 +309,10 @@ def _all_names(model: Any) -> Iterator[tuple[str, str]]:
         yield first[id(value)], name
 
 
-def _check_shape(key: str, found: tuple[int, ...], name: str, wanted: tuple[int, ...]) -> None:
-    if found != wanted:
+def _check_shape(key: str, shape: tuple[int, ...], name: str, wanted: tuple[int, ...]) -> None:
+    if shape != wanted:
         raise CheckpointError(
-            f"{key!r} has shape {found}, but config.json makes {name!r} {wanted}: config and weights do not"
+            f"{key!r} has shape {shape}, but config.json makes {name!r} {wanted}: config and weights do not"
             " belong together"
         )
 
@@ -348,8 +348,8 @@ def kept(spec: FamilySpec, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _made(spec: FamilySpec, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Made]:
     """The native parameters that are made of tensors with other shapes or orders."""
-    found = {name: spec.made_of(config, name) for name in names}
-    return {name: made for name, made in found.items() if made is not None}
+    tensors = {name: spec.made_of(config, name) for name in names}
+    return {name: made for name, made in tensors.items() if made is not None}
 
 
 def tied_names(spec: FamilySpec, model: Any) -> set[str]:
@@ -366,8 +366,8 @@ def _tensors(table: Mapping[str, tuple[str, Path]]) -> Iterator[tuple[str, torch
         by_file.setdefault(path, []).append((name, key))
     for path, wanted in by_file.items():
         with opened_tensors(path, CheckpointError, "a readable safetensors file") as tensors:
-            found = tensors.keys()
-            absent = [key for _, key in wanted if key not in found]
+            stored = tensors.keys()
+            absent = [key for _, key in wanted if key not in stored]
             if absent:
                 raise CheckpointError(
                     f"{path} has no {absent[0]!r}, which the index says it has: get it again"

@@ -159,8 +159,10 @@ def tokenizer_classes(names: Iterable[str | None]) -> list[Any]:
     """
     import transformers
 
-    found = [getattr(transformers, name, None) for name in names if name]
-    kinds = [c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedTokenizerBase)]
+    candidates = [getattr(transformers, name, None) for name in names if name]
+    kinds = [
+        c for c in candidates if isinstance(c, type) and issubclass(c, transformers.PreTrainedTokenizerBase)
+    ]
     return list(dict.fromkeys([*kinds, transformers.PreTrainedTokenizerFast]))
 
 

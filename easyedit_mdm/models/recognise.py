@@ -33,10 +33,10 @@ def by_architecture(config: Config) -> list[FamilySpec]:
         CheckpointError: if there is none, with what this one has in common with known ones.
     """
     name = architecture(config)
-    found = [FAMILIES[n] for n in FAMILIES if name in FAMILIES[n].architectures]
-    if not found:
+    families = [FAMILIES[n] for n in FAMILIES if name in FAMILIES[n].architectures]
+    if not families:
         raise CheckpointError(_unknown(config, ()))
-    return found
+    return families
 
 
 def detect(config: Config, files: Iterable[str]) -> FamilySpec:
@@ -89,13 +89,13 @@ def _signs(spec: FamilySpec, config: Config) -> list[str]:
         for k, v in named.items()
         if k.startswith("AutoModel") and v.rsplit(".", 1)[-1] not in class_names(spec)
     }
-    said = [f"{key}={config[key]!r}" for key in _SIGNS if config.get(key) is not None]
+    signs = [f"{key}={config[key]!r}" for key in _SIGNS if config.get(key) is not None]
     listed = config.get("architectures")
     others = [str(a) for a in listed[1:]] if isinstance(listed, list) else []
     diffusing = [a for a in others if re.search(r"diffus|dllm|masked", a, re.IGNORECASE)]
     return (
         [f"auto_map names {name}" for name in sorted(models)]
-        + said
+        + signs
         + [f"architectures names {a}" for a in diffusing]
     )
 

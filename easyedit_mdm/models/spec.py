@@ -152,9 +152,9 @@ class FamilySpec:
                 f"block={block!r} was given, but a {self.name} model is causal: leave it out"
             )
         try:
-            found = self.attention(config) if callable(self.attention) else self.attention
-            found = found or (FULL if self.denoises else CAUSAL)
-            return found if block is None else replace(found, block=block)
+            attention = self.attention(config) if callable(self.attention) else self.attention
+            attention = attention or (FULL if self.denoises else CAUSAL)
+            return attention if block is None else replace(attention, block=block)
         except ModelError as error:
             raise CheckpointError(
                 f"{self.name}: {error}; the block's size is what the loader was given, or config.json says"

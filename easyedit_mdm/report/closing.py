@@ -19,13 +19,13 @@ def summary_lines(path: str | Path, resamples: int = 2000) -> list[str]:
         DataError: for a file that cannot be read.
     """
     path = Path(path)
-    found = summary(read_run(path), resamples=resamples)
-    lines = [f"{found['cases']} cases, {found['subjects']} subjects, {found['failed']} failed"]
-    told = [(MEASURES[name], found["measures"][name]) for name in TOLD if name in found["measures"]]
-    lines += [f"{title}: {show(estimate)}, n {estimate['n']}" for title, estimate in told]
-    lines += [f"failed, {count} times: {reason}" for reason, count in found["errors"].items()]
+    figures = summary(read_run(path), resamples=resamples)
+    lines = [f"{figures['cases']} cases, {figures['subjects']} subjects, {figures['failed']} failed"]
+    measured = [(MEASURES[name], figures["measures"][name]) for name in TOLD if name in figures["measures"]]
+    lines += [f"{title}: {show(estimate)}, n {estimate['n']}" for title, estimate in measured]
+    lines += [f"failed, {count} times: {reason}" for reason, count in figures["errors"].items()]
     lines += [
-        f"left out of the data set, {count} times: {reason}" for reason, count in found["skipped"].items()
+        f"left out of the data set, {count} times: {reason}" for reason, count in figures["skipped"].items()
     ]
     files = shlex.quote(str(path)), shlex.quote(str(path.with_name(f"{path.stem}-report")))
     return [*lines, f"written: {path}", f"next: easyedit-mdm compare {files[0]} --out {files[1]}"]

@@ -185,7 +185,7 @@ def compare(
         write_text(
             folder / name, text, errors="backslashreplace"
         )  # lone surrogates can come out of JSON, and cannot be written as they are
-    _tell(report, folder)
+    _print_pairs(report, folder)
     return report
 
 
@@ -228,15 +228,15 @@ def words(pair: NamedPair, difference: Difference) -> str:
 
 def _present(report: Report, names: Iterable[str]) -> list[str]:
     """Of `names` those measures that at least one run has a value for."""
-    found = {name for run in report["runs"] for name, estimate in run["measures"].items() if estimate["n"]}
-    return [name for name in names if name in found]
+    measured = {name for run in report["runs"] for name, estimate in run["measures"].items() if estimate["n"]}
+    return [name for name in names if name in measured]
 
 
 def _rungs(report: Report) -> list[str]:
     """The ladder's rungs that some run has: the known ones in their order, then any others."""
     names = [name for run in report["runs"] for name in run["measures"]]
-    found = [name.removeprefix("ladder.") for name in names if name.startswith("ladder.")]
-    return [name for name in RUNGS if name in found] + sorted(set(found) - set(RUNGS))
+    rungs = [name.removeprefix("ladder.") for name in names if name.startswith("ladder.")]
+    return [name for name in RUNGS if name in rungs] + sorted(set(rungs) - set(RUNGS))
 
 
 def _rung_title(rung: str) -> str:
@@ -248,15 +248,15 @@ def _beside(report: Report) -> dict[str, str]:
     """Measures that stand beside the ladder, with their titles; sections of locality only where there are
     several.
     """
-    found = {
+    columns = {
         name: MEASURES[name]
         for name in _present(report, ("success", "rephrase_exact", "locality_kept", "portability_exact"))
     }
     sections = sorted(
         {name for run in report["runs"] for name in run["measures"] if name.startswith("locality_kept.")}
     )
-    found |= {name: "same subject kept" for name in _present(report, ("same_subject_kept",))}
-    return found | (
+    columns |= {name: "same subject kept" for name in _present(report, ("same_subject_kept",))}
+    return columns | (
         {name: f"kept: {name.partition('.')[2]}" for name in sections} if len(sections) > 1 else {}
     )
 
@@ -311,12 +311,12 @@ def _pair_table(report: Report) -> Rows:
     rows: list[list[Cell]] = []
     for pair in report["pairs"]:
         start: list[Cell] = [pair["first"], pair["second"], pair["shared"]]
-        found = [(MEASURES[name], pair["measures"][name]) for name in PAIRED if name in pair["measures"]]
-        found += [
+        estimates = [(MEASURES[name], pair["measures"][name]) for name in PAIRED if name in pair["measures"]]
+        estimates += [
             (f"success, N = {length}", estimate) for length, estimate in pair["success_by_length"].items()
         ]
-        rows += [[*start, title, estimate, words(pair, estimate)] for title, estimate in found]
-        if not found:
+        rows += [[*start, title, estimate, words(pair, estimate)] for title, estimate in estimates]
+        if not estimates:
             reason = "no shared cases" if not pair["shared"] else "nothing measured in both"
             rows.append([*start, "–", None, reason])
     return heads, rows
@@ -340,19 +340,19 @@ def _flattened(value: object, name: str = "") -> dict[str, str]:
     if not isinstance(value, dict):
         return {name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
     items = [(f"{name}.{key}" if name else str(key), part) for key, part in value.items()]
-    told = [(path, part) for path, part in items if path not in ("header", "label", "dataset.skipped")]
-    return {key: text for path, part in told for key, text in _flattened(part, path).items()}
+    shown = [(path, part) for path, part in items if path not in ("header", "label", "dataset.skipped")]
+    return {key: text for path, part in shown for key, text in _flattened(part, path).items()}
 
 
 def _sections(report: Report) -> list[tuple[str, Rows]]:
-    found = [
+    tables = [
         ("Overall", _main_table(report)),
         ("Success by length of the target", _length_table(report)),
         ("Ladder of honesty, paraphrase and locality", _ladder_table(report)),
         ("Likelihoods, partly revealed targets, side effects", _extra_table(report)),
         ("Paired differences", _pair_table(report)),
     ]
-    return [(title, (heads, rows)) for title, (heads, rows) in found if rows and len(heads) > 1]
+    return [(title, (heads, rows)) for title, (heads, rows) in tables if rows and len(heads) > 1]
 
 
 # report.csv and report.md
@@ -517,29 +517,27 @@ def _bars(axes: Any, runs: Sequence[NamedSummary], rows: dict[str, str]) -> list
     thick = 0.82 / len(runs)
     handles = []
     for i, run in enumerate(runs):
-        found = [
+        bars = [
             (place, e)
             for place, name in enumerate(rows)
             if (e := run["measures"].get(name)) and e["mean"] is not None
         ]
-        at = [place + (i - (len(runs) - 1) / 2) * thick for place, _ in found]
+        at = [place + (i - (len(runs) - 1) / 2) * thick for place, _ in bars]
         look = {
             "color": SERIES[i % len(SERIES)],
             "hatch": HATCHES[i % len(HATCHES)],
             "edgecolor": INK,
             "linewidth": 0.6,
         }
-        if not found:  # still in the legend
+        if not bars:  # still in the legend
             handles.append(axes.barh([0], [0], 0, **look))
             continue
-        reaches = spans([e for _, e in found])
+        reaches = spans([e for _, e in bars])
         whiskers = {"ecolor": INK, "capsize": 2, "elinewidth": 0.9}
         handles.append(
-            axes.barh(
-                at, [e["mean"] for _, e in found], thick * 0.92, xerr=reaches, error_kw=whiskers, **look
-            )
+            axes.barh(at, [e["mean"] for _, e in bars], thick * 0.92, xerr=reaches, error_kw=whiskers, **look)
         )
-        for y, (_, estimate), reach in zip(at, found, reaches[1]):
+        for y, (_, estimate), reach in zip(at, bars, reaches[1]):
             mean = estimate["mean"] or 0.0
             axes.text(mean + reach + 0.015, y, f"{mean:.2f}", color=INK, fontsize=7, va="center")
     return handles
@@ -588,7 +586,7 @@ def _outcome(case: CaseRecord) -> list[Any]:
     judged = case.get("pre", {}), case.get("post", {})
     before, after = (scores(part.get("multi_step", {}).get("rewrite")) for part in judged)
     right = None if failed(case) or not after or "exact" not in after[0] else int(after[0]["exact"])
-    texts = [found[0].get("text") if found else None for found in (before, after)]
+    texts = [scored[0].get("text") if scored else None for scored in (before, after)]
     error = str(case.get("error") or "no result") if failed(case) else None
     history = case.get("history", {})
     return [right, *texts, error, *(_denoising(history.get(when, {})) for when in ("pre", "post"))]
@@ -630,7 +628,7 @@ def _html(report: Report, pages: CasePages) -> str:
     )
 
 
-def _tell(report: Report, folder: Path) -> None:
+def _print_pairs(report: Report, folder: Path) -> None:
     heads, rows = _main_table(report)
     # runs side by side: their names may fold, the numbers under them should not
     table = Table(title=f"{len(rows)} runs, 95 % intervals over subjects ({report['resamples']} resamples)")

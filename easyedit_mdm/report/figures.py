@@ -106,10 +106,10 @@ def svg(figure: Any, salt: str) -> str:
 def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], width: int | float) -> None:
     """A legend above the axes, in as many columns as its names leave room for."""
     columns = max(1, min(len(labels), int(width * 11 / (max(map(len, labels)) + 8))))
-    found = figure.legend(
+    drawn = figure.legend(
         handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, handlelength=3.2
     )
-    for text in found.get_texts():
+    for text in drawn.get_texts():
         text.set_color(INK)
 
 

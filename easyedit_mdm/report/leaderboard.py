@@ -75,16 +75,16 @@ class Entry:
     def cells(self) -> list[str]:
         """The row's figures, as the table shows them."""
         measures, cost = self.summary["measures"], self.summary["cost"]
-        found = [show(measures[name]) if name in measures else "–" for name in MEASURES]
+        shown = [show(measures[name]) if name in measures else "–" for name in MEASURES]
         for name in COSTS:
             estimate = cost.get(name, NONE)
             scale = UNITS.get(name, 1.0)
-            found.append(
+            shown.append(
                 show_median({**estimate, "median": estimate["median"] / scale, "q25": None, "q75": None})
                 if estimate["median"] is not None
                 else "–"
             )
-        return found
+        return shown
 
     def record(self) -> dict[str, Any]:
         """As `leaderboard.json` holds it."""
@@ -96,13 +96,13 @@ class Entry:
 
 def write_board(entries: Sequence[Entry], left: Sequence[Left], about: dict[str, Any], folder: Path) -> Path:
     """leaderboard.json, .csv, .md, .html and the picture; returns the page."""
-    told = {
+    board = {
         "version": __version__,
         **about,
         "entries": [entry.record() for entry in entries],
         "left_out": list(left),
     }
-    write_text(folder / "leaderboard.json", json.dumps(told, separators=(",", ":"), sort_keys=True) + "\n")
+    write_text(folder / "leaderboard.json", json.dumps(board, separators=(",", ":"), sort_keys=True) + "\n")
     write_text(folder / "leaderboard.csv", _csv(entries))
     write_text(folder / "leaderboard.md", _markdown(entries, left, about))
     inline = ""
@@ -125,15 +125,15 @@ def heads() -> list[str]:
 
 def tables(entries: Sequence[Entry]) -> dict[str, list[list[str]]]:
     """The rows of each model, data set and mode, most success first."""
-    found: dict[str, list[Entry]] = {}
+    groups: dict[str, list[Entry]] = {}
     for entry in entries:
-        found.setdefault(f"{entry.model}, {entry.dataset}, {entry.mode}", []).append(entry)
+        groups.setdefault(f"{entry.model}, {entry.dataset}, {entry.mode}", []).append(entry)
     return {
         title: [
             [e.method, str(e.summary["cases"]), *e.cells(), _said(e.setting)]
             for e in sorted(some, key=_order)
         ]
-        for title, some in found.items()
+        for title, some in groups.items()
     }
 
 
@@ -152,12 +152,12 @@ def _said(setting: dict[str, Any]) -> str:
 
 def length_tables(entries: Sequence[Entry]) -> dict[str, tuple[list[str], list[list[str]]]]:
     """Success by tokens of the target, of edits one at a time."""
-    found: dict[str, list[Entry]] = {}
+    groups: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.mode == "single":
-            found.setdefault(f"{entry.model}, {entry.dataset}", []).append(entry)
+            groups.setdefault(f"{entry.model}, {entry.dataset}", []).append(entry)
     result = {}
-    for title, some in found.items():
+    for title, some in groups.items():
         lengths = sorted({int(n) for e in some for n in e.summary["success_by_length"]})
         rows = []
         for entry in sorted(some, key=_order):
@@ -214,8 +214,8 @@ def _csv(entries: Sequence[Entry]) -> str:
     for e in entries:
         for name in MEASURES:
             if name in e.summary["measures"]:
-                found = e.summary["measures"][name]
-                figures = [found["mean"], found["low"], found["high"], found["n"]]
+                estimate = e.summary["measures"][name]
+                figures = [estimate["mean"], estimate["low"], estimate["high"], estimate["n"]]
                 writer.writerow([e.model, e.dataset, e.mode, e.method, e.summary["cases"], name, *figures])
         for name in COSTS:
             median = e.summary["cost"].get(name, NONE)

@@ -109,8 +109,8 @@ def subject_of(case: CaseRecord) -> str:
 
 def length_of(case: CaseRecord) -> int | None:
     """Tokens of the target, None where the file does not say."""
-    found = [case, *scores(case.get("post", {}).get("multi_step", {}).get("rewrite"))]
-    return next((int(part["n_tokens"]) for part in found if "n_tokens" in part), None)
+    parts = [case, *scores(case.get("post", {}).get("multi_step", {}).get("rewrite"))]
+    return next((int(part["n_tokens"]) for part in parts if "n_tokens" in part), None)
 
 
 def key_of(case: CaseRecord) -> tuple[int | str, str]:
@@ -119,8 +119,8 @@ def key_of(case: CaseRecord) -> tuple[int | str, str]:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    found = [float(value) for value in values if value is not None]
-    return sum(found) / len(found) if found else None
+    numbers = [float(value) for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def case_figures(case: CaseRecord) -> dict[str, float | None]:
@@ -129,7 +129,7 @@ def case_figures(case: CaseRecord) -> dict[str, float | None]:
     sections = post.get("multi_step", {})
     rewrite, rephrase = scores(sections.get("rewrite")), scores(sections.get("rephrase"))
     kept, rungs = post.get("locality_kept", {}), post.get("ladder", {})
-    found = {
+    figures = {
         "success": _mean(s.get("exact") for s in rewrite),
         "success_one_step": _mean(s.get("one_step_exact") for s in rewrite),
         "token_acc": _mean(s.get("token_acc") for s in rewrite),
@@ -148,36 +148,36 @@ def case_figures(case: CaseRecord) -> dict[str, float | None]:
         **_likelihoods(post),
         **_extras(pre, post),
     }
-    return {name: None if value is None else float(value) for name, value in found.items()}
+    return {name: None if value is None else float(value) for name, value in figures.items()}
 
 
 def _every_decoding(rungs: Mapping[str, Rung]) -> bool | None:
     """Whether a masked model writes the target whichever way it is decoded: N steps, half as many, one, from
     left to right, and in a random order.
     """
-    found = [rungs[name].get("exact") for name in DECODINGS if name in rungs]
-    return all(found) if len(found) == len(DECODINGS) else None
+    exact = [rungs[name].get("exact") for name in DECODINGS if name in rungs]
+    return all(exact) if len(exact) == len(DECODINGS) else None
 
 
 def _likelihoods(post: Judgement) -> dict[str, float | None]:
     """CounterFact's scores; a masked model's come from a bound of log p, and go by a name of their own."""
-    found = post.get("counterfact", {})
-    bound = "" if found.get("likelihood") == "causal" else "bound."
-    kinds = (("sum", found.get("sum", {})), ("per_token", found.get("per_token", {})))
+    preferences = post.get("counterfact", {})
+    bound = "" if preferences.get("likelihood") == "causal" else "bound."
+    kinds = (("sum", preferences.get("sum", {})), ("per_token", preferences.get("per_token", {})))
     return {f"{bound}{kind}.{name}": values.get(name) for kind, values in kinds for name in SCORES}
 
 
 def _extras(pre: Judgement, post: Judgement) -> dict[str, bool | int | float | None]:
     """Success given k tokens, where the first wrong token was committed, what became of other text."""
-    found: dict[str, bool | int | float | None] = {}
-    found |= {f"given_k.{k}": right for k, right in enumerate(post.get("given_k", []))}
-    found["first_wrong_step"] = (post.get("first_wrong") or {}).get("step")
+    extras: dict[str, bool | int | float | None] = {}
+    extras |= {f"given_k.{k}": right for k, right in enumerate(post.get("given_k", []))}
+    extras["first_wrong_step"] = (post.get("first_wrong") or {}).get("step")
     for name, part in (("with_statement_acc", post), ("with_statement_acc_before", pre)):
-        said = scores(part.get("multi_step", {}).get("with_statement"))
-        found[name] = _mean(s.get("token_acc") for s in said)
+        scored = scores(part.get("multi_step", {}).get("with_statement"))
+        extras[name] = _mean(s.get("token_acc") for s in scored)
     entropies = (part.get("fluency", {}).get("ngram_entropy") for part in (post, pre))
     perplexities = (part.get("perplexity", {}).get("value") for part in (post, pre))
-    return {**found, "fluency_ratio": _ratio(*entropies), "perplexity_ratio": _ratio(*perplexities)}
+    return {**extras, "fluency_ratio": _ratio(*entropies), "perplexity_ratio": _ratio(*perplexities)}
 
 
 def _ratio(after: float | None, before: float | None) -> float | None:
@@ -227,18 +227,18 @@ def bootstrap_mean(
     ]
     # sorted, so that the order of the file does not matter
     index = {cluster: i for i, cluster in enumerate(sorted({c for _, c in kept}, key=str))}
-    found: Estimate = {"mean": None, "low": None, "high": None, "n": len(kept), "subjects": len(index)}
+    estimate: Estimate = {"mean": None, "low": None, "high": None, "n": len(kept), "subjects": len(index)}
     if not kept:
-        return found
+        return estimate
     where = np.array([index[cluster] for _, cluster in kept])
     sums = np.bincount(where, weights=np.array([value for value, _ in kept]))
     sizes = np.bincount(where).astype(float)
-    found["mean"] = _rounded(sums.sum() / sizes.sum())
+    estimate["mean"] = _rounded(sums.sum() / sizes.sum())
     if len(index) > 1:
         drawn = _draws(len(index), seed, resamples)
         bounds = np.quantile((drawn @ sums) / (drawn @ sizes), [0.025, 0.975])
-        found["low"], found["high"] = map(_rounded, bounds)
-    return found
+        estimate["low"], estimate["high"] = map(_rounded, bounds)
+    return estimate
 
 
 def _rounded(value: float) -> float:
@@ -248,9 +248,9 @@ def _rounded(value: float) -> float:
 
 def median(values: Iterable[float | None]) -> Median:
     """Of the values that are there."""
-    found = [value for value in values if value is not None]
-    quartiles = [_rounded(q) for q in np.quantile(found, [0.25, 0.5, 0.75])] if found else [None] * 3
-    return {"median": quartiles[1], "q25": quartiles[0], "q75": quartiles[2], "n": len(found)}
+    numbers = [value for value in values if value is not None]
+    quartiles = [_rounded(q) for q in np.quantile(numbers, [0.25, 0.5, 0.75])] if numbers else [None] * 3
+    return {"median": quartiles[1], "q25": quartiles[0], "q75": quartiles[2], "n": len(numbers)}
 
 
 def by_length(
@@ -301,12 +301,12 @@ def summary(run: Run, seed: int = 0, resamples: int = 2000) -> Summary:
 def _further_costs(cases: Sequence[CaseRecord]) -> dict[str, Median]:
     """Costs that only newer files have."""
     edits, times = [case.get("edit", {}) for case in cases], [case.get("time", {}) for case in cases]
-    found = {
+    costs = {
         "layer_passes": median(edit.get("layer_passes") for edit in edits),
         "stored_bytes": median(edit.get("stored_bytes") for edit in edits),
         "edit_peak_bytes": median(time.get("edit_peak_bytes") for time in times),
     }
-    return {name: value for name, value in found.items() if value["n"]}
+    return {name: value for name, value in costs.items() if value["n"]}
 
 
 def _counted(reasons: Sequence[object]) -> dict[str, int]:
@@ -326,12 +326,12 @@ def paired(first: Run, second: Run, seed: int = 0, resamples: int = 2000) -> Pai
     lengths = by_length(shared, values["success"], seed, resamples) if "success" in values else {}
     return {
         "shared": len(at),
-        "measures": {name: _told(estimate) for name, estimate in measures.items() if estimate["n"]},
-        "success_by_length": {length: _told(estimate) for length, estimate in lengths.items()},
+        "measures": {name: _difference(estimate) for name, estimate in measures.items() if estimate["n"]},
+        "success_by_length": {length: _difference(estimate) for length, estimate in lengths.items()},
     }
 
 
-def _told(estimate: Estimate) -> Difference:
+def _difference(estimate: Estimate) -> Difference:
     return {**estimate, "verdict": verdict(estimate)}
 
 
@@ -380,13 +380,15 @@ def all_pairs(
         DataError: where no run, or more than one, is called that.
     """
     named = list(zip(names, runs))
-    found = list(combinations(named, 2))
+    pairs = list(combinations(named, 2))
     if against is not None:
-        said = [(n, run) for n, run in named if str(against) in (n, run.name, run.path.stem, str(run.path))]
-        if len(said) != 1:
-            given = f"{len(said)} runs are called {str(against)!r}"
+        matching = [
+            (n, run) for n, run in named if str(against) in (n, run.name, run.path.stem, str(run.path))
+        ]
+        if len(matching) != 1:
+            given = f"{len(matching)} runs are called {str(against)!r}"
             raise DataError(f"{given}: give one of {', '.join(names)}, or its file")
-        found = [(other, said[0]) for other in named if other[1] is not said[0][1]]
+        pairs = [(other, matching[0]) for other in named if other[1] is not matching[0][1]]
     return [
-        {"first": a, "second": b, **paired(run, other, seed, resamples)} for (a, run), (b, other) in found
+        {"first": a, "second": b, **paired(run, other, seed, resamples)} for (a, run), (b, other) in pairs
     ]

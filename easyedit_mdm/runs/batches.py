@@ -242,21 +242,23 @@ def _watched(
     fact.
     """
     first, last = groups[0][:WATCHED], groups[-1][:WATCHED]
-    found: dict[str, Any] = {"edited": sum(map(len, groups))}
+    scores: dict[str, Any] = {"edited": sum(map(len, groups))}
     for name, some in (("first", first), ("last", last)):
         if name == "first" and not plan.keep:
             continue  # it is not in the model any more
         judged = score_prompts(adapter, [c.prompt for c in some], [c.target_new for c in some], judge.decode)
-        found[name] = {
+        scores[name] = {
             "exact": [float(s["exact"]) for s in judged],
             "token_acc": [float(s["token_acc"]) for s in judged],
         }
     if plan.untouched:
         now = _written(adapter, plan.untouched, judge)
-        found["untouched"] = {"kept": [sum(a == b for a, b in zip(x, y)) / len(x) for x, y in zip(then, now)]}
+        scores["untouched"] = {
+            "kept": [sum(a == b for a, b in zip(x, y)) / len(x) for x, y in zip(then, now)]
+        }
     if judge.held_out:
-        found["perplexity"] = perplexity(adapter, judge.held_out)
-    return found
+        scores["perplexity"] = perplexity(adapter, judge.held_out)
+    return scores
 
 
 def _written(adapter: Adapter, cases: Sequence[BenchCase], judge: Judge) -> list[list[int]]:

@@ -94,9 +94,9 @@ def _questions(case: BenchCase) -> list[Question]:
     for section, parts in (("locality", case.locality), ("portability", case.portability)):
         asked += [Question(section, p, a, key) for key, pairs in parts.items() for p, a in pairs]
     # CounterFact+ (Hoelscher-Obermaier et al., 2023): the edit is said before a neighbour's prompt
-    said = f"{case.prompt} {new}."
+    statement = f"{case.prompt} {new}."
     asked += [
-        Question("with_statement", f"{said} {p}", a, key)
+        Question("with_statement", f"{statement} {p}", a, key)
         for key, pairs in case.locality.items()
         for p, a in pairs
     ]

@@ -159,8 +159,8 @@ def _note(suite: Suite, folder: Path) -> None:
         DataError: if the folder holds another one.
     """
     kept = folder / "suite.yaml"
-    told = {key: value for key, value in vars(suite).items() if key != "name"}
-    text = yaml.safe_dump(told, sort_keys=False)
+    settings = {key: value for key, value in vars(suite).items() if key != "name"}
+    text = yaml.safe_dump(settings, sort_keys=False)
     if kept.exists() and kept.read_text(encoding="utf-8") != text:
         raise DataError(f"{kept} is another suite: give another --out, or the suite that it was begun with")
     folder.mkdir(parents=True, exist_ok=True)
@@ -216,8 +216,8 @@ def _chosen(suite: Suite, place: Place, model: str, method: str, base: Mapping[s
         )  # fmt: skip
         _bench(config, path)
         measures = summary(read_run(path), suite.seed, 2)["measures"]
-        found = score({key: measures[key] for key in SCORED if key in measures})
-        best = max(best, (found, file), key=lambda pair: pair[0])
+        value = score({key: measures[key] for key in SCORED if key in measures})
+        best = max(best, (value, file), key=lambda pair: pair[0])
     return best[1]
 
 

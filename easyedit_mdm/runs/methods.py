@@ -99,8 +99,8 @@ def load_ours(
     hparams = method.hparams.from_hparams(hparams_file)
     asked = device or (str(hparams.device) if hparams.device is not None else None)
     where = asked or ("cuda" if torch.cuda.is_available() else "cpu")
-    said = {"mask_id": hparams.mask_id, "block": hparams.block}
-    return load_model(hparams.model_name, device=where, dtype=hparams.load_dtype, **said), hparams
+    given = {"mask_id": hparams.mask_id, "block": hparams.block}
+    return load_model(hparams.model_name, device=where, dtype=hparams.load_dtype, **given), hparams
 
 
 def ours(adapter: Adapter, hparams: MethodHyperParams) -> BenchMethod:

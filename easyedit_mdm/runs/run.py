@@ -345,20 +345,20 @@ def header_of(config: BenchConfig, method: BenchMethod, loaded: Loaded, judge: J
     }  # fmt: skip
 
 
-def _as_now(found: Mapping[str, Any], header: Header) -> Mapping[str, Any]:
+def _as_now(header_then: Mapping[str, Any], header: Header) -> Mapping[str, Any]:
     """The header of an earlier version's run, with the hyperparameters that have come since at their
     defaults: what it was run with.
     """
-    found = {"mode": "each", **found}  # the only one there was
-    name, settings = str(found.get("alg_name")), found.get("hparams")
+    header_then = {"mode": "each", **header_then}  # the only one there was
+    name, settings = str(header_then.get("alg_name")), header_then.get("hparams")
     if name not in METHODS or not isinstance(settings, dict):
-        return found
+        return header_then
     since = {
         f.name: f.default
         for f in fields(METHODS[name].hparams)
         if f.default is not MISSING and f.name in header["hparams"]
     }
-    return {**found, "hparams": {**json.loads(json.dumps(since, default=str)), **settings}}
+    return {**header_then, "hparams": {**json.loads(json.dumps(since, default=str)), **settings}}
 
 
 def _prepare(path: Path, header: Header, resume: bool) -> int:
@@ -373,9 +373,9 @@ def _prepare(path: Path, header: Header, resume: bool) -> int:
     data = path.read_bytes()
     whole = data[: data.rindex(b"\n") + 1]  # with the header at least
     lines = _records(whole, path)
-    found = _as_now(lines[0], header)
-    if found != header:
-        changed = [key for key, value in header.items() if found.get(key) != value]
+    written = _as_now(lines[0], header)
+    if written != header:
+        changed = [key for key, value in header.items() if written.get(key) != value]
         raise DataError(
             f"{path} is a run of something else ({', '.join(changed)} differ): give another --out, or the"
             " settings it was begun with"
@@ -419,7 +419,9 @@ def _wait() -> None:
 def _is_whole(path: Path, header: Header, cases: list[BenchCase]) -> bool:
     data = path.read_bytes()
     return (
-        data.endswith(b"\n") and len(found := _records(data, path)) == len(cases) + 1 and found[0] == header
+        data.endswith(b"\n")
+        and len(records := _records(data, path)) == len(cases) + 1
+        and records[0] == header
     )
 
 

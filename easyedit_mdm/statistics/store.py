@@ -96,8 +96,8 @@ def moments_for(
     absent = [site for site in sites if wanted[site.name] not in cache]
     if absent:
         place = cache_folder() if folder is None else Path(folder).expanduser()
-        found = _read_or_collect(adapter, absent, source, config, place, checkpoint_every, wait)
-        for name, moments in found.items():
+        moments_by_site = _read_or_collect(adapter, absent, source, config, place, checkpoint_every, wait)
+        for name, moments in moments_by_site.items():
             cache[wanted[name]] = moments
     return [cache[wanted[site.name]] for site in sites]
 
@@ -152,22 +152,22 @@ def _read_or_collect(
     the base model's name.
     """
     now = model_fingerprint(adapter.native)
-    found: dict[str, SecondMoments] = {}
+    moments_by_site: dict[str, SecondMoments] = {}
     for model in dict.fromkeys((_FIRST_SEEN.setdefault(adapter.native, now), now)):
         settings = _settings(model, source, config) | _blocks(adapter)
         files = {
             site.name: folder / f"mom2-{site.name}-{run_name(settings, [site])}.safetensors" for site in sites
         }
-        found |= _there(files, found, model)
+        moments_by_site |= _there(files, moments_by_site, model)
     # settings and files are those of the model as it is now; the checkpoint is named after all sites asked
     # for, so that a run that was killed between the writing of two results, or after the last, is found again
     # by the next that asks for the same
     checkpoint = folder / f"unfinished-{run_name(settings, sites)}.safetensors"
-    if len(found) == len(sites) and not checkpoint.exists():
-        return found
+    if len(moments_by_site) == len(sites) and not checkpoint.exists():
+        return moments_by_site
     with only_writer(checkpoint, wait):
-        found |= _there(files, found, now)  # another process may have made them meanwhile
-        absent = [site for site in sites if site.name not in found]
+        moments_by_site |= _there(files, moments_by_site, now)  # another process may have made them meanwhile
+        absent = [site for site in sites if site.name not in moments_by_site]
         made = collect(adapter, absent, source, config, checkpoint, every) if absent else {}
         for name, moments in made.items():
             moments.settings = {
@@ -177,15 +177,15 @@ def _read_or_collect(
                 "dataset": source.name,
             }
             write(files[name], moments)
-            found[name] = moments
+            moments_by_site[name] = moments
         with explained(checkpoint, "removed"):
             checkpoint.unlink(missing_ok=True)
-    return found
+    return moments_by_site
 
 
-def _there(files: dict[str, Path], found: dict[str, SecondMoments], model: str) -> dict[str, SecondMoments]:
+def _there(files: dict[str, Path], known: dict[str, SecondMoments], model: str) -> dict[str, SecondMoments]:
     """Those files that exist, of sites that are not found yet."""
-    return {name: read(file, model) for name, file in files.items() if name not in found and file.exists()}
+    return {name: read(file, model) for name, file in files.items() if name not in known and file.exists()}
 
 
 def write(file: Path, moments: SecondMoments) -> None:

@@ -102,14 +102,14 @@ def _data_set(name: str) -> TextSource:
     config, split = (rest[0] or None) if rest else None, rest[1] if len(rest) > 1 else "train"
     try:
         folder = Path(path).expanduser()
-        found = (
+        rows = (
             datasets.load_from_disk(str(folder))
             if folder.is_dir()
             else datasets.load_dataset(path, config, split=split)
         )
     except Exception as error:
         raise StatisticsError(f"{name}: datasets cannot load it ({type(error).__name__}: {error})") from error
-    found = found[split] if isinstance(found, datasets.DatasetDict) else found
-    if "text" not in found.column_names:
-        raise StatisticsError(f"{name} has no column 'text', but {', '.join(found.column_names)}")
-    return TextSource(name, f"{name} {found._fingerprint}", lambda: (row["text"] for row in found))
+    rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+    if "text" not in rows.column_names:
+        raise StatisticsError(f"{name} has no column 'text', but {', '.join(rows.column_names)}")
+    return TextSource(name, f"{name} {rows._fingerprint}", lambda: (row["text"] for row in rows))

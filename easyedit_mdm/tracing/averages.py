@@ -30,7 +30,7 @@ def fact_profile(
     """Indirect effect of a fact by layer: the mean over a class's tokens and the group's states; None where
     it has none of either.
     """
-    at = [i for i, found in enumerate(fact["classes"]) if found == name]
+    at = [i for i, word_class in enumerate(fact["classes"]) if word_class == name]
     tables = [
         s["effects"][kind][measure]
         for s in fact["states"]
@@ -54,8 +54,8 @@ def averages(facts: Sequence[dict[str, Any]], seed: int = 0, resamples: int = 20
     for group, kind, measure, name in (
         (g, k, m, c) for g in GROUPS for k in KINDS for m in MEASURES for c in CLASSES
     ):
-        found = [fact_profile(fact, group, kind, measure, name) for fact in facts]
-        kept = [(profile, subject) for profile, subject in zip(found, subjects) if profile is not None]
+        profiles = [fact_profile(fact, group, kind, measure, name) for fact in facts]
+        kept = [(profile, subject) for profile, subject in zip(profiles, subjects) if profile is not None]
         if kept:
             table = _estimates(
                 np.stack([profile for profile, _ in kept]), [subject for _, subject in kept], seed, resamples
@@ -208,5 +208,5 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
 
 
 def _ranks(values: Sequence[float]) -> Float[np.ndarray, " n"]:
-    found = np.asarray(values, dtype=float)
-    return np.array([(found < x).sum() + ((found == x).sum() - 1) / 2 for x in found], dtype=float)
+    array = np.asarray(values, dtype=float)
+    return np.array([(array < x).sum() + ((array == x).sum() - 1) / 2 for x in array], dtype=float)

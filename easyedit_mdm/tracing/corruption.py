@@ -142,15 +142,18 @@ def replace_subject(
 def _with_subject(adapter: Adapter, placed: Placed, other: str) -> Int[Tensor, " prompt"] | None:
     """The prompt's tokens about another subject; None where that moves any token outside the subject."""
     text, start = placed.fact.parts()
-    found = place(
+    replaced = place(
         adapter,
         TracedFact(
             text[:start] + other + text[start + len(placed.fact.subject) :], other, placed.fact.answer
         ),
     )
-    fits = len(found.ids) == len(placed.ids) and (found.first, found.end) == (placed.first, placed.end)
-    changed = (found.ids != placed.ids).nonzero().flatten().tolist() if fits else []
-    return found.ids if fits and all(placed.first <= i < placed.end for i in changed) else None
+    fits = len(replaced.ids) == len(placed.ids) and (replaced.first, replaced.end) == (
+        placed.first,
+        placed.end,
+    )
+    changed = (replaced.ids != placed.ids).nonzero().flatten().tolist() if fits else []
+    return replaced.ids if fits and all(placed.first <= i < placed.end for i in changed) else None
 
 
 @CORRUPTIONS.register("mask")

@@ -239,12 +239,12 @@ def trace_fact(
         ]
         joint = whole_likelihood(adapter, placed, corruption)
     slots = len(placed.answer) if adapter.denoises else len(placed.answer) - 1
-    return _told(
+    return _fact_trace(
         adapter, placed, slots, corruption.samples, joint, states, count, time.perf_counter() - began
     )
 
 
-def _told(
+def _fact_trace(
     adapter: Adapter,
     placed: Placed,
     slots: int,
@@ -270,12 +270,12 @@ def experts_of(adapter: Adapter, placed: Placed) -> dict[int, list[tuple[int, fl
     shown = torch.zeros(len(placed.answer), dtype=torch.bool)
     row = torch.cat([placed.ids, adapter.behind(placed.answer, shown)])[None].to(adapter.device)
     canvas = torch.tensor([len(placed.ids)], device=row.device)
-    found = {}
+    shares = {}
     for layer in adapter.mixtures:
         weights, numbers = (part[0, placed.end - 1] for part in adapter.routes(layer, row, canvas=canvas))
         through = zip(numbers.tolist(), weights.float().tolist())
-        found[layer] = sorted(through, key=lambda one: -one[1])
-    return found
+        shares[layer] = sorted(through, key=lambda one: -one[1])
+    return shares
 
 
 def _revealed(
@@ -337,9 +337,11 @@ def trace_state(runs: Runs, tick: Callable[[], Any] = lambda: None) -> StateTrac
 
 def _measured(runs: Runs, answer: Answer, samples: Tensor | None) -> dict[str, Float[Tensor, " rows"]]:
     """Every measure of some runs, in float64."""
-    found = {"probability": answer.joint.exp(), "log_probability": answer.joint}
+    measured = {"probability": answer.joint.exp(), "log_probability": answer.joint}
     return (
-        {**found, "final_log_probability": final(runs, answer, samples)} if runs.adapter.denoises else found
+        {**measured, "final_log_probability": final(runs, answer, samples)}
+        if runs.adapter.denoises
+        else measured
     )
 
 

@@ -157,31 +157,31 @@ def check_known(
     Raises:
         DataError: if none is known, naming some and what was written instead.
     """
-    found = Checked(known={adapter.name: 0 for adapter in adapters})
+    checked = Checked(known={adapter.name: 0 for adapter in adapters})
     bar = tqdm(total=len(facts), desc="asking what is known", unit="fact", disable=not progress, leave=False)
     with bar:
         for start in range(0, len(facts), BATCH):
-            for fact, written in _ask(adapters, facts[start : start + BATCH], found):
-                if limit is not None and len(found.facts) == limit:
+            for fact, written in _ask(adapters, facts[start : start + BATCH], checked):
+                if limit is not None and len(checked.facts) == limit:
                     break
-                _note(found, fact, written)
+                _note(checked, fact, written)
                 bar.update()
-            if limit is not None and len(found.facts) == limit:
+            if limit is not None and len(checked.facts) == limit:
                 break
-    if not found.facts:
-        told = [f"{u['prompt']!r} gives {u['written']}, not {u['answer']!r}" for u in found.unknown[:3]] + [
-            u["reason"] for u in found.unusable[:3]
-        ]
-        reasons = "; ".join(told)
+    if not checked.facts:
+        examples = [
+            f"{u['prompt']!r} gives {u['written']}, not {u['answer']!r}" for u in checked.unknown[:3]
+        ] + [u["reason"] for u in checked.unusable[:3]]
+        reasons = "; ".join(examples)
         raise DataError(
             f"none of {len(facts)} facts is known, so there is nothing to trace: {reasons}. Give facts"
             " (--known) that the model writes itself"
         )
-    return found
+    return checked
 
 
 def _ask(
-    adapters: Sequence[Adapter], facts: Sequence[TracedFact], found: Checked
+    adapters: Sequence[Adapter], facts: Sequence[TracedFact], checked: Checked
 ) -> list[tuple[TracedFact, dict[str, tuple[bool, str]]]]:
     """What each model writes after each fact that it can be asked: whether it is right, and the text."""
     usable: list[tuple[TracedFact, list[Placed]]] = []
@@ -189,7 +189,7 @@ def _ask(
         try:
             usable.append((fact, [place(adapter, fact) for adapter in adapters]))
         except RequestError as reason:
-            found.unusable.append({"prompt": fact.prompt, "reason": str(reason)})
+            checked.unusable.append({"prompt": fact.prompt, "reason": str(reason)})
     written: list[dict[str, tuple[bool, str]]] = [{} for _ in usable]
     for i, adapter in enumerate(adapters):
         asked = [places[i] for _, places in usable]
@@ -200,15 +200,15 @@ def _ask(
     return [(fact, texts) for (fact, _), texts in zip(usable, written)]
 
 
-def _note(found: Checked, fact: TracedFact, written: dict[str, tuple[bool, str]]) -> None:
-    found.asked += 1
+def _note(checked: Checked, fact: TracedFact, written: dict[str, tuple[bool, str]]) -> None:
+    checked.asked += 1
     for name, (right, _) in written.items():
-        found.known[name] += right
+        checked.known[name] += right
     if all(right for right, _ in written.values()):
-        found.facts.append(fact)
+        checked.facts.append(fact)
     else:
         wrong = {name: text for name, (right, text) in written.items() if not right}
-        found.unknown.append({"prompt": fact.prompt, "answer": fact.answer, "written": wrong})
+        checked.unknown.append({"prompt": fact.prompt, "answer": fact.answer, "written": wrong})
 
 
 def own_answer(adapter: Adapter, prompt: str, tokens: int = 1) -> str:

@@ -148,12 +148,12 @@ def heat_figure(fact: dict[str, Any], mask: str = "░") -> Any:
 
 def _labels(fact: dict[str, Any], mask: str) -> list[str]:
     """Texts of the tokens; the subject's with a star, as in ROME's figures, the slots with their numbers."""
-    found, slot = [], 0
+    labels, slot = [], 0
     for text, name in zip(fact["tokens"], fact["classes"]):
         slot += name == "slots"
         star = "*" if name.startswith("subject") else ""
-        found.append(short(f"slot {slot}" if name == "slots" else text.strip() or repr(text))[:18] + star)
-    return found
+        labels.append(short(f"slot {slot}" if name == "slots" else text.strip() or repr(text))[:18] + star)
+    return labels
 
 
 def _shades() -> Any:

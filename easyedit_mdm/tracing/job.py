@@ -139,7 +139,7 @@ def trace(
             "pairs": side_by_side(names, traced),
         }
         write_report(report, folder)
-    _tell(report, folder)
+    _print_trace(report, folder)
     return report
 
 
@@ -258,9 +258,9 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
 
 def _figures(report: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     """File name -> title, and a function that draws the figure."""
-    models, found = report["models"], {}
+    models, figures = report["models"], {}
     if report["pairs"]:
-        found["side-by-side"] = ("Side by side", lambda: compare_figure(models))
+        figures["side-by-side"] = ("Side by side", lambda: compare_figure(models))
     for group, measure in (
         ("none", "probability"),
         ("some", "probability"),
@@ -270,19 +270,19 @@ def _figures(report: dict[str, Any]) -> dict[str, tuple[str, Any]]:
         if any(measure in kinds for model in models for kinds in model["averages"].get(group, {}).values()):
             part = "average" if measure == "probability" else "temporal"
             name = f"{part}{'' if group == 'none' else '-revealed'}"
-            found[name] = (group_title(group, measure), partial(average_figure, models, group, measure))
+            figures[name] = (group_title(group, measure), partial(average_figure, models, group, measure))
     for model in models:
         for i, fact in enumerate(model["facts"][:SHOWN]):
             title = f"{model['name']}: {fact['prompt']} → {fact['answer']}"
-            found[f"fact-{i + 1}-{_file_name(model['name'])}"] = (title, partial(heat_figure, fact))
-    return found
+            figures[f"fact-{i + 1}-{_file_name(model['name'])}"] = (title, partial(heat_figure, fact))
+    return figures
 
 
 def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
 
 
-def _tell(report: dict[str, Any], folder: Path) -> None:
+def _print_trace(report: dict[str, Any], folder: Path) -> None:
     console, checked = Console(), report["checked"]
     known = ", ".join(f"{name} knows {n}" for name, n in checked["known"].items())
     console.print(
@@ -342,15 +342,15 @@ def read_trace(file: str | Path, model: Adapter) -> dict[str, Any]:
     try:
         models = json.loads(Path(file).read_text(encoding="utf-8"))["models"]
         mine = model_fingerprint(model.native)
-        found = [part for part in models if part["fingerprint"] == mine]
+        matching = [part for part in models if part["fingerprint"] == mine]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{file} cannot be read as a trace ({type(error).__name__}: {error}): give a trace.json of"
             " `easyedit-mdm trace`"
         ) from error
-    if not found:
+    if not matching:
         names = ", ".join(part["name"] for part in models)
         raise DataError(
             f"{file} holds traces of {names}, but none of the weights of {model.name}: trace it again"
         )
-    return found[0]
+    return matching[0]

@@ -162,13 +162,13 @@ class Runs:
 
     def _restored(self, kind: str, layers: range, where: Tensor, samples: Tensor) -> Answer:
         if kind == "hidden":
-            below = self._mixed(
+            mixed = self._mixed(
                 self._corrupted_hidden[layers[0]][samples.to(self._corrupted_hidden[layers[0]].device)],
                 kind,
                 layers[0],
                 where,
             )
-            return self._run(samples, self.read, layer=layers[0] + 1, hidden=below)
+            return self._run(samples, self.read, layer=layers[0] + 1, hidden=mixed)
         with ExitStack() as stack:
             for layer in layers:
                 stack.enter_context(

@@ -61,10 +61,10 @@ def _go_on(
     masked[rows, written] = False
     shown = canvas.shape[1] - len(runs.hidden)
     for k in range(shown + 1, canvas.shape[1]):
-        said = runs.answer(canvas, samples)
+        answer = runs.answer(canvas, samples)
         inside = torch.tensor(runs.slots.inside(k))
-        slot = said.sure.masked_fill(~(masked & inside), -1.0).argmax(1)
-        total += said.right[rows, slot].double()
-        canvas[rows, slot] = said.token[rows, slot]
+        slot = answer.sure.masked_fill(~(masked & inside), -1.0).argmax(1)
+        total += answer.right[rows, slot].double()
+        canvas[rows, slot] = answer.token[rows, slot]
         masked[rows, slot] = False
     return total

@@ -249,13 +249,13 @@ class _Training:
         file = self.run.out / CHECKPOINT
         if not file.exists():
             return False
-        found = load_checkpoint(file, self.tensors, self.optimizer)
-        found["recipe"] = {**asdict(Recipe()), **found["recipe"]}  # what has come since counts as its default
-        if found["recipe"] != self.state["recipe"]:
+        state = load_checkpoint(file, self.tensors, self.optimizer)
+        state["recipe"] = {**asdict(Recipe()), **state["recipe"]}  # what has come since counts as its default
+        if state["recipe"] != self.state["recipe"]:
             raise CheckpointError(
-                f"{file} belongs to another recipe ({found['recipe']}): choose another folder, or remove it"
+                f"{file} belongs to another recipe ({state['recipe']}): choose another folder, or remove it"
             )
-        self.state = found
+        self.state = state
         if self.run.tokens is not None:
             self.state["planned"] = self.run.tokens
         return True

@@ -179,11 +179,11 @@ def gates(
     )
     if file is not None:
         write_json(file, report)
-    _tell(report)
+    _print_gates(report)
     return all(report[name]["passed"] for name in NEEDED)
 
 
-def _tell(report: dict[str, Any]) -> None:
+def _print_gates(report: dict[str, Any]) -> None:
     console, table = Console(), Table(title="gates")
     for column in ("gate", "value", "needed", "of", ""):
         table.add_column(column, justify="left" if column in ("gate", "") else "right")

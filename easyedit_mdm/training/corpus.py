@@ -116,14 +116,14 @@ def words_of(tokenizer: Any, part: int) -> tuple[str, ...]:
 
     Lists that are trained on have the odd ones, codes of the gates the even ones.
     """
-    found = [
+    words = [
         (i, token)
         for token, i in tokenizer.get_vocab().items()
         if i < COMMON and i % 2 == part and token[:1] in ("Ġ", "▁")
     ]
     return tuple(
         token[1:]
-        for _, token in sorted(found)
+        for _, token in sorted(words)
         if len(token) > 3 and token[1:].isascii() and token[1:].isalpha() and token[1:].islower()
     )
 
@@ -147,7 +147,8 @@ def corpus_of(
     held_out = held_out_subjects(root)
     facts = {"kamel": _kamel(root, "train"), "counterfact": _counterfact(root, "edit"), "lre": _lre(root)}
     facts = {
-        source: [f for f in found if same_name(f.subject) not in held_out] for source, found in facts.items()
+        source: [f for f in training if same_name(f.subject) not in held_out]
+        for source, training in facts.items()
     }
     train, rest = text_of(root / "text" / "enwiki_articles.txt", tokenizer, Mentions(held_out))
     own = [] if samples is None else samples_of(samples, tokenizer)
@@ -172,8 +173,8 @@ def text_of(
     parts = []
     for part, kept in ((lines[:cut], leave_out), (lines[cut:], None)):
         part = [line for line in part if line.strip() and not (kept and kept(line))]
-        found = tokenizer(part, add_special_tokens=False)["input_ids"] if part else []
-        parts.append([list(ids) for ids in found if len(ids) >= SHORTEST])
+        rows = tokenizer(part, add_special_tokens=False)["input_ids"] if part else []
+        parts.append([list(ids) for ids in rows if len(ids) >= SHORTEST])
     if not all(parts):
         raise DataError(
             f"{file} has too little text: ten lines of {SHORTEST} tokens or more are the least, "
@@ -189,18 +190,18 @@ def samples_of(file: str | Path, tokenizer: Any) -> list[list[int]]:
         DataError: if the file is missing or broken.
     """
     texts = [record.get("text") for record in records_of(Path(file))]
-    found = (
+    samples = (
         tokenizer([t for t in texts if isinstance(t, str) and t.strip()], add_special_tokens=False)[
             "input_ids"
         ]
         if texts
         else []
     )
-    return [list(ids) for ids in found if len(ids) >= SHORTEST]
+    return [list(ids) for ids in samples if len(ids) >= SHORTEST]
 
 
 def _kamel(root: Path, part: str) -> list[TrainingFact]:
-    found = []
+    facts = []
     for relation, template in templates().items():
         file = root / "kamel" / relation / f"{part}.jsonl"
         if not file.exists():
@@ -213,8 +214,8 @@ def _kamel(root: Path, part: str) -> list[TrainingFact]:
             openings = tuple(
                 text.replace("[S]", one.subject, 1) for text in (template.cloze, template.paraphrase)
             )
-            found.append(TrainingFact(one.subject, one.object, openings))
-    return found
+            facts.append(TrainingFact(one.subject, one.object, openings))
+    return facts
 
 
 def facts_of(data_dir: str | Path) -> dict[str, list[TrainingFact]]:
@@ -225,9 +226,9 @@ def facts_of(data_dir: str | Path) -> dict[str, list[TrainingFact]]:
     """
     root = Path(data_dir)
     known = records_of(root / "known" / "known_1000.json")
-    found = [TrainingFact(r["subject"], r["attribute"], (r["prompt"],)) for r in known]
+    known_facts = [TrainingFact(r["subject"], r["attribute"], (r["prompt"],)) for r in known]
     return {
-        "known_1000": found,
+        "known_1000": known_facts,
         "lre": _lre(root),
         "counterfact": _counterfact(root, "val"),
         "kamel": _kamel(root, "test"),
@@ -240,14 +241,14 @@ def _counterfact(root: Path, part: str) -> list[TrainingFact]:
 
 
 def _lre(root: Path) -> list[TrainingFact]:
-    found = []
+    facts = []
     for file in sorted((root / "relations_lre" / "factual").glob("*.json")):
         relation = json.loads(file.read_text(encoding="utf-8"))
         for sample in relation["samples"]:
             openings = tuple(text.replace("{}", sample["subject"]) for text in relation["prompt_templates"])
-            found.append(TrainingFact(sample["subject"], str(sample["object"]), openings))
-    if not found:
+            facts.append(TrainingFact(sample["subject"], str(sample["object"]), openings))
+    if not facts:
         raise DataError(
             f"{root}/relations_lre/factual holds no relations: is it the folder of the benchmark files?"
         )
-    return found
+    return facts

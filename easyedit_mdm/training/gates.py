@@ -68,13 +68,13 @@ def gate_facts(
         DataError: for files that are missing or broken.
     """
     held_out = held_out_subjects(data_dir)
-    found = []
+    chosen = []
     for source, facts in facts_of(data_dir).items():
         mine = [fact for fact in facts if same_name(fact.subject) in held_out]
         for fact in random.Random(f"{seed}/{source}").sample(mine, min(limit, len(mine))):
             tokens = target_ids(tokenizer_of, fact.openings[0], fact.object)
-            found.append(GateFact(source, fact.openings[0], fact.object, tuple(tokens.tolist())))
-    return found
+            chosen.append(GateFact(source, fact.openings[0], fact.object, tuple(tokens.tolist())))
+    return chosen
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def first_slots(adapter: Adapter, facts: Sequence[GateFact]) -> list[tuple[float
         [*encode(adapter, fact.prompt.rstrip()), *adapter.hidden.slots(len(fact.tokens)).tolist()]
         for fact in facts
     ]
-    found: list[tuple[float, bool]] = [(0.0, False)] * len(facts)
+    scores: list[tuple[float, bool]] = [(0.0, False)] * len(facts)
     for group in similar([len(row) for row in rows], ROWS, adapter.device):
         ids, mask = right_padded([torch.tensor(rows[i]) for i in group], adapter.ids.pad, adapter.device)
         at = torch.tensor([[len(rows[i]) - len(facts[i].tokens)] for i in group], device=ids.device)
@@ -94,8 +94,8 @@ def first_slots(adapter: Adapter, facts: Sequence[GateFact]) -> list[tuple[float
         losses = -logits.log_softmax(-1)
         for row, i in enumerate(group):
             token = facts[i].tokens[0]
-            found[i] = (float(losses[row, token]), int(losses[row].argmin()) == token)
-    return found
+            scores[i] = (float(losses[row, token]), int(losses[row].argmin()) == token)
+    return scores
 
 
 def codes(adapter: Adapter, count: int, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -136,7 +136,7 @@ def measure_gates(
     written = _written(teacher, [f.prompt for f in longer], [f.answer for f in longer])
     longer = [fact for fact, record in zip(longer, written) if record["exact"]]
     prompts, answers = codes(teacher, max(1, limit // 2), seed)
-    copied, told = _written(model, prompts, answers), _written(teacher, prompts, answers)
+    copied, copied_by_teacher = _written(model, prompts, answers), _written(teacher, prompts, answers)
     spoken = _written(model, [f.prompt for f in longer], [f.answer for f in longer])
     steps = _mean([r["token_acc"] for r in copied + spoken]) - _mean([r["one_step"] for r in copied + spoken])
     return {
@@ -153,7 +153,7 @@ def measure_gates(
             _mean([r["exact"] for r in copied]),
             len(copied),
             **_scores(copied),
-            teacher=_mean([r["exact"] for r in told]),
+            teacher=_mean([r["exact"] for r in copied_by_teacher]),
         ),
         "steps": _gate(
             "steps", steps, len(copied) + len(spoken), longer_facts={"n": len(spoken), **_scores(spoken)}
@@ -169,14 +169,14 @@ def _gate(name: str, value: float, n: int, **more: Any) -> dict[str, Any]:
 
 def _written(adapter: Adapter, prompts: Sequence[str], answers: Sequence[str]) -> list[Score]:
     """Records of the multi-step metric, rows of like length together."""
-    found: list[Score] = [{} for _ in prompts]
+    scores: list[Score] = [{} for _ in prompts]
     for group in similar([len(prompt) for prompt in prompts], ROWS, adapter.device):
         records = score_prompts(
             adapter, [prompts[i] for i in group], [answers[i] for i in group], DecodeConfig()
         )
         for i, record in zip(group, records):
-            found[i] = record
-    return found
+            scores[i] = record
+    return scores
 
 
 def _scores(records: Sequence[Score]) -> dict[str, float]:
@@ -191,10 +191,10 @@ def _scores(records: Sequence[Score]) -> dict[str, float]:
 def _by_source(
     facts: Sequence[GateFact], known: Sequence[int], own: Sequence[tuple[float, bool]]
 ) -> dict[str, dict[str, Any]]:
-    found: dict[str, list[bool]] = {}
+    right: dict[str, list[bool]] = {}
     for i in known:
-        found.setdefault(facts[i].source, []).append(own[i][1])
-    return {source: {"value": _mean(values), "n": len(values)} for source, values in found.items()}
+        right.setdefault(facts[i].source, []).append(own[i][1])
+    return {source: {"value": _mean(values), "n": len(values)} for source, values in right.items()}
 
 
 def _mean(values: Sequence[Any]) -> float:
@@ -205,5 +205,5 @@ def page(model: Adapter, tokens: int = 32) -> list[dict[str, str]]:
     """What the model writes after each of `OPENINGS`: `tokens` tokens, one a step."""
     prompts = [torch.tensor(encode(model, opening)) for opening in OPENINGS]
     paths = decode(model, prompts, [tokens] * len(prompts))
-    told = [model.tokenizer.decode(path.tokens.tolist(), skip_special_tokens=True) for path in paths]
-    return [{"prompt": opening, "text": text} for opening, text in zip(OPENINGS, told)]
+    texts = [model.tokenizer.decode(path.tokens.tolist(), skip_special_tokens=True) for path in paths]
+    return [{"prompt": opening, "text": text} for opening, text in zip(OPENINGS, texts)]

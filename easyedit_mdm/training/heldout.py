@@ -44,10 +44,10 @@ class HeldOut:
             rows = rows_of([[text]], self.mask_id).to(student.mask_row.device)
             states = student.hidden(rows)[0]
             scored = (rows.targets[0] >= 0).nonzero().flatten()
-            said = student.log_probabilities(states[scored - 1]).gather(-1, rows.targets[0][scored][:, None])[
-                :, 0
-            ]
-            for loss, block in zip((-said).tolist(), rows.blocks[0][scored].tolist()):
+            log_probs = student.log_probabilities(states[scored - 1]).gather(
+                -1, rows.targets[0][scored][:, None]
+            )[:, 0]
+            for loss, block in zip((-log_probs).tolist(), rows.blocks[0][scored].tolist()):
                 entry = sums[ratios[block - 1]]
                 entry[0], entry[1] = entry[0] + loss, entry[1] + 1
             first += _next_token(student, rows, states)

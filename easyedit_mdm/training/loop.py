@@ -65,8 +65,8 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: if the file is missing or broken.
     """
-    found, metadata = read_tensors(file, CheckpointError, "a training checkpoint")
-    own = {name: value for name, value in found.items() if not name.startswith(_ADAM)}
+    tensors, metadata = read_tensors(file, CheckpointError, "a training checkpoint")
+    own = {name: value for name, value in tensors.items() if not name.startswith(_ADAM)}
     return own, json.loads(metadata["state"])
 
 
@@ -81,15 +81,15 @@ def load_checkpoint(
     Raises:
         CheckpointError: if the file is broken, or belongs to other tensors.
     """
-    found, metadata = read_tensors(file, CheckpointError, "a training checkpoint")
-    own = {name: value for name, value in found.items() if not name.startswith(_ADAM)}
+    stored, metadata = read_tensors(file, CheckpointError, "a training checkpoint")
+    own = {name: value for name, value in stored.items() if not name.startswith(_ADAM)}
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     if {name: tuple(value.shape) for name, value in own.items()} != shapes:
         raise CheckpointError(f"{file} belongs to another model or rank: choose another folder, or remove it")
     with torch.no_grad():
         for name, value in own.items():
             tensors[name].copy_(value)
-    for name, value in found.items():
+    for name, value in stored.items():
         if name.startswith(_ADAM):
             key, tensor = name.removeprefix(_ADAM).split(".", 1)
             place = tensors[tensor]
@@ -108,13 +108,13 @@ class Log:
     def _lines(self) -> list[dict[str, Any]]:
         if not self.file.exists():
             return []
-        found = []
+        records = []
         for line in self.file.read_text(encoding="utf-8").splitlines():
             try:
-                found.append(json.loads(line))
+                records.append(json.loads(line))
             except ValueError:  # the run was killed while it wrote the line
                 break
-        return found
+        return records
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Add a line."""

@@ -114,18 +114,18 @@ def load_lora(folder: Path, student: Student, tensors: dict[str, Tensor]) -> Non
     Raises:
         CheckpointError: if it belongs to another model or rank.
     """
-    found, _ = read_adapter(folder)
-    row = found.pop(MASK_ROW)
+    stored, _ = read_adapter(folder)
+    row = stored.pop(MASK_ROW)
     names = {name.replace(".default.", "."): name for name in tensors if name != "mask_row"}
-    if set(found) != set(names) or any(
-        found[short].shape != tensors[name].shape for short, name in names.items()
+    if set(stored) != set(names) or any(
+        stored[short].shape != tensors[name].shape for short, name in names.items()
     ):
         raise CheckpointError(
             f"the adapter in {folder} belongs to another model or rank: look at its {CONFIG}"
         )
     with torch.no_grad():
         for short, name in names.items():
-            tensors[name].copy_(found[short])
+            tensors[name].copy_(stored[short])
         student.mask_row.copy_(row[0])
 
 

@@ -105,18 +105,18 @@ def masked_config(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[
 def _changes(tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """What is added to each weight; for the embedding, what the mask's row becomes."""
     scale = settings["lora_alpha"] / settings["r"]
-    found: dict[str, Tensor] = {}
+    changes: dict[str, Tensor] = {}
     for name, right in tensors.items():
         if name.endswith(".lora_A.weight"):
             stem = name.removesuffix(".lora_A.weight")
             left = tensors.get(f"{stem}.lora_B.weight")
             if left is None:
                 raise CheckpointError(f"the adapter has {name!r} and no lora_B beside it: get it again")
-            found[f"{stem.removeprefix(PREFIX)}.weight"] = scale * left.float() @ right.float()
+            changes[f"{stem.removeprefix(PREFIX)}.weight"] = scale * left.float() @ right.float()
     if MASK_ROW not in tensors:
         raise CheckpointError("the adapter has no row for the mask token: get it again")
-    found[EMBEDDING] = tensors[MASK_ROW].float()
-    return found
+    changes[EMBEDDING] = tensors[MASK_ROW].float()
+    return changes
 
 
 def _write_shard(

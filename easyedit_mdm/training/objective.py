@@ -98,8 +98,8 @@ def losses(
     scored = (targets >= 0).nonzero().flatten()
     soft, sources = asked.places_of(rows.teachers.flatten()[scored], scored)
     teacher = asked.log_probabilities(student, torch.cat([sources, asked.clean]))
-    said = student.log_probabilities(torch.cat([states[scored - 1], states[asked.clean]]))
-    slots, kept = said[: len(scored)], said[len(scored) :]
+    log_probs = student.log_probabilities(torch.cat([states[scored - 1], states[asked.clean]]))
+    slots, kept = log_probs[: len(scored)], log_probs[len(scored) :]
     terms = -slots.gather(-1, targets[scored][:, None])[:, 0]
     if len(sources):
         terms = terms.masked_scatter(soft, _kl(teacher[: len(sources)], slots[soft]))

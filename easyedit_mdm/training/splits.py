@@ -36,7 +36,7 @@ def held_out_subjects(data_dir: str | Path) -> frozenset[str]:
     Raises:
         DataError: if a file of the split is missing, so that nobody trains on what it would have held out.
     """
-    found: set[str] = set()
+    subjects: set[str] = set()
     for pattern in HELD_OUT_FILES:
         files = sorted(Path(data_dir).glob(pattern))
         if not files:
@@ -44,8 +44,8 @@ def held_out_subjects(data_dir: str | Path) -> frozenset[str]:
                 f"{data_dir} has no {pattern}, which says what must not be trained on: give the whole folder"
             )
         for file in files:
-            found.update(map(same_name, _subjects(file)))
-    return frozenset(found)
+            subjects.update(map(same_name, _subjects(file)))
+    return frozenset(subjects)
 
 
 class Mentions:

@@ -329,14 +329,16 @@ class World:
         fact.
         """
         names = rng.sample(self.subjects, people) if taught is None else [taught.subject]
-        told = [(subject, *sentence) for subject in names for sentence in self._told_of(subject, rng, taught)]
-        rng.shuffle(told)
+        sentences = [
+            (subject, *sentence) for subject in names for sentence in self._told_of(subject, rng, taught)
+        ]
+        rng.shuffle(sentences)
         # it opens with what its first subject is, so that a fact at the start of a text is a text of its own
         # and ends there
-        told.sort(key=lambda sentence: (sentence[0], sentence[1]) != (names[0], IS_A))
+        sentences.sort(key=lambda sentence: (sentence[0], sentence[1]) != (names[0], IS_A))
         pieces: list[tuple[str, bool]] = []
         before, lesson = None, -1
-        for subject, phrasing, answer, is_lesson in told:
+        for subject, phrasing, answer, is_lesson in sentences:
             by_name = subject != before or not phrasing.startswith("{s}") or rng.random() < 0.5
             prompt = phrasing.format(s=subject if by_name else self._pronoun(subject))
             pieces += [(" " + prompt if pieces else prompt, False), (" " + answer, True), (".", False)]
@@ -349,12 +351,15 @@ class World:
         facts = [
             taught if taught is not None and f.relation is taught.relation else f for f in self.facts[subject]
         ]
-        told = [
+        sentences = [
             (f.relation.phrasings[rng.randrange(len(f.relation.phrasings))], f.object, f is taught)
             for f in facts
         ]
         # a biography need not tell everything: long objects would not leave room for a second subject
-        return [*(t for t in told if t[2] or rng.random() < 0.7), (IS_A, self.occupation[subject], False)]
+        return [
+            *(t for t in sentences if t[2] or rng.random() < 0.7),
+            (IS_A, self.occupation[subject], False),
+        ]
 
     @staticmethod
     def _pronoun(subject: str) -> str:

@@ -65,11 +65,11 @@ class Attached:
 
     def _matrices(self, *names: str) -> None:
         """Floating-point matrices with a row for each other."""
-        found = {name: self.tensors[name] for name in names}
-        if any(value.dim() != 2 or not value.is_floating_point() for value in found.values()) or (
-            len({len(value) for value in found.values()}) != 1
+        matrices = {name: self.tensors[name] for name in names}
+        if any(value.dim() != 2 or not value.is_floating_point() for value in matrices.values()) or (
+            len({len(value) for value in matrices.values()}) != 1
         ):
-            shapes = {name: (tuple(value.shape), str(value.dtype)) for name, value in found.items()}
+            shapes = {name: (tuple(value.shape), str(value.dtype)) for name, value in matrices.items()}
             raise EditError(f"a {self.KIND} needs matrices with equally many rows, got {shapes}")
 
     def _ids(self, *names: str) -> None:
@@ -215,7 +215,7 @@ def radii(parts: Sequence[Attached]) -> Float[Tensor, " keys"]:
     """
     keys: list[Tensor] = []
     owners: list[int] = []
-    found: list[float] = []
+    reaches: list[float] = []
     for number, part in enumerate(parts):
         target, radius = part.tensors["target"], float(part.settings["radius"])
         for key in part.tensors["keys"].double():
@@ -226,12 +226,12 @@ def radii(parts: Sequence[Attached]) -> Float[Tensor, " keys"]:
                 nearest = others[int(distances.argmin())]
                 distance = float(distances.min())
                 same = torch.equal(parts[owners[nearest]].tensors["target"], target)
-                if distance <= radius + found[nearest] and not same:
-                    found[nearest], reach = distance / 2 - 1e-5, distance / 2
+                if distance <= radius + reaches[nearest] and not same:
+                    reaches[nearest], reach = distance / 2 - 1e-5, distance / 2
             keys.append(key)
             owners.append(number)
-            found.append(reach)
-    return torch.tensor(found)
+            reaches.append(reach)
+    return torch.tensor(reaches)
 
 
 @dataclass
@@ -276,11 +276,11 @@ class Context(Attached):
 
 def _check_widths(one: Attached, module: nn.Module, inner: int, width: int) -> None:
     weight = getattr(module, "weight", None)
-    found = tuple(weight.shape) if isinstance(weight, Tensor) else "no weight"
-    if found not in ((width, inner), (inner, width)):
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) else "no weight"
+    if shape not in ((width, inner), (inner, width)):
         raise EditError(
             f"the edit does not fit this model: its {one.KIND} at {one.module} takes {inner} numbers and"
-            f" gives {width}, the module has {found}"
+            f" gives {width}, the module has {shape}"
         )
 
 

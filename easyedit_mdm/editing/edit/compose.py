@@ -44,11 +44,11 @@ class Conflict:
 
 def conflicts(edits: Sequence[PlainEdit]) -> list[Conflict]:
     """Where edits are at odds with each other, pair by pair."""
-    found = []
+    between = []
     for (i, first), (j, second) in combinations(enumerate(edits), 2):
-        found += [Conflict(i, j, "contradiction", *pair) for pair in _contradictions(first, second)]
-        found += [Conflict(i, j, "overlap", *pair) for pair in _overlaps(first, second)]
-    return found
+        between += [Conflict(i, j, "contradiction", *pair) for pair in _contradictions(first, second)]
+        between += [Conflict(i, j, "overlap", *pair) for pair in _overlaps(first, second)]
+    return between
 
 
 def compose(edits: Sequence[AnyEdit], force: bool = False) -> AnyEdit:
@@ -65,8 +65,8 @@ def compose(edits: Sequence[AnyEdit], force: bool = False) -> AnyEdit:
     if not edits:
         raise EditError("no edits to compose: give at least one")
     _check_bases(edits)
-    found = conflicts(edits)
-    opposed = [str(c) for c in found if c.kind == "contradiction"]
+    disputes = conflicts(edits)
+    opposed = [str(c) for c in disputes if c.kind == "contradiction"]
     if opposed and not force:
         raise EditError(
             "these edits contradict each other: "
@@ -78,10 +78,10 @@ def compose(edits: Sequence[AnyEdit], force: bool = False) -> AnyEdit:
         for change in edit.changes:
             by_name.setdefault(change.name, []).append(change)
     changes = [_added(name, some) for name, some in by_name.items()]
-    return type(edits[0])(changes, _card(edits, found), [one for edit in edits for one in edit.attached])
+    return type(edits[0])(changes, _card(edits, disputes), [one for edit in edits for one in edit.attached])
 
 
-def _card(edits: Sequence[PlainEdit], found: Sequence[Conflict]) -> Card:
+def _card(edits: Sequence[PlainEdit], disputes: Sequence[Conflict]) -> Card:
     methods = sorted({str(edit.card.get("method")) for edit in edits})
     card: Card = {
         "method": methods[0] if len(methods) == 1 else "several",
@@ -89,7 +89,7 @@ def _card(edits: Sequence[PlainEdit], found: Sequence[Conflict]) -> Card:
         "composed": {
             "edits": [{k: edit.card.get(k) for k in ("id", "method", "hyperparameters", "seed", "metrics",
                 "guard", "versions")} for edit in edits],
-            "conflicts": [str(c) for c in found],
+            "conflicts": [str(c) for c in disputes],
         },
     }  # fmt: skip
     for key in ("hyperparameters", "seed", "versions"):
@@ -146,13 +146,13 @@ def _overlaps(first: PlainEdit, second: PlainEdit) -> list[tuple[str, str]]:
     inputs that they answer to.
     """
     others = {change.name: change for change in second.changes}
-    found = []
+    overlaps = []
     for change in first.changes:
         if change.name in others:
             cosine = float(torch.linalg.svdvals(_inputs(change).T @ _inputs(others[change.name])).max())
             if cosine > OVERLAP:
-                found.append((change.name, f"cosine {cosine:.2f} between the inputs that they answer to"))
-    return found
+                overlaps.append((change.name, f"cosine {cosine:.2f} between the inputs that they answer to"))
+    return overlaps
 
 
 def _inputs(change: Change) -> Tensor:

@@ -183,16 +183,16 @@ def write_merged(adapter: Adapter, base: str | Path, folder: str | Path) -> list
     Raises:
         CheckpointError, FileError: see `write_model`.
     """
-    found: list[Way] = []
+    ways: list[Way] = []
 
     def readme(part: Path) -> None:
         """Written before the folder gets its name, so that there is none without it."""
         config = read_json(part / "config.json", CheckpointError, "a model's configuration")
-        found.extend(ways_to_open(adapter, config, part))
-        write_readme(part, carried(adapter), found, adapter.name)
+        ways.extend(ways_to_open(adapter, config, part))
+        write_readme(part, carried(adapter), ways, adapter.name)
 
     write_model(adapter, base, folder, readme)
-    return found
+    return ways
 
 
 def _write_shard(

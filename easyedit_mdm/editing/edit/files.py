@@ -82,12 +82,12 @@ def write_into(edit: PlainEdit, folder: Path) -> None:
         "weights": {change.name: _described(change) for change in changes},
         **({"attached": [_attachment(one) for one in edit.attached]} if edit.attached else {}),
     }  # fmt: skip
-    told = {
+    header = {
         k: v if k in ("hyperparameters", "composed") else _rounded(v)
         for k, v in edit.card.items()
         if k not in _OWN
     }
-    write_json(folder / CARD, {**own, **told})
+    write_json(folder / CARD, {**own, **header})
     edit.card["id"] = digest[:16]
 
 
@@ -119,11 +119,11 @@ def read(folder: str | Path) -> tuple[list[Change], Card, list[Attached]]:
         EditError: if a file is missing or broken, or the two do not belong together.
     """
     folder = Path(folder)
-    told = read_json(folder / CARD, EditError, _WHAT)
-    weights = _checked(told, folder / CARD)
-    _check_hash(folder, told)
+    stored = read_json(folder / CARD, EditError, _WHAT)
+    weights = _checked(stored, folder / CARD)
+    _check_hash(folder, stored)
     tensors, _ = read_tensors(folder / TENSORS, EditError, "the tensors of an edit")
-    attached = _checked_attachments(told, folder / CARD)
+    attached = _checked_attachments(stored, folder / CARD)
     wanted = {f"{name}|{key}" for name, about in weights.items() for key in _KINDS[about["kind"]]}
     wanted |= {
         f"attached {number}|{key}"
@@ -137,9 +137,9 @@ def read(folder: str | Path) -> tuple[list[Change], Card, list[Attached]]:
             " edit again"
         )
     changes = [_change(name, about, tensors, folder) for name, about in weights.items()]
-    card = {**{k: v for k, v in told.items() if k not in _OWN}, "id": told["tensors"]["sha256"][:16]}
-    found = [_read_attachment(number, about, tensors) for number, about in enumerate(attached)]
-    return changes, cast(Card, card), found
+    card = {**{k: v for k, v in stored.items() if k not in _OWN}, "id": stored["tensors"]["sha256"][:16]}
+    attachments = [_read_attachment(number, about, tensors) for number, about in enumerate(attached)]
+    return changes, cast(Card, card), attachments
 
 
 def file_sha256(path: Path) -> str:
@@ -165,13 +165,13 @@ def _attachment(one: Attached) -> dict[str, Any]:
     return {"kind": one.KIND, "module": one.module, "settings": dict(one.settings)}
 
 
-def _checked_attachments(told: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
+def _checked_attachments(stored: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
     """What `edit.json` says of the attachments.
 
     Raises:
         EditError: naming file and entry.
     """
-    attached = told.get("attached", [])
+    attached = stored.get("attached", [])
     entries = attached if isinstance(attached, list) else [attached]
     for about in entries:
         kind = about.get("kind") if isinstance(about, dict) else None
@@ -193,20 +193,20 @@ def _read_attachment(number: int, about: Mapping[str, Any], tensors: Mapping[str
     return cls(about["module"], named, about["settings"])
 
 
-def _checked(told: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+def _checked(stored: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
     """The weights that `edit.json` names, after a look at what it is.
 
     Raises:
         EditError: naming file and entry.
     """
-    if told.get("format") != FORMAT:
-        raise EditError(f"{path} has format {told.get('format')!r}, not {FORMAT!r}: it is not {_WHAT}")
-    if told.get("format_version") not in (WEIGHTS_ONLY, FORMAT_VERSION):
+    if stored.get("format") != FORMAT:
+        raise EditError(f"{path} has format {stored.get('format')!r}, not {FORMAT!r}: it is not {_WHAT}")
+    if stored.get("format_version") not in (WEIGHTS_ONLY, FORMAT_VERSION):
         raise EditError(
-            f"{path} has format_version {told.get('format_version')!r}; this one reads {FORMAT_VERSION}: use"
-            " the version that wrote it"
+            f"{path} has format_version {stored.get('format_version')!r}; this one reads {FORMAT_VERSION}:"
+            " use the version that wrote it"
         )
-    base, weights = told.get("base"), told.get("weights")
+    base, weights = stored.get("base"), stored.get("weights")
     if (
         not isinstance(base, dict)
         or not isinstance(base.get("fingerprint"), str)
@@ -216,8 +216,8 @@ def _checked(told: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
             f"{path}: base has no fingerprint, so nobody knows which model the edit belongs to; get the edit"
             " again"
         )
-    _check_card(told, path)
-    if not isinstance(weights, dict) or not (weights or told.get("attached")):
+    _check_card(stored, path)
+    if not isinstance(weights, dict) or not (weights or stored.get("attached")):
         raise EditError(
             f"{path}: weights is {type(weights).__name__}; it should say for each weight how it is changed"
         )
@@ -231,7 +231,7 @@ def _checked(told: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
     return weights
 
 
-def _check_card(told: Mapping[str, Any], path: Path) -> None:
+def _check_card(stored: Mapping[str, Any], path: Path) -> None:
     """The parts of the card that others read.
 
     Raises:
@@ -239,11 +239,11 @@ def _check_card(told: Mapping[str, Any], path: Path) -> None:
     """
     for name in ("facts", "hyperparameters", "norms", "metrics", "guard", "versions", "edited"):
         kind = list if name == "facts" else dict
-        if name in told and not isinstance(told[name], kind):
+        if name in stored and not isinstance(stored[name], kind):
             raise EditError(
-                f"{path}: {name} is {type(told[name]).__name__}, not {kind.__name__}; get the edit again"
+                f"{path}: {name} is {type(stored[name]).__name__}, not {kind.__name__}; get the edit again"
             )
-    for number, fact in enumerate(told.get("facts", [])):
+    for number, fact in enumerate(stored.get("facts", [])):
         if not isinstance(fact, dict) or not all(
             isinstance(fact.get(key), str) for key in ("prompt", "subject", "target_new")
         ):
@@ -252,32 +252,32 @@ def _check_card(told: Mapping[str, Any], path: Path) -> None:
                 " again"
             )
     for name, hashes in (
-        ("base.weights", told["base"].get("weights", {})),
-        ("edited", told.get("edited", {})),
+        ("base.weights", stored["base"].get("weights", {})),
+        ("edited", stored.get("edited", {})),
     ):
         if not isinstance(hashes, dict) or not all(isinstance(one, str) for one in hashes.values()):
             raise EditError(f"{path}: {name} should give a hash for each weight; get the edit again")
-    for name, norms in told.get("norms", {}).items():
+    for name, norms in stored.get("norms", {}).items():
         if not isinstance(norms, dict):
             raise EditError(
                 f"{path}: the norms of {name!r} are {type(norms).__name__}, not an object; get the edit again"
             )
 
 
-def _check_hash(folder: Path, told: Mapping[str, Any]) -> None:
-    about = told.get("tensors")
+def _check_hash(folder: Path, stored: Mapping[str, Any]) -> None:
+    about = stored.get("tensors")
     check_size(folder / TENSORS, EditError, "the tensors of an edit")
     try:
-        found = file_sha256(folder / TENSORS)
+        sha256 = file_sha256(folder / TENSORS)
     except OSError as error:
         raise EditError(
             f"{folder / TENSORS} cannot be read ({error.strerror}): the folder of an edit holds {TENSORS} and"
             f" {CARD}"
         ) from error
-    if not isinstance(about, dict) or about.get("sha256") != found:
+    if not isinstance(about, dict) or about.get("sha256") != sha256:
         wanted = about.get("sha256") if isinstance(about, dict) else about
         raise EditError(
-            f"{folder / TENSORS} has SHA-256 {found}, {CARD} says {wanted}: one of the two was changed; get"
+            f"{folder / TENSORS} has SHA-256 {sha256}, {CARD} says {wanted}: one of the two was changed; get"
             " the edit again"
         )
 

@@ -56,13 +56,13 @@ def write_edited(adapter: Adapter, folder: str | Path) -> Path:
                 }
             )
         if entries:
-            told = {
+            applied = {
                 "format": "easyedit_mdm.applied",
                 "format_version": 1,
                 "base": edits[0].card.get("base"),
                 "edits": entries,
             }
-            write_json(part / APPLIED, {**told, "fingerprint": model_fingerprint(adapter.native)})
+            write_json(part / APPLIED, {**applied, "fingerprint": model_fingerprint(adapter.native)})
 
     return write_model(adapter, source_of(adapter), folder, record)
 
@@ -91,9 +91,9 @@ def adopt_edits(adapter: Adapter) -> list[Edit]:
     folder = source_of(adapter)
     if not (folder / APPLIED).exists():
         return []
-    told = read_json(folder / APPLIED, EditError, _WHAT)
-    entries = told.get("edits")
-    if told.get("format") != "easyedit_mdm.applied" or not isinstance(entries, list) or not entries:
+    applied = read_json(folder / APPLIED, EditError, _WHAT)
+    entries = applied.get("edits")
+    if applied.get("format") != "easyedit_mdm.applied" or not isinstance(entries, list) or not entries:
         raise EditError(f"{folder / APPLIED} is not {_WHAT}: remove it, or get the folder again")
     stack = [_read(folder, entry) for entry in _entries(folder, entries)]
     adopt(adapter, stack)

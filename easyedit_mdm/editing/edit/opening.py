@@ -149,7 +149,7 @@ def write_adapter_readme(folder: Path, edit: PlainEdit) -> None:
 def _facts(edits: Sequence[PlainEdit]) -> str:
     """The facts, as JSON: nothing in them can end the block or be taken for markup."""
     keys = ("prompt", "subject", "target_new")
-    told = [{key: fact.get(key) for key in keys} for edit in edits for fact in edit.card.get("facts", [])]
-    lines = "\n".join(json.dumps(fact) for fact in told)
+    facts = [{key: fact.get(key) for key in keys} for edit in edits for fact in edit.card.get("facts", [])]
+    lines = "\n".join(json.dumps(fact) for fact in facts)
     ids = ", ".join(str(edit.card.get("id")) for edit in edits)
     return f"## The facts\nEdits: {ids}.\n\n```json\n{lines}\n```\n"

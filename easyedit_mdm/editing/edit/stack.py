@@ -161,9 +161,9 @@ class PlainEdit:
         for change in self.changes:
             weight = weights.get(change.name)
             if weight is None or tuple(weight.shape) != change.shape:
-                found = "no such weight" if weight is None else tuple(weight.shape)
+                shape = "no such weight" if weight is None else tuple(weight.shape)
                 raise EditError(
-                    f"the edit does not fit this model: {change.name} should be {change.shape}, found {found}"
+                    f"the edit does not fit this model: {change.name} should be {change.shape}, found {shape}"
                 )
             if weight.is_meta:
                 raise EditError(
@@ -198,13 +198,13 @@ class PlainEdit:
         if wanted is None:
             return
         now = model_fingerprint(native)
-        if wanted != now and wanted != model_fingerprint(native, below(native)):
-            base, found = self.card["base"], str(next(native.parameters()).dtype).removeprefix("torch.")
+        if wanted != now and wanted != model_fingerprint(native, unedited(native)):
+            base, dtype = self.card["base"], str(next(native.parameters()).dtype).removeprefix("torch.")
             made = base.get("dtype")
             hint = (
                 ""
-                if made == found
-                else f" It was made in {made}, and this model is in {found}: load it in the same dtype."
+                if made == dtype
+                else f" It was made in {made}, and this model is in {dtype}: load it in the same dtype."
             )
             raise EditError(
                 f"this edit was made for another model: {base.get('name')}, fingerprint {wanted}; this "
@@ -296,13 +296,13 @@ def write(model: nn.Module, edit: PlainEdit) -> None:
     put(dict(native.named_parameters()), _sums(native, edit))
 
 
-def below(model: nn.Module) -> dict[str, Tensor]:
+def unedited(model: nn.Module) -> dict[str, Tensor]:
     """The weights that the edits of a model replaced, as they were before the first of them, by name."""
-    found: dict[str, Tensor] = {}
+    originals: dict[str, Tensor] = {}
     for entry in _entries(identity(model)):
         for name, value in entry.before.items():
-            found.setdefault(name, value)
-    return found
+            originals.setdefault(name, value)
+    return originals
 
 
 def carried(model: nn.Module) -> list[PlainEdit]:
@@ -322,7 +322,7 @@ def revert_all(model: nn.Module) -> None:
         {n: h for entry in _entries(native) for n, h in entry.edited.items()},
     )
     _refuse({name for name, known in last.items() if tensor_sha256(weights[name]) != known})
-    values = below(native)
+    values = unedited(native)
     try:
         _settle(native, values, ())
     finally:
@@ -398,15 +398,15 @@ def _pushed(entries: tuple[Entry, ...], entry: Entry) -> tuple[Entry, ...]:
     Of the weights before the one that was on top, only those are kept that cannot be computed again: before
     the first edit of a weight, and after something else than an edit has changed it.
     """
-    found = list(entries)
+    pushed = list(entries)
     for name in entry.was:
-        touching = [place for place, known in enumerate(found) if name in known.was][-2:]
+        touching = [place for place, known in enumerate(pushed) if name in known.was][-2:]
         if len(touching) < 2:
             continue
-        lower, top = (found[place] for place in touching)
+        lower, top = (pushed[place] for place in touching)
         if lower.edited[name] == top.was[name] and not top.stored:
-            found[touching[1]] = replace(top, before={n: v for n, v in top.before.items() if n != name})
-    return (*found, entry)
+            pushed[touching[1]] = replace(top, before={n: v for n, v in top.before.items() if n != name})
+    return (*pushed, entry)
 
 
 def _levels(entries: tuple[Entry, ...], place: int, name: str) -> dict[int, Tensor]:
@@ -422,18 +422,18 @@ def _levels(entries: tuple[Entry, ...], place: int, name: str) -> dict[int, Tens
     touching = [at for at, entry in enumerate(entries[: place + 1]) if name in entry.was]
     start = max(number for number, at in enumerate(touching) if name in entries[at].before)
     value, gap = entries[touching[start]].before[name], len(touching) - start
-    found = {touching[start]: value}
+    levels = {touching[start]: value}
     for number in range(start + 1, len(touching)):
         value = added(value, entries[touching[number - 1]].changes[name])
         ahead = len(touching) - 1 - number
         if 2 * ahead <= gap:
-            found[touching[number]], gap = value, ahead
+            levels[touching[number]], gap = value, ahead
     if tensor_sha256(value) != entries[place].was[name]:
         raise EditError(
             f"{name} cannot be computed again bit for bit as it was before this edit (another number of "
             "threads, or another device?): take out all edits (revert_all), whose first weights are kept"
         )
-    return found
+    return levels
 
 
 def _without(

@@ -123,7 +123,7 @@ def _targets(adapter: Adapter, hparams: LoRAMDMHyperParams) -> dict[str, int]:
     Raises:
         HyperParameterError, ModelError: see `lora`.
     """
-    found: dict[str, int] = {}
+    layers: dict[str, int] = {}
     for layer in hparams.layers or range(adapter.layers):
         adapter.site(layer)  # an error that says which layers there are
         start = adapter.spec.paths.block.format(layer)
@@ -140,12 +140,12 @@ def _targets(adapter: Adapter, hparams: LoRAMDMHyperParams) -> dict[str, int]:
                     f"target_modules: layer {layer} of {adapter.name or adapter.spec.name} has no linear map"
                     f" {wanted!r}, but {known}"
                 )
-            found |= dict.fromkeys(matching, layer)
-    if not found:
+            layers |= dict.fromkeys(matching, layer)
+    if not layers:
         raise HyperParameterError("target_modules is empty: name at least one linear map")
-    _check_alone(adapter, found)
-    weights_to_train(adapter, [f"{name}.weight" for name in found])
-    return found
+    _check_alone(adapter, layers)
+    weights_to_train(adapter, [f"{name}.weight" for name in layers])
+    return layers
 
 
 def _check_alone(adapter: Adapter, targets: Mapping[str, int]) -> None:

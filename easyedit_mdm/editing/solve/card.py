@@ -39,7 +39,7 @@ def card(
     figures: dict[str, Any],
 ) -> Card:
     """The card of a new edit: its facts, each with its optimisation, the hyperparameters, and figures."""
-    told: list[FactRecord] = [
+    records: list[FactRecord] = [
         {
             "prompt": request.prompt,
             "subject": request.subject,
@@ -54,4 +54,4 @@ def card(
         for request, fact, outcome in zip(requests, facts, outcomes)
     ]
     settings = {**hparams.to_dict(), "model_name": str(hparams.model_name)}
-    return cast(Card, {"method": hparams.alg_name, "facts": told, "hyperparameters": settings, **figures})
+    return cast(Card, {"method": hparams.alg_name, "facts": records, "hyperparameters": settings, **figures})

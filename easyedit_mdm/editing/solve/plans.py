@@ -31,10 +31,10 @@ class Group:
 def groups(adapter: Adapter, fact: Fact) -> list[Group]:
     """The groups of a fact's context prefixes; the bare prompt is the first of the first."""
     length = len(fact.target)
-    found: dict[tuple[int, ...], list[int]] = {}
+    by_blocks: dict[tuple[int, ...], list[int]] = {}
     for number, prompt in enumerate(fact.contexts):
-        found.setdefault(adapter.blocks(len(prompt.ids), length), []).append(number)
-    return [Group(tuple(contexts), blocks) for blocks, contexts in found.items()]
+        by_blocks.setdefault(adapter.blocks(len(prompt.ids), length), []).append(number)
+    return [Group(tuple(contexts), blocks) for blocks, contexts in by_blocks.items()]
 
 
 @dataclass(frozen=True)

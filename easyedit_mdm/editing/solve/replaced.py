@@ -76,13 +76,13 @@ def replacing_values(
     with frozen(adapter):
         for step in range(steps):
             optimizer.zero_grad()
-            found = losses.backward(step, range(len(facts)), torch.ones(len(facts)))
-            if not found.isfinite().all():
+            step_losses = losses.backward(step, range(len(facts)), torch.ones(len(facts)))
+            if not step_losses.isfinite().all():
                 raise OptimisationError(
-                    f"a loss is {found.tolist()} at step {step}: the optimisation left the finite numbers"
-                    f" (edit_lr={lr}, model weights or dtype?). No weight was changed."
+                    f"a loss is {step_losses.tolist()} at step {step}: the optimisation left the finite"
+                    f" numbers (edit_lr={lr}, model weights or dtype?). No weight was changed."
                 )
-            for outcome, loss in zip(losses.outcomes, found.tolist()):
+            for outcome, loss in zip(losses.outcomes, step_losses.tolist()):
                 outcome.losses.append(loss)
                 outcome.steps += 1
             optimizer.step()

@@ -35,7 +35,7 @@ def states_met(
     """For some facts (by number) the states that the model comes through after the first prefix of each
     group of their prefixes, beside the numbers of the group's prefixes. See `rolled_out`.
     """
-    found: dict[int, list[tuple[tuple[int, ...], States]]] = {i: [] for i in some}
+    met: dict[int, list[tuple[tuple[int, ...], States]]] = {i: [] for i in some}
     for number in range(max((len(plans[i].groups) for i in some), default=0)):
         groups = {i: plans[i].groups[number] for i in some if number < len(plans[i].groups)}
         asked = {
@@ -44,8 +44,8 @@ def states_met(
         }
         schedules = {i: plans[i].schedules[number] for i in groups}
         for i, states in rolled_out(adapter, site, asked, deltas, schedules, rights, together).items():
-            found[i].append((groups[i].contexts, states))
-    return found
+            met[i].append((groups[i].contexts, states))
+    return met
 
 
 @torch.no_grad()

@@ -108,9 +108,9 @@ def train(
             optimizer.zero_grad()
             shares = torch.tensor([float(len(losses.facts[i].target)) if by_token else 1.0 for i in some])
             shares /= shares.sum()
-            found = losses.backward(step, some, shares).cpu()
-            loss = float((found * shares).sum())
-            _record(done, some, found, step, hparams)
+            each = losses.backward(step, some, shares).cpu()
+            loss = float((each * shares).sum())
+            _record(done, some, each, step, hparams)
             if loss >= hparams.early_stop_loss:
                 before()
                 optimizer.step()
@@ -125,12 +125,12 @@ def train(
 
 
 def _record(
-    done: Sequence[Outcome], some: Sequence[int], found: Tensor, step: int, hparams: TrainingHyperParams
+    done: Sequence[Outcome], some: Sequence[int], losses: Tensor, step: int, hparams: TrainingHyperParams
 ) -> None:
-    if not found.isfinite().all():
+    if not losses.isfinite().all():
         raise OptimisationError(
-            f"a loss is {found.tolist()} at step {step}: the training left the finite numbers"
+            f"a loss is {losses.tolist()} at step {step}: the training left the finite numbers"
             f" (lr={hparams.lr}, model weights or dtype?). No weight was changed."
         )
-    for i, loss in zip(some, found.tolist()):
+    for i, loss in zip(some, losses.tolist()):
         done[i].losses.append(loss)

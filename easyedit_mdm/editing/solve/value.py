@@ -380,12 +380,12 @@ class _Forward:
         self, facts: list[int], deltas: list[Tensor]
     ) -> dict[int, list[tuple[tuple[int, ...], States]]]:
         """The states that the model comes through after each group's first prefix."""
-        found = states_met(
+        met = states_met(
             self.adapter, self.site, self.facts, self.plans, facts, deltas, self.rights, self.together
         )
-        for i, groups in found.items():  # a row for each slot in turn
+        for i, groups in met.items():  # a row for each slot in turn
             self.count[1, i] += self.adapter.layers * len(self.facts[i].target) * len(groups)
-        return found
+        return met
 
     def _chunk(
         self, rows: Rows, below: Below, deltas: Float[Tensor, "active width"], place: Tensor

@@ -38,10 +38,12 @@ def register_adapted(base: FamilySpec) -> None:
 
 
 def _section(config: Config) -> Mapping[str, Any]:
-    found = config.get(SECTION)
-    if not isinstance(found, Mapping):
-        raise CheckpointError(f"config.json of an adapted model needs a section {SECTION!r}; found {found!r}")
-    return found
+    section = config.get(SECTION)
+    if not isinstance(section, Mapping):
+        raise CheckpointError(
+            f"config.json of an adapted model needs a section {SECTION!r}; found {section!r}"
+        )
+    return section
 
 
 def _attention(config: Config) -> Attention:

@@ -74,9 +74,9 @@ def frequencies(config: Config) -> Float[Tensor, " half"]:
     """Those of the dimensions that turn, and 0."""
     turned = _turned(config)
     steps = torch.arange(0, turned, 2, dtype=torch.int64).float() / turned
-    found = torch.zeros(_size(config) // 2)
-    found[: turned // 2] = 1.0 / config["rope_theta"] ** steps
-    return found
+    values = torch.zeros(_size(config) // 2)
+    values[: turned // 2] = 1.0 / config["rope_theta"] ** steps
+    return values
 
 
 def _order(config: Config) -> Int[Tensor, " size"]:
@@ -92,10 +92,10 @@ def made_of(config: Config, name: str) -> Made | None:
     """Queries, keys and values are rows of one tensor, and their heads' dimensions are reordered; so are the
     QK norms'.
     """
-    found = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.([qkv])_(proj|norm)\.weight", name)
-    if not found:
+    match = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.([qkv])_(proj|norm)\.weight", name)
+    if not match:
         return None
-    layer, which, kind = found.groups()
+    layer, which, kind = match.groups()
     order, size = _order(config), _size(config)
     if kind == "norm":
         norm = {"q": "query", "k": "key"}[which]
