@@ -544,14 +544,14 @@ def test_an_edit_of_the_experts_moves_the_block_by_delta(tiny, family):
     slots = model.behind(fact.target, torch.zeros(1).bool())
     ids, canvas = torch.cat([prompt.ids, slots])[None], torch.tensor([len(prompt.ids)])
     weights, chosen = model.routes(1, ids, canvas=canvas)
-    numbers = sorted(chosen[0, prompt.site].tolist())
+    numbers = sorted(chosen[0, prompt.fact_at].tolist())
     names = [f"{template.format(1)}.{n}.down_proj.weight" for n in numbers]
     assert [change.name for change in edit.changes] == names == list(site.weights)
     before = {n: p.clone() for n, p in model.named_parameters()}
     with torch.no_grad():
-        plain = model.hidden_before(2, ids, canvas=canvas)[0, prompt.site]
+        plain = model.hidden_before(2, ids, canvas=canvas)[0, prompt.fact_at]
         edit.apply(model)
-        moved = model.hidden_before(2, ids, canvas=canvas)[0, prompt.site] - plain
+        moved = model.hidden_before(2, ids, canvas=canvas)[0, prompt.fact_at] - plain
         assert torch.equal(model.routes(1, ids, canvas=canvas)[1], chosen)
     assert (moved - delta).norm() < 1e-4 * delta.norm() and delta.norm() > 0
     edit.revert(model)

@@ -316,7 +316,7 @@ def test_keys_of_groups_are_those_of_the_prefixes_alone(tiny):
                 row = torch.cat([prompt.ids, torch.where(shown, fact.target, model.ids.mask)])[None]
                 model.hidden_before(2, row, canvas=torch.tensor([len(prompt.ids)]))
         hook.remove()
-        each.append((states.weights[:, None] * torch.stack([s[0, prompt.site] for s in seen])).sum(0))
+        each.append((states.weights[:, None] * torch.stack([s[0, prompt.fact_at] for s in seen])).sum(0))
     keys = read_keys(model, site, fact, hparams)
     assert (keys.keys - torch.stack(each)).abs().max() < 1e-5
     for average, wanted in (

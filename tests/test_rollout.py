@@ -32,7 +32,7 @@ def test_own_tokens_are_those_of_the_sampler(tiny, family):
         def add(out, i=i, fact=fact):
             """delta at the only row's site."""
             out = out.clone()
-            out[:, fact.contexts[0].site] += deltas[i]
+            out[:, fact.contexts[0].fact_at] += deltas[i]
             return out
 
         with changing_output(model.module(site.name), add):

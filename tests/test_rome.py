@@ -296,7 +296,7 @@ def test_where_the_kl_is_read(tiny, family, position):
     )
     (row,) = rows.anchor.nonzero()[:, 0].tolist()
     at = int(rows.at[row, 0])
-    assert at == (len(fact.anchor.ids) if position == "slot" else fact.anchor.site + 1)
+    assert at == (len(fact.anchor.ids) if position == "slot" else fact.anchor.fact_at + 1)
     shown = rows.ids[row][rows.mask[row].bool()].tolist()
     assert shown == fact.anchor.ids[:at].tolist() + model.hidden.slots(int(model.denoises)).tolist()
 
@@ -421,7 +421,7 @@ def test_where_the_fact_is_read(tiny, where, token):
     model = tiny("llada")
     prompt = locate(model, EditRequest.of(REQUEST), "Danielle Darrieux sang. {}", where)
     ids = prompt.ids.tolist()
-    read = model.tokenizer.decode(ids[: prompt.site + 1])
+    read = model.tokenizer.decode(ids[: prompt.fact_at + 1])
     assert read.endswith(token)
     assert read.startswith("Danielle Darrieux sang. The")
 

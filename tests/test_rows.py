@@ -52,10 +52,13 @@ def test_masked_rows(tiny):
     )
     assert shown(rows, 0) == [10, 11, mask, mask, mask] and shown(rows, 1) == [7, 8, 10, 11, mask, mask, mask]
     assert shown(rows, 2) == [10, 11, 50, mask, mask] and shown(rows, 13) == [7, 8, 10, 11, mask, 51, 52]
-    assert rows.site[:2].tolist() == [1, 3] and rows.canvas[:2].tolist() == [2, 4] and rows.canvas[14] == 3
+    assert rows.fact_at[:2].tolist() == [1, 3]
+    assert rows.canvas[:2].tolist() == [2, 4] and rows.canvas[14] == 3
     assert rows.at[:2].tolist() == [[2, 3, 4], [4, 5, 6]]
     assert rows.tokens[0].tolist() == [50, 51, 52] and rows.tokens[15, 0] == 60
-    assert shown(rows, 14) == [40, 41, 42, mask] and rows.at[14].tolist() == [3, 3, 3] and rows.site[14] == 1
+    assert (
+        shown(rows, 14) == [40, 41, 42, mask] and rows.at[14].tolist() == [3, 3, 3] and rows.fact_at[14] == 1
+    )
     assert built(model, kl_position="subject_last").at[14, 0] == 2, "the token after the subject's last"
     for number, states in ((3, 7), (5, 1)):
         mine = (rows.fact == number) & ~rows.anchor
@@ -108,14 +111,14 @@ def test_shifted_rows(tiny):
     model = tiny("llama")
     rows = built(model, "full_mask")
     moved = rows.aligned(pad=0)
-    assert set(moved.site.tolist()) == {3} and moved.ids.shape[1] == max(
-        int(r.mask.sum() + 3 - r.site) for r in map(rows.take, single(rows))
+    assert set(moved.fact_at.tolist()) == {3} and moved.ids.shape[1] == max(
+        int(r.mask.sum() + 3 - r.fact_at) for r in map(rows.take, single(rows))
     )
     for i in range(len(rows)):
-        by = 3 - int(rows.site[i])
+        by = 3 - int(rows.fact_at[i])
         assert shown(moved, i) == shown(rows, i) and int(moved.mask[i].argmax()) == by
         assert (
-            moved.ids[i, moved.site[i]] == rows.ids[i, rows.site[i]]
+            moved.ids[i, moved.fact_at[i]] == rows.ids[i, rows.fact_at[i]]
             and (moved.ids[i][moved.mask[i] == 0] == 0).all()
         )
         assert torch.equal(moved.at[i], rows.at[i] + by) and moved.canvas[i] == rows.canvas[i] + by
@@ -149,7 +152,7 @@ def test_chunks(tiny):
                 "nothing that weighs is cut off"
             )
             seen.append(some)
-        measure = rows.mask.sum(1) - (rows.site if by_rest else 0)
+        measure = rows.mask.sum(1) - (rows.fact_at if by_rest else 0)
         assert sorted(torch.cat(seen).tolist()) == list(range(18))
         assert measure[torch.cat(seen)].tolist() == sorted(measure.tolist(), reverse=True)
     whole, rest = ([some.tolist() for some, _, _ in rows.chunks(4, by_rest)] for by_rest in (False, True))

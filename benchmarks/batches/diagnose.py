@@ -48,7 +48,7 @@ def keys_of(model: Adapter, site: Site, facts: Sequence[Fact]) -> dict[str, list
         model.hidden_before(site.layer + 1, ids, mask, canvas=canvas)
     found: dict[str, list[Tensor]] = {"subject": [], "slots": [], "prompt": []}
     for fact, row, keys in zip(facts, rows, seen[0].double()):
-        at, begin = fact.contexts[0].site, len(fact.contexts[0].ids)
+        at, begin = fact.contexts[0].fact_at, len(fact.contexts[0].ids)
         found["subject"].append(keys[at : at + 1])
         found["slots"].append(keys[begin : len(row)])
         found["prompt"].append(torch.cat([keys[:at], keys[at + 1 : begin]]))

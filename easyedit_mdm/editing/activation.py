@@ -64,7 +64,7 @@ def success_as_activation(
         {len(f.target) for f in values.facts}
     ):  # rows of one length take the same steps, in the same order
         which = [i for i, f in enumerate(values.facts) if len(f.target) == length]
-        at = torch.tensor([values.facts[i].contexts[0].site for i in which])
+        at = torch.tensor([values.facts[i].contexts[0].fact_at for i in which])
         with adding_at(adapter.module(values.site.name), at, values.deltas[which]):
             paths = decode(
                 adapter, [values.facts[i].contexts[0].ids for i in which], [length] * len(which), config

@@ -29,15 +29,15 @@ def locate(
     text = context.replace("{}", request.prompt.rstrip(), 1)
     start = context.index("{}") + request.template.index("{}")
     ids, first, last = span(adapter, text, start, start + len(request.subject))
-    site = {
+    at = {
         "subject_last": last,
         "subject_first": first,
         "subject_first_after_last": last + 1,
         "last": len(ids) - 1,
     }[fact_token]
-    if site >= len(ids):
+    if at >= len(ids):
         raise RequestError(f"fact_token {fact_token!r} lies behind the end of {text!r}")
-    return Prompt(torch.tensor(ids), site)
+    return Prompt(torch.tensor(ids), at)
 
 
 def anchor(request: EditRequest) -> EditRequest:

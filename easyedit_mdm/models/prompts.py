@@ -15,10 +15,12 @@ from easyedit_mdm.models.adapter import Adapter
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenised prompt and the position where the fact is read and written."""
+    """A tokenised prompt, and the column where the fact is read and written (by default that of the
+    subject's last token).
+    """
 
     ids: Int[Tensor, " length"]
-    site: int
+    fact_at: int
 
 
 def encode(adapter: Adapter, text: str) -> list[int]:

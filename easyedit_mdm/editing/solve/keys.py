@@ -110,7 +110,7 @@ class SiteRows:
         """A row for each prompt and the slots behind it, read at the subject's token."""
         pairs = list(prompts)
         rows = [torch.cat([prompt.ids, tail]) for prompt, tail in pairs]
-        return cls(rows, [prompt.site for prompt, _ in pairs], [len(prompt.ids) for prompt, _ in pairs])
+        return cls(rows, [prompt.fact_at for prompt, _ in pairs], [len(prompt.ids) for prompt, _ in pairs])
 
 
 def _key_rows(fact: Fact, states: Sequence[KeyStates]) -> Iterator[tuple[Prompt, Tensor]]:

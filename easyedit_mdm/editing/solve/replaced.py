@@ -49,7 +49,7 @@ class _Replaced(StateLosses):
         """The site's output with each row's value at its token."""
         index = torch.arange(len(rows), device=out.device)
         own = self.values[rows.fact.to(self.values.device)].to(out)
-        return out.index_put((index, rows.site.to(out.device)), own)
+        return out.index_put((index, rows.fact_at.to(out.device)), own)
 
 
 def replacing_values(

@@ -119,7 +119,7 @@ def _written(
     added = torch.stack(list(deltas))
     if rights is not None:
         return writing_through(module, rights, added)
-    return adding_at(module, torch.tensor([f.contexts[0].site for f in facts]), added)
+    return adding_at(module, torch.tensor([f.contexts[0].fact_at for f in facts]), added)
 
 
 def _slots(

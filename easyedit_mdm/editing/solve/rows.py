@@ -25,7 +25,7 @@ class Rows:
     Attributes:
         ids, mask: the padded rows.
         canvas: where the target's slots begin, for each row.
-        site: where delta is added, for each row.
+        fact_at: the column where delta is added, for each row.
         at: positions that are read.
         tokens: the right token at each of them.
         weights: weight of each in its fact's loss; the weights of a fact sum to 1.
@@ -35,13 +35,13 @@ class Rows:
             count.
         reach: how much of delta arrives at each position, where it is optimised through the weights (with a
             last dimension, of every fact's delta, where the facts share one update); otherwise it is put in
-            at `site`.
+            at `fact_at`.
     """
 
     ids: Int[Tensor, "rows length"]
     mask: Int[Tensor, "rows length"]
     canvas: Int[Tensor, " rows"]
-    site: Int[Tensor, " rows"]
+    fact_at: Int[Tensor, " rows"]
     at: Int[Tensor, "rows slots"]
     tokens: Int[Tensor, "rows slots"]
     weights: Float[Tensor, "rows slots"]
@@ -69,34 +69,36 @@ class Rows:
         return replace(self, ids=self.ids[:, :length], mask=self.mask[:, :length], reach=reach, **read)
 
     def aligned(self, pad: int) -> Rows:
-        """Shifted so that the site stands in the same column in every row, with padding on the left; columns
-        of mere padding are cut off.
+        """Shifted so that `fact_at` is the same column in every row, with padding on the left; columns of
+        mere padding are cut off.
         """
         assert self.reach is None, (
             "rows are shifted where what stands before the subject is kept, which the weights would change"
         )
-        shift = self.site.max() - self.site
+        shift = self.fact_at.max() - self.fact_at
         length = int((self.mask.sum(1) + shift).max())
         source = torch.arange(length, device=shift.device) - shift[:, None]
         inside = (source >= 0) & (source < self.ids.shape[1])
         source = source.clamp(0, self.ids.shape[1] - 1)
         mask = self.mask.gather(1, source) * inside
         ids = torch.where(mask.bool(), self.ids.gather(1, source), pad)
-        canvas, site, at = self.canvas + shift, self.site + shift, self.at + shift[:, None]
-        return replace(self, ids=ids, mask=mask, canvas=canvas, site=site, at=at)
+        canvas, fact_at, at = self.canvas + shift, self.fact_at + shift, self.at + shift[:, None]
+        return replace(self, ids=ids, mask=mask, canvas=canvas, fact_at=fact_at, at=at)
 
     def chunks(self, most: int, by_rest: bool = False) -> Iterator[tuple[Int[Tensor, " some"], int, int]]:
         """Rows of similar length, up to `most` at a time, as (numbers of the rows, columns they need, slots
         they need): little of a pass is padding.
 
-        `by_rest`: what counts is the length from the site on.
+        `by_rest`: what counts is the length from `fact_at` on.
         """
         whole, numbers = (
             self.mask.sum(1),
             torch.arange(1, self.weights.shape[1] + 1, device=self.weights.device),
         )
         read = ((self.weights != 0) * numbers).amax(1).clamp(min=1)  # an anchor's one slot weighs nothing
-        columns, rest, slots = torch.stack([whole, whole - self.site, read]).tolist()  # one transfer a step
+        columns, rest, slots = torch.stack(
+            [whole, whole - self.fact_at, read]
+        ).tolist()  # one transfer a step
         for some in similar(rest if by_rest else columns, most, whole.device):
             yield (
                 torch.tensor(some, device=whole.device),
@@ -135,7 +137,7 @@ class _Columns:
         right, weight = (torch.nn.functional.pad(values, (0, fill)) for values in (right, weight))
         at = read + [read[0]] * fill
         ids = torch.cat([prompt.ids, tail])
-        row = (ids, len(prompt.ids), prompt.site, at, right, weight, fact, anchor, turn, period)
+        row = (ids, len(prompt.ids), prompt.fact_at, at, right, weight, fact, anchor, turn, period)
         for name, value in zip(self.values, row):
             self.values[name].append(value)
 
@@ -175,7 +177,7 @@ def build_rows(
             _add_states(columns, adapter, i, fact, contexts, group, dealt, draw)
         if kl_position is not None:
             filler = torch.zeros(1, dtype=torch.long)
-            stop = len(fact.anchor.ids) if kl_position == "slot" else fact.anchor.site + 1
+            stop = len(fact.anchor.ids) if kl_position == "slot" else fact.anchor.fact_at + 1
             anchor = replace(fact.anchor, ids=fact.anchor.ids[:stop])
             tail = adapter.behind(filler, torch.zeros(1, dtype=torch.bool), draw)
             columns.add(i, anchor, tail, [stop], filler, torch.zeros(1), anchor=True)

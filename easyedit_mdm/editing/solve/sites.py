@@ -74,7 +74,7 @@ def settled(adapter: Adapter, site: Site, facts: Sequence[Fact]) -> Site:
         for prompt in fact.contexts:
             ids = torch.cat([prompt.ids, slots])[None].to(adapter.device)
             canvas = torch.tensor([len(prompt.ids)], device=ids.device)
-            chosen |= set(adapter.routes(site.layer, ids, canvas=canvas)[1][0, prompt.site].tolist())
+            chosen |= set(adapter.routes(site.layer, ids, canvas=canvas)[1][0, prompt.fact_at].tolist())
     return adapter.through(site, sorted(chosen))
 
 

@@ -414,7 +414,7 @@ class _Forward:
         added: Float[Tensor, "rows width"],
     ) -> Float[Tensor, "rows slots vocab"]:
         """The logits at the slots with the deltas in; `added` is that of each row's own fact."""
-        at = rows.site - below.start
+        at = rows.fact_at - below.start
         if not self.above:
             module = self.adapter.module(self.site.name)
             rights = None if self.rights is None else self.rights[rows.fact.to(self.rights.device)]
@@ -476,11 +476,11 @@ class _CausalForward(_Forward):
         last token on.
         """
         shifted = rows.aligned(self.adapter.ids.pad)
-        start = int(shifted.site[0])
+        start = int(shifted.fact_at[0])
         if start == 0:
             return rows, Below(below)
         self._counted(rows, self.adapter.layers - self.layer)
-        shift = (shifted.site - rows.site).tolist()
+        shift = (shifted.fact_at - rows.fact_at).tolist()
         hidden = below.new_zeros(len(rows), shifted.ids.shape[1], below.shape[-1])
         for row, (by, length) in enumerate(zip(shift, rows.mask.sum(1).tolist())):
             hidden[row, by : by + length] = below[row, :length]
