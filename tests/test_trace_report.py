@@ -389,6 +389,15 @@ def test_ranking_and_prediction():
     assert told == [(1, [1], 1, 1.0), (2, [0, 1], 1, None)]
 
 
+def test_ranking_where_no_case_was_scored():
+    """A setting at which every case failed has no mean: it comes last, and stops nothing."""
+    failed = setting([0], 0.5, 0.5, 0.5)
+    failed["measures"] = {name: {"mean": None} for name in failed["measures"]}
+    failed["score"] = score(failed["measures"])
+    best = ranked([failed, setting([1], 0.5, 0.5, 0.5)])
+    assert [s["layers"] for s in best] == [[1], [0]] and best[1]["score"] == 0
+
+
 @pytest.fixture
 def quick(tmp_path):
     """Hyperparameter files with few optimiser steps and small statistics."""

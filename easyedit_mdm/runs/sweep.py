@@ -10,11 +10,11 @@ success, paraphrase success and locality. Windows are contiguous, as in the swee
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import harmonic_mean
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -42,13 +42,14 @@ from easyedit_mdm.report.figures import (
     spans,
     svg,
 )
-from easyedit_mdm.report.summaries import summary
+from easyedit_mdm.report.summaries import Estimate, Interval, summary
 from easyedit_mdm.runs.methods import load_ours, ours
 from easyedit_mdm.runs.run import BenchConfig, header_of, judge_of, run_cases
 from easyedit_mdm.tracing import KINDS, TraceConfig, TracedFact, check_known, trace_facts
 from easyedit_mdm.tracing.averages import rank_correlation
 from easyedit_mdm.tracing.figures import TITLES
 from easyedit_mdm.tracing.job import RESAMPLES, model_report, read_trace
+from easyedit_mdm.tracing.records import Averages, ModelTrace
 from easyedit_mdm.version import __version__
 
 SCORED = {"success": "success", "rephrase_exact": "paraphrase", "locality_kept": "locality"}
@@ -74,7 +75,59 @@ class SweepJob:
     trace_limit: int = 8
 
 
-def sweep(job: SweepJob, out: str | Path) -> dict[str, Any]:
+class Setting(TypedDict):
+    """The cases edited at some layers; `measures` are those of `SCORED`."""
+
+    layers: list[int]
+    score: float
+    measures: dict[str, Estimate]
+    failed: int
+    errors: dict[str, int]
+
+
+class Ranked(Setting):
+    """A setting and its rank, 1 for the best."""
+
+    rank: int
+
+
+class Foretold(TypedDict):
+    """How well one kind of trace foretells the sweep of windows of one width; see `prediction`."""
+
+    width: int
+    kind: str
+    windows: int
+    traced_best: list[int]
+    its_rank: int
+    with_success: float | None
+    with_score: float | None
+
+
+class SweptTrace(TypedDict):
+    """What a sweep needs of the trace that it is held against; it keeps the rest too, but for the facts."""
+
+    averages: Averages
+
+
+class SweepReport(TypedDict):
+    """What `sweep.json` holds."""
+
+    version: str
+    alg_name: str
+    model: str
+    layers: int
+    hparams: dict[str, Any]
+    dataset: str
+    seed: int
+    cases: int
+    settings: list[Ranked]
+    chosen: str
+    trace: SweptTrace | None
+    trace_note: str | None
+    prediction: list[Foretold]
+
+
+def sweep(job: SweepJob, out: str | Path) -> SweepReport:
     """Sweep; writes `sweep.json`, `sweep.html`, the figure, and a run file for each setting (`easyedit-mdm
     compare` reads those) into `out`.
 
@@ -108,12 +161,8 @@ def sweep(job: SweepJob, out: str | Path) -> dict[str, Any]:
     )
     with only_writer(folder / "sweep.json"):
         settings = ranked([_setting(config, adapter, hparams, layers, loaded, folder) for layers in choices])
-        traced, note = (
-            _trace(adapter, loaded, job)
-            if given is None
-            else ({k: v for k, v in given.items() if k != "facts"}, None)
-        )
-        report = {
+        traced, note = _trace(adapter, loaded, job) if given is None else (_without_facts(given), None)
+        report: SweepReport = {
             "version": __version__, "alg_name": config.alg_name, "model": adapter.name,
             "layers": adapter.layers,
             "hparams": json.loads(json.dumps(hparams.to_dict(), default=str)), "dataset": config.dataset,
@@ -169,7 +218,7 @@ def _setting(
     layers: list[int],
     loaded: Loaded,
     folder: Path,
-) -> dict[str, Any]:
+) -> Setting:
     """All cases edited at some layers, from the run file where it is whole already."""
     name = "-".join(map(str, sorted({layers[0], layers[-1]})))
     method = ours(adapter, replace(hparams, layers=layers))
@@ -189,7 +238,7 @@ def _setting(
     }
 
 
-def score(measures: dict[str, Any]) -> float:
+def score(measures: Mapping[str, Estimate]) -> float:
     """Harmonic mean of those of success, paraphrase and locality that the cases measure; 0 where one of them
     is 0.
     """
@@ -197,16 +246,21 @@ def score(measures: dict[str, Any]) -> float:
     return round(float(harmonic_mean(means or [0.0])), 6)
 
 
-def ranked(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def ranked(settings: Sequence[Setting]) -> list[Ranked]:
     """Best score first; ties go to more success, then to fewer and lower layers."""
     order = sorted(
         settings,
-        key=lambda s: (-s["score"], -s["measures"]["success"]["mean"], len(s["layers"]), s["layers"]),
+        key=lambda s: (-s["score"], -_success(s), len(s["layers"]), s["layers"]),
     )
     return [{"rank": i + 1, **setting} for i, setting in enumerate(order)]
 
 
-def _trace(adapter: Adapter, loaded: Loaded, job: SweepJob) -> tuple[dict[str, Any] | None, str | None]:
+def _success(setting: Setting) -> float:
+    """Mean success; 0 where no case came to a score."""
+    return setting["measures"]["success"]["mean"] or 0.0
+
+
+def _trace(adapter: Adapter, loaded: Loaded, job: SweepJob) -> tuple[SweptTrace | None, str | None]:
     """The facts that the cases replace, traced with the defaults; without any that is known, the reason."""
     facts = dict.fromkeys(
         TracedFact(c.prompt, c.subject, c.ground_truth) for c in loaded.cases if c.ground_truth.strip()
@@ -217,18 +271,21 @@ def _trace(adapter: Adapter, loaded: Loaded, job: SweepJob) -> tuple[dict[str, A
     except DataError as error:
         return None, str(error)
     traces, left_out = trace_facts(adapter, checked.facts, config)
-    return {
-        **model_report(adapter, [t.record() for t in traces], left_out, config, RESAMPLES),
-        "checked": checked.record(),
-    }, None
+    whole = model_report(adapter, [t.record() for t in traces], left_out, config, RESAMPLES)
+    return cast(SweptTrace, {**whole, "checked": checked.record()}), None
 
 
-def prediction(settings: Sequence[dict[str, Any]], traced: dict[str, Any]) -> list[dict[str, Any]]:
+def _without_facts(trace: ModelTrace) -> SweptTrace:
+    """A trace that was read from a file, whose facts stay there."""
+    return cast(SweptTrace, {key: value for key, value in trace.items() if key != "facts"})
+
+
+def prediction(settings: Sequence[Ranked], traced: SweptTrace) -> list[Foretold]:
     """How well the trace at the last subject token foretells the sweep: for each width and kind Spearman's
     correlation over windows between the effect, averaged over a window's layers, and success or score; and
     the rank of the window with the largest effect.
     """
-    rows = []
+    rows: list[Foretold] = []
     for width in sorted({len(s["layers"]) for s in settings}):
         same = [s for s in settings if len(s["layers"]) == width]
         for kind in KINDS:
@@ -238,13 +295,13 @@ def prediction(settings: Sequence[dict[str, Any]], traced: dict[str, Any]) -> li
             rows.append({
                 "width": width, "kind": kind, "windows": len(same), "traced_best": same[largest]["layers"],
                 "its_rank": largest + 1,
-                "with_success": rank_correlation(effects, [s["measures"]["success"]["mean"] for s in same]),
+                "with_success": rank_correlation(effects, [_success(s) for s in same]),
                 "with_score": rank_correlation(effects, [s["score"] for s in same]),
             })  # fmt: skip
     return rows
 
 
-def words(row: dict[str, Any]) -> str:
+def words(row: Foretold) -> str:
     """A row of `prediction` as a sentence."""
     close = (
         "cannot be told (flat, or fewer than three windows)"
@@ -259,7 +316,7 @@ def words(row: dict[str, Any]) -> str:
     return f"{TITLES[row['kind']]} trace, {layers}: {place}; rank correlation with the score {close}"
 
 
-def sweep_figure(report: dict[str, Any]) -> Any:
+def sweep_figure(report: SweepReport) -> Any:
     """Success, paraphrase and locality by the middle of the window, a panel a width; below them the trace at
     the last subject token.
     """
@@ -282,7 +339,7 @@ def sweep_figure(report: dict[str, Any]) -> Any:
     return figure
 
 
-def _sweep_panel(axes: Any, settings: Sequence[dict[str, Any]], width: int) -> dict[str, Any]:
+def _sweep_panel(axes: Any, settings: Sequence[Ranked], width: int) -> dict[str, Any]:
     dressed(
         axes,
         (
@@ -297,7 +354,7 @@ def _sweep_panel(axes: Any, settings: Sequence[dict[str, Any]], width: int) -> d
         rows = [
             (sum(s["layers"]) / width, s["measures"][key])
             for s in settings
-            if s["measures"].get(key, {}).get("mean") is not None
+            if key in s["measures"] and s["measures"][key]["mean"] is not None
         ]
         if rows:
             look = {"color": SERIES[i], "marker": MARKERS[i], "linestyle": DASHES[i]}
@@ -309,7 +366,7 @@ def _sweep_panel(axes: Any, settings: Sequence[dict[str, Any]], width: int) -> d
     return handles
 
 
-def _trace_panel(axes: Any, traced: dict[str, Any]) -> dict[str, Any]:
+def _trace_panel(axes: Any, traced: SweptTrace) -> dict[str, Any]:
     handles = {}
     for i, kind in enumerate(KINDS):
         table = traced["averages"]["none"][kind]["probability"]["subject_last"]
@@ -328,7 +385,7 @@ def _trace_panel(axes: Any, traced: dict[str, Any]) -> dict[str, Any]:
     return handles
 
 
-def _write(report: dict[str, Any], folder: Path) -> None:
+def _write(report: SweepReport, folder: Path) -> None:
     write_text(
         folder / "sweep.json", json.dumps(report, separators=(",", ":")) + "\n", errors="backslashreplace"
     )
@@ -339,7 +396,7 @@ def _write(report: dict[str, Any], folder: Path) -> None:
     write_text(folder / "sweep.html", page, errors="backslashreplace")
 
 
-def _print_sweep(report: dict[str, Any], folder: Path) -> None:
+def _print_sweep(report: SweepReport, folder: Path) -> None:
     console = Console()
     table = Table(
         title=escape(f"{report['model']}, {report['alg_name']}, {report['cases']} cases, best first")
@@ -347,9 +404,8 @@ def _print_sweep(report: dict[str, Any], folder: Path) -> None:
     for column in ("layers", "score", *SCORED.values(), "failed"):
         table.add_column(column, justify="left" if column == "layers" else "right")
     for setting in report["settings"]:
-        cells = [
-            middle(setting["measures"].get(key, {"mean": None})) for key in SCORED
-        ]  # with intervals on the page
+        nothing: Interval = {"mean": None, "low": None, "high": None}
+        cells = [middle(setting["measures"].get(key, nothing)) for key in SCORED]  # intervals: on the page
         table.add_row(
             escape(str(setting["layers"])), f"{setting['score']:.3f}", *cells, str(setting["failed"])
         )

@@ -6,26 +6,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from easyedit_mdm.report.summaries import bootstrap_mean
 from easyedit_mdm.tracing import CLASSES, KINDS, MEASURES
+from easyedit_mdm.tracing.records import Averages, FactRecord, ModelTrace, Pair, Peak, Profile, StateRecord
 
 # groups of states: an autoregressive model has one, which is compared with the masked models' first
 GROUPS = {"none": "no slot revealed", "some": "some slots revealed"}
 GRID = 840  # points of relative depth, a multiple of most numbers of layers
 
 
-def group_of(state: dict[str, Any]) -> str:
+def group_of(state: StateRecord) -> str:
     """The group of a state's record."""
     return "some" if state["k"] else "none"
 
 
 def fact_profile(
-    fact: dict[str, Any], group: str, kind: str, measure: str, name: str
+    fact: FactRecord, group: str, kind: str, measure: str, name: str
 ) -> Float[np.ndarray, " layers"] | None:
     """Indirect effect of a fact by layer: the mean over a class's tokens and the group's states; None where
     it has none of either.
@@ -39,7 +40,7 @@ def fact_profile(
     return np.array(tables)[:, :, at].mean(axis=(0, 2)) if at and tables else None
 
 
-def averages(facts: Sequence[dict[str, Any]], seed: int = 0, resamples: int = 2000) -> dict[str, Any]:
+def averages(facts: Sequence[FactRecord], seed: int = 0, resamples: int = 2000) -> Averages:
     """Average indirect effects (AIE) with 95 % intervals over subjects.
 
     Args:
@@ -49,7 +50,7 @@ def averages(facts: Sequence[dict[str, Any]], seed: int = 0, resamples: int = 20
         `{group: {kind: {measure: {class: {"mean": [by layer], "low", "high", "n", "subjects"}}}}}`; what no
         fact has is absent.
     """
-    result: dict[str, Any] = {}
+    result: Averages = {}
     subjects = [fact["subject"] for fact in facts]
     for group, kind, measure, name in (
         (g, k, m, c) for g in GROUPS for k in KINDS for m in MEASURES for c in CLASSES
@@ -66,16 +67,18 @@ def averages(facts: Sequence[dict[str, Any]], seed: int = 0, resamples: int = 20
 
 def _estimates(
     values: Float[np.ndarray, "facts layers"], subjects: list[str], seed: int, resamples: int
-) -> dict[str, Any]:
+) -> Profile:
     each = [bootstrap_mean(column.tolist(), subjects, seed, resamples) for column in values.T]
     return {
-        **{key: [e[key] for e in each] for key in ("mean", "low", "high")},
+        "mean": [cast(float, e["mean"]) for e in each],  # there are values
+        "low": [e["low"] for e in each],
+        "high": [e["high"] for e in each],
         "n": each[0]["n"],
         "subjects": each[0]["subjects"],
     }
 
 
-def totals(facts: Sequence[dict[str, Any]], seed: int = 0, resamples: int = 2000) -> dict[str, Any]:
+def totals(facts: Sequence[FactRecord], seed: int = 0, resamples: int = 2000) -> dict[str, Any]:
     """Means over facts of every measure in the clean and the corrupted run, `{group: {measure: {"clean",
     "corrupted"}}}`, and of the whole answer's likelihood under `joint`."""
     subjects = [fact["subject"] for fact in facts]
@@ -96,8 +99,9 @@ def totals(facts: Sequence[dict[str, Any]], seed: int = 0, resamples: int = 2000
     return {**result, "joint": {**joint, "methods": sorted({fact["joint"]["method"] for fact in facts})}}
 
 
-def _state_values(fact: dict[str, Any], group: str, run: str, measure: str) -> list[float]:
-    return [s[run][measure] for s in fact["states"] if group_of(s) == group and measure in s[run]]
+def _state_values(fact: FactRecord, group: str, run: str, measure: str) -> list[float]:
+    runs = [s["clean"] if run == "clean" else s["corrupted"] for s in fact["states"] if group_of(s) == group]
+    return [measures[measure] for measures in runs if measure in measures]
 
 
 def _mean_of(values: Sequence[float]) -> float | None:
@@ -120,28 +124,25 @@ def ranges(layers: Sequence[int]) -> str:
     )
 
 
-def peaks(average: dict[str, Any], measure: str = "probability") -> list[dict[str, Any]]:
+def peaks(average: Averages, measure: str = "probability") -> list[Peak]:
     """Where each class's effect is largest: `{"group", "kind", "class", "layer", "effect", "low", "high",
     "n", "band"}`.
     """
-    rows = []
+    rows: list[Peak] = []
     for group, kinds in average.items():
         for kind, measures in kinds.items():
             for name, table in measures.get(measure, {}).items():
                 layer = int(np.argmax(table["mean"]))
-                figures = {
-                    "effect": table["mean"][layer],
-                    "low": table["low"][layer],
-                    "high": table["high"][layer],
-                    "n": table["n"],
-                }
                 rows.append(
                     {
                         "group": group,
                         "kind": kind,
                         "class": name,
                         "layer": layer,
-                        **figures,
+                        "effect": table["mean"][layer],
+                        "low": table["low"][layer],
+                        "high": table["high"][layer],
+                        "n": table["n"],
                         "band": band(table["mean"]),
                     }
                 )
@@ -150,10 +151,10 @@ def peaks(average: dict[str, Any], measure: str = "probability") -> list[dict[st
 
 def side_by_side(
     names: Sequence[str],
-    models: Sequence[dict[str, Any]],
+    models: Sequence[ModelTrace],
     at: str = "subject_last",
     measure: str = "probability",
-) -> list[dict[str, Any]]:
+) -> list[Pair]:
     """Every two models, kind by kind: do the same layers light up?
 
     Profiles over layers are laid over each other by relative depth. `overlap` is the share of depth that lies
@@ -163,19 +164,27 @@ def side_by_side(
         `{"first", "second", "kind", "peaks": [layer, layer], "bands": [[...], [...]], "overlap",
         "correlation"}` each.
     """
-    rows = []
+    rows: list[Pair] = []
     for (a, first), (b, second) in combinations(list(zip(names, models)), 2):
         for kind in KINDS:
             tables = [
                 m["averages"].get("none", {}).get(kind, {}).get(measure, {}).get(at) for m in (first, second)
             ]
-            if None in tables:
+            profiles = [table["mean"] for table in tables if table is not None]
+            if len(profiles) < 2:
                 continue
-            profiles = [table["mean"] for table in tables]
-            rows.append({"first": a, "second": b, "kind": kind,
-                "peaks": [int(np.argmax(p)) for p in profiles], "bands": [band(p) for p in profiles],
-                         "overlap": _overlap(*profiles),
-                         "correlation": correlation(*(_by_depth(p) for p in profiles))})  # fmt: skip
+            one, other = profiles
+            rows.append(
+                {
+                    "first": a,
+                    "second": b,
+                    "kind": kind,
+                    "peaks": [int(np.argmax(one)), int(np.argmax(other))],
+                    "bands": [band(one), band(other)],
+                    "overlap": _overlap(one, other),
+                    "correlation": correlation(_by_depth(one), _by_depth(other)),
+                }
+            )
     return rows
 
 

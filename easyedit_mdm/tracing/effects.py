@@ -30,6 +30,7 @@ from easyedit_mdm.errors import HyperParameterError, RequestError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.tracing.corruption import CORRUPTIONS, Corruption, fact_generator
 from easyedit_mdm.tracing.facts import Placed, TracedFact, place
+from easyedit_mdm.tracing.records import FactRecord, Joint, StateRecord
 from easyedit_mdm.tracing.restoring import KINDS, Answer, Count, Runs, counting
 from easyedit_mdm.tracing.temporal import final
 
@@ -112,7 +113,7 @@ class StateTrace:
     corrupted: dict[str, float]
     effects: dict[str, dict[str, Float[Tensor, "layers tokens"]]]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> StateRecord:
         """As JSON holds it."""
         effects = {
             kind: {name: _rounded(values) for name, values in table.items()}
@@ -144,27 +145,30 @@ class FactTrace:
     tokens: list[str]
     classes: list[str]
     samples: int
-    joint: dict[str, Any]
+    joint: Joint
     states: list[StateTrace]
     experts: dict[int, list[tuple[int, float]]]
     passes: int
     rows: int
     seconds: float
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> FactRecord:
         """As JSON holds it; `experts` only of a model that has any."""
-        experts = {
-            str(layer): [{"expert": number, "weight": round(weight, DIGITS)} for number, weight in through]
-            for layer, through in self.experts.items()
-        }
-        return {
-            **asdict(self.placed.fact), **({"experts": experts} if experts else {}),
+        fact = self.placed.fact
+        record: FactRecord = {
+            "prompt": fact.prompt, "subject": fact.subject, "answer": fact.answer,
             "n_tokens": len(self.placed.answer), "tokens": self.tokens,
             "classes": self.classes, "samples": self.samples,
             "joint": self.joint, "states": [state.record() for state in self.states], "forwards": self.passes,
             "rows": self.rows,
             "seconds": round(self.seconds, 3),
         }  # fmt: skip
+        if self.experts:
+            record["experts"] = {
+                str(layer): [{"expert": n, "weight": round(weight, DIGITS)} for n, weight in through]
+                for layer, through in self.experts.items()
+            }
+        return record
 
 
 def _rounded(values: Tensor) -> list[list[float]]:
@@ -249,7 +253,7 @@ def _fact_trace(
     placed: Placed,
     slots: int,
     samples: int,
-    joint: dict[str, Any],
+    joint: Joint,
     states: list[StateTrace],
     count: Count,
     seconds: float,
@@ -345,7 +349,7 @@ def _measured(runs: Runs, answer: Answer, samples: Tensor | None) -> dict[str, F
     )
 
 
-def whole_likelihood(adapter: Adapter, placed: Placed, corruption: Corruption) -> dict[str, Any]:
+def whole_likelihood(adapter: Adapter, placed: Placed, corruption: Corruption) -> Joint:
     """log p(answer | prompt), clean and as the mean over corrupted runs: causal, or any-order (exact), or
     beyond five tokens from left to right.
     """

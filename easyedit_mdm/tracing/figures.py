@@ -21,6 +21,7 @@ from easyedit_mdm.report.figures import (
 )
 from easyedit_mdm.tracing import CLASSES, KINDS
 from easyedit_mdm.tracing.averages import GROUPS
+from easyedit_mdm.tracing.records import FactRecord, ModelTrace, Profile, StateRecord
 
 TITLES = {"hidden": "hidden state", "mlp": "MLP", "attention": "attention"}
 MEASURE_TITLES = {
@@ -30,7 +31,7 @@ MEASURE_TITLES = {
 }
 
 
-def average_figure(models: Sequence[dict[str, Any]], group: str, measure: str) -> Any:
+def average_figure(models: Sequence[ModelTrace], group: str, measure: str) -> Any:
     """Average indirect effect by layer: a row a model, a column a kind, a line a class of tokens; None where
     there is nothing to draw.
     """
@@ -54,7 +55,7 @@ def average_figure(models: Sequence[dict[str, Any]], group: str, measure: str) -
     return figure
 
 
-def _curve(axes: Any, table: dict[str, Any], number: int) -> Any:
+def _curve(axes: Any, table: Profile, number: int) -> Any:
     """A line with its interval as a shade."""
     layers = np.arange(len(table["mean"]))
     look = {
@@ -75,7 +76,7 @@ def _layer_axis(axes: Any, layers: int) -> None:
 
 
 def compare_figure(
-    models: Sequence[dict[str, Any]], at: Sequence[str] = ("subject_last", "last", "slots")
+    models: Sequence[ModelTrace], at: Sequence[str] = ("subject_last", "last", "slots")
 ) -> Any:
     """The models over each other, by relative depth: a row a class of tokens, a column a kind."""
     figure = new_figure(figsize=(11, 0.9 + 2.7 * len(at)))
@@ -96,7 +97,7 @@ def compare_figure(
     return figure
 
 
-def _over_depth(axes: Any, table: dict[str, Any], number: int) -> Any:
+def _over_depth(axes: Any, table: Profile, number: int) -> Any:
     depth = (np.arange(len(table["mean"])) + 0.5) / len(table["mean"])
     look = {
         "color": SERIES[number % len(SERIES)],
@@ -108,7 +109,7 @@ def _over_depth(axes: Any, table: dict[str, Any], number: int) -> Any:
     return axes.plot(depth, table["mean"], markersize=4, linewidth=1.4, **look)[0]
 
 
-def heat_rows(fact: dict[str, Any]) -> list[tuple[str, dict[str, Any], str]]:
+def heat_rows(fact: FactRecord) -> list[tuple[str, StateRecord, str]]:
     """The rows of a fact's heatmaps: a title, a state and a measure."""
     rows = []
     for state in fact["states"]:
@@ -121,7 +122,7 @@ def heat_rows(fact: dict[str, Any]) -> list[tuple[str, dict[str, Any], str]]:
     return rows
 
 
-def heat_figure(fact: dict[str, Any], mask: str = "░") -> Any:
+def heat_figure(fact: FactRecord, mask: str = "░") -> Any:
     """Heatmaps of one fact, token by layer; a column a kind. Blue: what comes back; orange: what is lost.
     Clear where nothing happens.
     """
@@ -146,7 +147,7 @@ def heat_figure(fact: dict[str, Any], mask: str = "░") -> Any:
     return figure
 
 
-def _labels(fact: dict[str, Any], mask: str) -> list[str]:
+def _labels(fact: FactRecord, mask: str) -> list[str]:
     """Texts of the tokens; the subject's with a star, as in ROME's figures, the slots with their numbers."""
     labels, slot = [], 0
     for text, name in zip(fact["tokens"], fact["classes"]):

@@ -36,6 +36,7 @@ from easyedit_mdm.tracing import (
 )
 from easyedit_mdm.tracing.averages import GROUPS, averages, peaks, ranges, side_by_side, totals
 from easyedit_mdm.tracing.figures import TITLES, average_figure, compare_figure, group_title, heat_figure
+from easyedit_mdm.tracing.records import FactRecord, ModelTrace, Pair, TraceReport
 from easyedit_mdm.twins.benchmark import split_facts
 from easyedit_mdm.twins.world import World
 from easyedit_mdm.version import __version__
@@ -97,7 +98,7 @@ class TraceJob:
 
 def trace(
     job: TraceJob, out: str | Path, config: TraceConfig = TraceConfig(), resamples: int = RESAMPLES
-) -> dict[str, Any]:
+) -> TraceReport:
     """Trace, and write `trace.json`, `trace.html` and the figures (PNG and SVG) into `out`.
 
     Returns:
@@ -128,7 +129,7 @@ def trace(
     folder = Path(out)
     with only_writer(folder / "trace.json"):
         traced = [_traced(model, checked.facts, config, others, resamples) for model in models]
-        report = {
+        report: TraceReport = {
             "version": __version__,
             "config": config.record(),
             "facts": {"source": job.known or ("prompt" if job.prompt else "twins"), "skipped": skipped},
@@ -200,7 +201,7 @@ def _world_subjects(job: TraceJob) -> list[str]:
 
 def _traced(
     model: Adapter, facts: Sequence[TracedFact], config: TraceConfig, others: Sequence[str], resamples: int
-) -> dict[str, Any]:
+) -> ModelTrace:
     """One model's part of the report."""
     traces, left_out = trace_facts(model, facts, config, others)
     return model_report(model, [t.record() for t in traces], left_out, config, resamples)
@@ -208,11 +209,11 @@ def _traced(
 
 def model_report(
     model: Adapter,
-    records: list[dict[str, Any]],
+    records: list[FactRecord],
     left_out: list[dict[str, str]],
     config: TraceConfig,
     resamples: int,
-) -> dict[str, Any]:
+) -> ModelTrace:
     """Records of a model's facts, with their averages."""
     average = averages(records, config.seed, resamples)
     forwards = [record["forwards"] for record in records]
@@ -229,7 +230,7 @@ def model_report(
     }  # fmt: skip
 
 
-def write_report(report: dict[str, Any], folder: Path) -> None:
+def write_report(report: TraceReport, folder: Path) -> None:
     """`trace.json`, `trace.html`, and each figure as PNG and SVG."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(
@@ -256,7 +257,7 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     write_text(folder / "trace.html", page, errors="backslashreplace")
 
 
-def _figures(report: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+def _figures(report: TraceReport) -> dict[str, tuple[str, Any]]:
     """File name -> title, and a function that draws the figure."""
     models, figures = report["models"], {}
     if report["pairs"]:
@@ -282,7 +283,7 @@ def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
 
 
-def _print_trace(report: dict[str, Any], folder: Path) -> None:
+def _print_trace(report: TraceReport, folder: Path) -> None:
     console, checked = Console(), report["checked"]
     known = ", ".join(f"{name} knows {n}" for name, n in checked["known"].items())
     console.print(
@@ -304,7 +305,7 @@ def _print_trace(report: dict[str, Any], folder: Path) -> None:
     console.print(f"{folder / 'trace.html'}, trace.json and figures written", markup=False, highlight=False)
 
 
-def _peak_table(model: dict[str, Any]) -> Table:
+def _peak_table(model: ModelTrace) -> Table:
     table = Table(
         title=escape(f"{model['name']}: where the answer's probability comes back most (no slot revealed)")
     )
@@ -324,7 +325,7 @@ def _peak_table(model: dict[str, Any]) -> Table:
     return table
 
 
-def words(pair: dict[str, Any]) -> str:
+def words(pair: Pair) -> str:
     """What two models have in common at the last subject token, in a sentence."""
     close = "flat" if pair["correlation"] is None else f"correlation {pair['correlation']:.2f}"
     return (
@@ -333,7 +334,7 @@ def words(pair: dict[str, Any]) -> str:
     )
 
 
-def read_trace(file: str | Path, model: Adapter) -> dict[str, Any]:
+def read_trace(file: str | Path, model: Adapter) -> ModelTrace:
     """The part of a `trace.json` that is about a model.
 
     Raises:
