@@ -40,6 +40,8 @@ RESULTS = ROOT / "build" / "mutations.jsonl"
 EARLY = (  # plugins that came with what is preloaded
     "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
 )
+# no types at run time: a mutation is to be seen by what it does, and checking them takes most of the time
+OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "-W", EARLY]
 LEFT_OUT = shutil.ignore_patterns(
     ".git", ".venv", "build", "benchmarks", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info"
 )
@@ -329,11 +331,7 @@ def _in_fork(tree: Path, tests: Sequence[str], limit: float | None, told: Path) 
     os.environ["PYTHONPATH"] = str(tree)
     sys.dont_write_bytecode = True
     first = FirstFailure()
-    code = int(
-        pytest.main(
-            ["-x", "-q", "-p", "no:cacheprovider", "-W", EARLY, *(f"tests/{name}" for name in tests)], [first]
-        )
-    )
+    code = int(pytest.main([*OPTIONS, *(f"tests/{name}" for name in tests)], [first]))
     package = sys.modules.get(PACKAGE)
     assert package is None or Path(str(package.__file__)).is_relative_to(tree), (
         f"{package.__file__} was tested, not the copy"

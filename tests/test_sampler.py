@@ -52,6 +52,15 @@ def test_equals_the_kept_reference(family):
         )
 
 
+def test_a_long_prompt_beside_one_with_more_slots(tiny):
+    """The slots that the long one does not have lie behind its row, and are never read."""
+    model = tiny("llada")
+    prompts = [torch.tensor([5, 6, 7, 8, 9, 10]), torch.tensor([12, 3])]
+    together = decode(model, prompts, [1, 4], DecodeConfig())
+    alone = [decode(model, [p], [n], DecodeConfig())[0] for p, n in zip(prompts, [1, 4])]
+    assert [path.tokens.tolist() for path in together] == [path.tokens.tolist() for path in alone]
+
+
 @pytest.mark.parametrize("family", ["llada", "dream", "llama"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("order", list(ORDERS))

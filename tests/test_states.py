@@ -84,6 +84,8 @@ def test_enumerate_becomes_stratified_and_says_so():
     """Beyond max_states the schedule is stratified, kept for all steps, and the record tells."""
     plan = schedule("enumerate", 6)
     assert (plan.used, plan.name, plan.fixed) == ("stratified", "enumerate", True)
+    assert schedule("enumerate", 3, 7).used == "enumerate", "as many states as are allowed"
+    assert schedule("enumerate", 3, 6).used == "stratified"
     generator = torch.Generator().manual_seed(0)
     first, second = plan.draw(0, generator), plan.draw(1, generator)
     assert torch.equal(first.revealed, second.revealed)
