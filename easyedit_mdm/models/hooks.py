@@ -71,6 +71,13 @@ def changing_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
 
 
 @contextmanager
+def answering(module: nn.Module, answer: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Replace the output of `module` by `answer(input, output)`."""
+    with _hooked(module, lambda args, out: answer(args[0], out)):
+        yield
+
+
+@contextmanager
 def adding_at(module: nn.Module, at: Tensor, values: Tensor) -> Iterator[None]:
     """Add `values` (rows x width) to the output of `module`, one vector a row, at column `at` of each;
     gradients go into `values`.

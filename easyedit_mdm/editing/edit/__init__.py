@@ -5,6 +5,7 @@ other files).
 from easyedit_mdm.editing.edit.attached import Attached
 from easyedit_mdm.editing.edit.change import Change, Exact, LowRank
 from easyedit_mdm.editing.edit.edit import Edit
+from easyedit_mdm.editing.edit.side_memory import SideMemory
 from easyedit_mdm.editing.edit.stack import PlainEdit, carried, identity, keeping, revert_all, write
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Exact",
     "LowRank",
     "PlainEdit",
+    "SideMemory",
     "carried",
     "identity",
     "keeping",

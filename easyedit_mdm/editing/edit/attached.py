@@ -127,7 +127,7 @@ class ResidualMemory(Attached):
     def check(self, native: nn.Module, module: nn.Module) -> None:
         """As `Attached.check`."""
         keys, residuals = self.tensors["keys"], self.tensors["residuals"]
-        _check_widths(self, module, keys.shape[1], residuals.shape[1])
+        check_widths(self, module, keys.shape[1], residuals.shape[1])
 
     @classmethod
     def joined(cls, parts: Sequence[Attached]) -> Answer:
@@ -196,7 +196,7 @@ class Codebook(Attached):
 
     def check(self, native: nn.Module, module: nn.Module) -> None:
         """As `Attached.check`."""
-        _check_widths(self, module, self.tensors["keys"].shape[1], self.tensors["values"].shape[1])
+        check_widths(self, module, self.tensors["keys"].shape[1], self.tensors["values"].shape[1])
 
     @classmethod
     def joined(cls, parts: Sequence[Attached]) -> Answer:
@@ -274,7 +274,12 @@ class Context(Attached):
             )
 
 
-def _check_widths(one: Attached, module: nn.Module, inner: int, width: int) -> None:
+def check_widths(one: Attached, module: nn.Module, inner: int, width: int) -> None:
+    """Whether the module takes and gives so many numbers.
+
+    Raises:
+        EditError: if not.
+    """
     weight = getattr(module, "weight", None)
     shape = tuple(weight.shape) if isinstance(weight, Tensor) else "no weight"
     if shape not in ((width, inner), (inner, width)):

@@ -10,6 +10,7 @@ from easyedit_mdm.editing.methods import (  # noqa: F401  (registration)
     r_rome,
     residual_memory,
     rome,
+    wise,
 )
 from easyedit_mdm.editing.methods._registry import METHODS, Method
 
