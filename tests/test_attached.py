@@ -13,7 +13,7 @@ import torch
 
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.editing import Edit, LowRank
-from easyedit_mdm.editing.edit import carried, revert_all
+from easyedit_mdm.editing.edit import SideMemory, carried, revert_all
 from easyedit_mdm.editing.edit.attached import Codebook, Context, ResidualMemory, radii, solved
 from easyedit_mdm.editing.edit.export import write_model
 from easyedit_mdm.errors import EditError, ModelError
@@ -205,11 +205,14 @@ def test_fifty_times_in_random_order(tiny):
     site, weight = model.site(1), dict(model.named_parameters())["model.layers.0.mlp.down_proj.weight"]
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(weight.shape[0], 1, generator=generator), torch.randn(1, weight.shape[1])
+    side = {"threshold": 0.5, "density": 0.5, "merge": "ties"}
     key = {"keys": torch.randn(2, INNER), "values": torch.randn(2, WIDTH), "target": torch.tensor([3])}
     edits = [
         Edit([], {}, [memory(0, site=site.name)]),
         Edit([], {}, [memory(1, site=site.name)]),
         Edit([], {}, [Codebook(site.name, key, {"radius": 9.0})]),
+        Edit([], {}, [SideMemory(site.name, {"delta": torch.randn(WIDTH, INNER)}, side)]),
+        Edit([], {}, [SideMemory(site.name, {"delta": torch.randn(WIDTH, INNER)}, side)]),
         Edit([], {}, [context(11, 12)]),
         Edit([LowRank("model.layers.0.mlp.down_proj.weight", left, right)], {}),
     ]

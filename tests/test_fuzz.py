@@ -38,6 +38,7 @@ from easyedit_mdm.editing import METHODS, LowRank
 from easyedit_mdm.editing.edit.attached import Codebook, Context, ResidualMemory
 from easyedit_mdm.editing.edit.files import CARD, TENSORS, file_sha256
 from easyedit_mdm.editing.edit.folders import adopt_edits, write_edited
+from easyedit_mdm.editing.edit.side_memory import SideMemory
 from easyedit_mdm.editing.hparams import find_hparams, read_yaml
 from easyedit_mdm.errors import EasyEditMDMError
 from easyedit_mdm.evaluation.records import read_run
@@ -235,6 +236,7 @@ def edit_target(folder: Path) -> Target:
     attached = [
         ResidualMemory("a", {"keys": one, "residuals": one}, {"ridge": 1.0, "alpha": 1.0, "top_q": 1.0}),
         Codebook("a", {"keys": one, "values": one, "target": torch.tensor([1])}, {"radius": 1.0}),
+        SideMemory("a", {"delta": one}, {"threshold": 1.0, "density": 0.5, "merge": "ties"}),
         Context("", {name: torch.tensor([1]) for name in Context.TENSORS}),
     ]
     changes = [
