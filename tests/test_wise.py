@@ -228,6 +228,7 @@ def test_several_facts(tiny, family, retrieve):
         ({"merge_alg": "slerp"}, "merge_alg='slerp'"),
         ({"side_output": "here"}, "side_output='here'"),
         ({"norm_constraint": 0.0}, "norm_constraint=0.0"),
+        ({"norm_constraint": True}, "norm_constraint=True"),
         ({"layers": [0, 1]}, "one layer"),
     ],
 )

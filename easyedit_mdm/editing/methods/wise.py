@@ -74,8 +74,8 @@ class WISEMDMHyperParams(SideHyperParams):
                 f"act_margin={self.act_margin} must be three numbers, alpha, beta and gamma, none below 0"
             )
         most = self.norm_constraint
-        if most is not None and most is not False and not float(most) > 0:
-            raise HyperParameterError(f"norm_constraint={most} must be above 0, or null")
+        if most is True or (most is not None and most is not False and not float(most) > 0):
+            raise HyperParameterError(f"norm_constraint={most} must be a number above 0, or null for none")
 
     def advice(self, loss: float) -> str:
         """As `MethodHyperParams.advice`."""
