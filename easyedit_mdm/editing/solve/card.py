@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from torch import Tensor
+
 from easyedit_mdm.editing.edit.card import Card, FactRecord
 from easyedit_mdm.editing.facts import Fact
 from easyedit_mdm.editing.hparams import MethodHyperParams
 from easyedit_mdm.editing.request import EditRequest
+from easyedit_mdm.errors import OptimisationError
 
 
 @dataclass
@@ -29,6 +32,25 @@ class Outcome:
     schedule: str = ""
     forwards: int = 0
     layer_passes: int = 0
+
+
+def note_losses(outcomes: Sequence[Outcome], losses: Tensor, step: int, settings: str) -> None:
+    """Add a step's losses to what has been noted of some facts.
+
+    Args:
+        losses: one a fact.
+        settings: what may be wrong where one is not a number, such as `lr=1.0`.
+
+    Raises:
+        OptimisationError: then.
+    """
+    if not losses.isfinite().all():
+        raise OptimisationError(
+            f"a loss is {losses.tolist()} at step {step}: the training left the finite numbers ({settings},"
+            " model weights or dtype?). No weight was changed."
+        )
+    for outcome, loss in zip(outcomes, losses.tolist()):
+        outcome.losses.append(loss)
 
 
 def card(

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from easyedit_mdm.editing.facts import Fact
 from easyedit_mdm.editing.hparams import StateHyperParams
-from easyedit_mdm.editing.solve.card import Outcome
+from easyedit_mdm.editing.solve.card import Outcome, note_losses
 from easyedit_mdm.editing.solve.losses import StateLosses
 from easyedit_mdm.editing.solve.rows import Rows
-from easyedit_mdm.errors import OptimisationError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
 from easyedit_mdm.models.hooks import changing_output, frozen
@@ -77,13 +76,8 @@ def replacing_values(
         for step in range(steps):
             optimizer.zero_grad()
             step_losses = losses.backward(step, range(len(facts)), torch.ones(len(facts)))
-            if not step_losses.isfinite().all():
-                raise OptimisationError(
-                    f"a loss is {step_losses.tolist()} at step {step}: the optimisation left the finite"
-                    f" numbers (edit_lr={lr}, model weights or dtype?). No weight was changed."
-                )
-            for outcome, loss in zip(losses.outcomes, step_losses.tolist()):
-                outcome.losses.append(loss)
+            note_losses(losses.outcomes, step_losses, step, f"edit_lr={lr}")
+            for outcome in losses.outcomes:
                 outcome.steps += 1
             optimizer.step()
     return values.detach(), losses.outcomes

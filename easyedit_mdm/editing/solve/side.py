@@ -22,10 +22,9 @@ from torch import Tensor
 
 from easyedit_mdm.editing.facts import Fact, fact_generator
 from easyedit_mdm.editing.hparams import StateHyperParams
-from easyedit_mdm.editing.solve.card import Outcome
+from easyedit_mdm.editing.solve.card import Outcome, note_losses
 from easyedit_mdm.editing.solve.losses import StateLosses
 from easyedit_mdm.editing.solve.rows import Rows
-from easyedit_mdm.errors import OptimisationError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
 from easyedit_mdm.models.hooks import answering, frozen
@@ -158,13 +157,8 @@ def _descend(
             break
         optimizer.zero_grad()
         each = losses.backward(step, everyone, shares).cpu()
-        if not each.isfinite().all():
-            raise OptimisationError(
-                f"a loss is {each.tolist()} at step {step}: the training left the finite numbers"
-                f" (edit_lr={hparams.edit_lr}, model weights or dtype?). No weight was changed."
-            )
-        for outcome, loss in zip(losses.outcomes, each.tolist()):
-            outcome.losses.append(loss)
+        note_losses(losses.outcomes, each, step, f"edit_lr={hparams.edit_lr}")
+        for outcome in losses.outcomes:
             outcome.steps += 1
         assert delta.grad is not None
         delta.grad.mul_(chosen)

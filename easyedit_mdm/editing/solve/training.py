@@ -15,9 +15,9 @@ from torch import Tensor
 
 from easyedit_mdm.editing.edit import identity
 from easyedit_mdm.editing.hparams import StateHyperParams
-from easyedit_mdm.editing.solve.card import Outcome
+from easyedit_mdm.editing.solve.card import Outcome, note_losses
 from easyedit_mdm.editing.solve.losses import StateLosses
-from easyedit_mdm.errors import ModelError, OptimisationError
+from easyedit_mdm.errors import ModelError
 from easyedit_mdm.models import Adapter
 
 
@@ -110,7 +110,7 @@ def train(
             shares /= shares.sum()
             each = losses.backward(step, some, shares).cpu()
             loss = float((each * shares).sum())
-            _record(done, some, each, step, hparams)
+            note_losses([done[i] for i in some], each, step, f"lr={hparams.lr}")
             if loss >= hparams.early_stop_loss:
                 before()
                 optimizer.step()
@@ -122,15 +122,3 @@ def train(
         if len(recent) == recent.maxlen and sum(recent) / len(recent) < hparams.early_stop_loss:
             break
     return done
-
-
-def _record(
-    done: Sequence[Outcome], some: Sequence[int], losses: Tensor, step: int, hparams: TrainingHyperParams
-) -> None:
-    if not losses.isfinite().all():
-        raise OptimisationError(
-            f"a loss is {losses.tolist()} at step {step}: the training left the finite numbers"
-            f" (lr={hparams.lr}, model weights or dtype?). No weight was changed."
-        )
-    for i, loss in zip(some, losses.tolist()):
-        done[i].losses.append(loss)
