@@ -133,9 +133,9 @@ def page(rows: list[dict[str, str]]) -> str:
         "# Compatibility\n\nMade by `make matrix`: the whole test suite in an environment of its own, once"
         " for each version of\ntransformers. `oldest` is the lower end of every range in pyproject.toml,"
         " `locked` is constraints.txt, `newest`\nis what pip finds on the day. With EASYEDIT_HOME set, the"
-        " tests of EasyEdit's repository are among them; PyPI's\nwheel always is. `deprecations` counts the"
-        " warnings of other packages about their own future; ours are errors. Under `locked` the\nshapes and"
-        " types of every call are checked as well (jaxtyping, beartype).\n\n"
+        " tests of EasyEdit's repository are among them; PyPI's\nwheel always is.\n\n`deprecations` counts"
+        " the warnings of other packages about their own future; ours are errors. Under `locked` the\nshapes"
+        " and types of every call are checked as well (jaxtyping, beartype).\n\n"
         + "\n".join(table)
         + "\n\nA version outside the ranges may work. `easyedit-mdm doctor` says when one is installed, and a"
         " call that meets\nsomething that the version lacks ends in an `IncompatibleVersionError` with the"
