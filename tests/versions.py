@@ -134,7 +134,7 @@ def page(rows: list[dict[str, str]]) -> str:
         " for each version of\ntransformers. `oldest` is the lower end of every range in pyproject.toml,"
         " `locked` is constraints.txt, `newest`\nis what pip finds on the day. With EASYEDIT_HOME set, the"
         " tests of EasyEdit's repository are among them; PyPI's\nwheel always is.\n\n`deprecations` counts"
-        " the warnings of other packages about their own future; ours are errors. Under `locked` the\nshapes"
+        " the warnings of other packages about their own future; ours are errors. Under `locked`\nthe shapes"
         " and types of every call are checked as well (jaxtyping, beartype).\n\n"
         + "\n".join(table)
         + "\n\nA version outside the ranges may work. `easyedit-mdm doctor` says when one is installed, and a"
