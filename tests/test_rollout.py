@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from easyedit_mdm.denoising import DecodeConfig, decode, schedule
+from easyedit_mdm.editing import METHODS
 from easyedit_mdm.editing.facts import Fact
 from easyedit_mdm.editing.request import Prompt
-from easyedit_mdm.editing.solve.rollout import rolled_out
-from easyedit_mdm.models.hooks import changing_output
+from easyedit_mdm.editing.solve.replaced import _Replaced
+from easyedit_mdm.editing.solve.rollout import rolled_out, states_met
+from easyedit_mdm.editing.solve.side import _SideLosses
+from easyedit_mdm.models.hooks import answering, changing_output
 
 TARGETS = [torch.tensor([7, 3, 11, 5]), torch.tensor([4, 9])]
 
@@ -47,6 +50,43 @@ def test_own_tokens_are_those_of_the_sampler(tiny, family):
         not torch.equal(s.shown[-1][s.revealed[-1]], t[s.revealed[-1]])
         for s, t in zip(states.values(), TARGETS)
     ), "a random model writes wrong tokens"
+
+
+@pytest.mark.parametrize("memory", ["GRACE_MDM", "WISE_MDM"])
+def test_memories_are_in_the_model_while_it_decodes(tiny, memory):
+    """What a memory puts in at the fact's token is there in every step that states are taken from."""
+    model = tiny("llada")
+    site, facts = model.site(1), list(facts_of(model).values())
+    settings = METHODS[memory].hparams(
+        alg_name=memory, model_name="tiny", layers=[1], state_schedule="on_policy", context_templates=["{}"]
+    )
+    module, generator = model.module(site.name), torch.Generator().manual_seed(3)
+    if memory == "GRACE_MDM":
+        values = 3 * torch.randn(2, 32, generator=generator)
+        losses = _Replaced(model, site, facts, values, settings)
+    else:
+        delta = 3 * torch.randn(module.weight.shape, generator=generator)
+        losses = _SideLosses(model, site, facts, delta, settings)
+    met = states_met(model, None, facts, losses.plans, [0, 1], inserted=losses._inserted)
+    bare = states_met(model, None, facts, losses.plans, [0, 1])
+    for i, fact in enumerate(facts):
+        at = fact.contexts[0].fact_at
+
+        def put(entering, out, i=i, at=at):
+            """By hand, in the only row."""
+            out = out.clone()
+            out[:, at] = values[i] if memory == "GRACE_MDM" else out[:, at] + entering[:, at] @ delta.T
+            return out
+
+        with answering(module, put):
+            path = decode(model, [fact.contexts[0].ids], [len(fact.target)], DecodeConfig())[0]
+        states, order = met[i][0][1], path.step.argsort()
+        for k in range(len(fact.target)):
+            known = torch.zeros(len(fact.target), dtype=torch.bool)
+            known[order[:k]] = True
+            assert torch.equal(states.revealed[k], known)
+            assert torch.equal(states.shown[k][known], path.tokens[known])
+    assert any(not torch.equal(met[i][0][1].shown, bare[i][0][1].shown) for i in (0, 1))
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])

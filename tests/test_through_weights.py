@@ -24,7 +24,7 @@ from easyedit_mdm.editing.request import anchor, locate
 from easyedit_mdm.editing.solve.batch import BatchHyperParams, outputs
 from easyedit_mdm.editing.solve.keys import read_keys
 from easyedit_mdm.editing.solve.rank_one import closed_form
-from easyedit_mdm.editing.solve.rollout import _slots
+from easyedit_mdm.editing.solve.rollout import _slots, _written
 from easyedit_mdm.editing.solve.sites import check_modules, settled
 from easyedit_mdm.editing.solve.value import _rates, optimise
 from easyedit_mdm.errors import HyperParameterError
@@ -132,13 +132,22 @@ def test_states_are_those_that_the_edited_model_meets(tiny):
     edit = METHODS["ROME_MDM"].edit(model, [request], settings)
     delta = edit.changes[0].left[:, 0] * direction.denominator
     revealed = torch.tensor([i == 1 for i in range(len(fact.target))])
-    given = [fact], [revealed], [fact.target]
-    through = _slots(model, site, *given, [delta], (direction.u / direction.denominator)[None])[0]
+    at, right = torch.tensor([fact.contexts[0].fact_at]), (direction.u / direction.denominator)[None]
+
+    def slots():
+        """Logits at the target's slots, of the model as it is."""
+        return _slots(model, [fact], [revealed], [fact.target], 0)[0]
+
+    with torch.no_grad(), _written(model, site, at, [delta], right, None):
+        through = slots()
+    with torch.no_grad(), _written(model, site, at, [delta], None, None):
+        activation = slots()
     edit.apply(model)
-    really = _slots(model, site, *given, [torch.zeros_like(delta)], None)[0]
+    with torch.no_grad():
+        really = slots()
     edit.revert(model)
     assert torch.allclose(through, really, atol=1e-5)
-    assert not torch.allclose(_slots(model, site, *given, [delta], None)[0], really, atol=1e-3)
+    assert not torch.allclose(activation, really, atol=1e-3)
 
 
 def test_r_rome_says_that_it_cannot():

@@ -217,12 +217,28 @@ def test_several_facts(tiny, family, retrieve):
     assert [likelihood(model, request) for request in REQUESTS] == before
 
 
+@pytest.mark.parametrize("family", ["dream", "llama"])
+def test_a_shard_does_not_depend_on_earlier_ones(tiny, family):
+    """Made for a model that carries other shards, it is the one that is made for the bare model: where one
+    answers, the others do not.
+    """
+    model = tiny(family)
+    alone = [edit.attached[0] for edit in make_edits(model, REQUESTS, hparams())]
+    with Session(model, hparams()) as session:
+        edits = session.edit(REQUESTS, "sequential", 1)
+        for edit, part in zip(edits, alone, strict=True):
+            (made,) = edit.attached
+            assert (made.tensors["delta"] - part.tensors["delta"]).abs().max() < 1e-6
+            assert made.settings["threshold"] == pytest.approx(part.settings["threshold"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"n_iter": 0}, "n_iter=0"),
         ({"mask_ratio": 0.0}, "mask_ratio=0.0 must lie above 0"),
         ({"densities": 1.5}, "densities=1.5"),
+        ({"act_ratio": 1.0}, "act_ratio=1.0 must lie below 1"),
         ({"act_margin": [1.0, 2.0]}, "three numbers"),
         ({"act_margin": [1.0, -2.0, 3.0]}, "none below 0"),
         ({"merge_alg": "slerp"}, "merge_alg='slerp'"),

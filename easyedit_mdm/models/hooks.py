@@ -15,7 +15,7 @@ def _hooked(module: nn.Module, hook: Callable[[tuple, Any], Any]) -> Iterator[No
     """Let `hook` see (arguments, output) of every call of `module`, and replace the output by what it
     returns, if it is not None.
     """
-    call, handle = _Hook(hook), None
+    call, handle = _Switched(hook), None
     try:
         handle = module.register_forward_hook(call)
         yield
@@ -25,7 +25,7 @@ def _hooked(module: nn.Module, hook: Callable[[tuple, Any], Any]) -> Iterator[No
             handle.remove()
 
 
-class _Hook:
+class _Switched:
     """Torch's forward hook, which does nothing once it is off: Ctrl-C may strike before its handle is kept,
     and then it stays in the module.
     """

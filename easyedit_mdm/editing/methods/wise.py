@@ -65,6 +65,10 @@ class WISEMDMHyperParams(SideHyperParams):
         super().validate()
         self.check_numbers(n_iter=1, batch_size=1, whole=True)
         self.check_numbers(edit_lr=0, act_ratio=0)
+        if self.act_ratio >= 1:
+            raise HyperParameterError(
+                f"act_ratio={self.act_ratio} must lie below 1: the memory would not answer at its own facts"
+            )
         self.check_choices(merge_alg=("ties",), side_output=("fact", "everywhere"), fact_token=FACT_TOKENS)
         for name in ("mask_ratio", "densities"):
             if not 0 < getattr(self, name) <= 1:

@@ -9,6 +9,7 @@ negative log-likelihood of the target's tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -95,7 +96,7 @@ class StateLosses:
     def _built(self, step: int, some: tuple[int, ...]) -> Iterator[tuple[Rows, Tensor | None]]:
         rolled = [i for i in some if self.plans[i].rolled]
         states = {i: self.plans[i].draw(step, self._generators[i]) for i in some if i not in rolled}
-        met = states_met(self.adapter, None, self.facts, self.plans, rolled)
+        met = states_met(self.adapter, None, self.facts, self.plans, rolled, inserted=self._inserted)
         for i, groups in met.items():  # a row for each slot in turn
             passes = self.adapter.layers * len(self.facts[i].target) * len(groups)
             self.outcomes[i].layer_passes += passes
@@ -106,6 +107,12 @@ class StateLosses:
         for chunk, length, slots in rows.chunks(self.hparams.max_rows):
             part = rows.take(chunk).cut(length, slots)
             yield part, self._below(part)
+
+    def _inserted(self, facts: Sequence[int], at: Int[Tensor, " rows"]) -> AbstractContextManager[None]:
+        """What is in the model while it decodes, in a row for each of these facts (by number), with the fact
+        at these columns: the trained weights are in it already.
+        """
+        return nullcontext()
 
     def _below(self, rows: Rows) -> Tensor | None:
         """The input of the lowest trained layer."""

@@ -9,10 +9,11 @@ mean next-token loss of the target.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from easyedit_mdm.editing.facts import Fact
@@ -41,14 +42,16 @@ class _Replaced(StateLosses):
 
     def _each(self, rows: Rows, below: Tensor | None) -> Float[Tensor, " rows"]:
         """As `StateLosses`."""
-        with changing_output(self.module, partial(self._replaced, rows)):
+        with self._inserted(rows.fact.tolist(), rows.fact_at):
             return super()._each(rows, below)
 
-    def _replaced(self, rows: Rows, out: Tensor) -> Tensor:
-        """The site's output with each row's value at its token."""
-        index = torch.arange(len(rows), device=out.device)
-        own = self.values[rows.fact.to(self.values.device)].to(out)
-        return out.index_put((index, rows.fact_at.to(out.device)), own)
+    def _inserted(self, facts: Sequence[int], at: Int[Tensor, " rows"]) -> AbstractContextManager[None]:
+        """Each row's value at its token."""
+        return changing_output(self.module, partial(self._replaced, list(facts), at))
+
+    def _replaced(self, facts: list[int], at: Tensor, out: Tensor) -> Tensor:
+        index = torch.arange(len(facts), device=out.device)
+        return out.index_put((index, at.to(out.device)), self.values[facts].to(out))
 
 
 def replacing_values(

@@ -4,7 +4,7 @@ prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -21,6 +21,15 @@ from easyedit_mdm.models.adapter import Site
 from easyedit_mdm.models.geometry import right_padded
 from easyedit_mdm.models.hooks import adding_at, writing_all_through, writing_through
 
+# what is in the model while rows run, given the facts that they are of, by number, and each row's column of
+# the fact
+Inserted = Callable[[Sequence[int], Int[Tensor, " rows"]], AbstractContextManager[None]]
+
+
+def _nothing(facts: Sequence[int], at: Int[Tensor, " rows"]) -> AbstractContextManager[None]:
+    """The model as it is."""
+    return nullcontext()
+
 
 def states_met(
     adapter: Adapter,
@@ -31,6 +40,7 @@ def states_met(
     deltas: Sequence[Tensor] = (),
     rights: Float[Tensor, "facts inner"] | None = None,
     together: bool = False,
+    inserted: Inserted = _nothing,
 ) -> dict[int, list[tuple[tuple[int, ...], States]]]:
     """For some facts (by number) the states that the model comes through after the first prefix of each
     group of their prefixes, beside the numbers of the group's prefixes. See `rolled_out`.
@@ -43,7 +53,8 @@ def states_met(
             for i, group in groups.items()
         }
         schedules = {i: plans[i].schedules[number] for i in groups}
-        for i, states in rolled_out(adapter, site, asked, deltas, schedules, rights, together).items():
+        rolled = rolled_out(adapter, site, asked, deltas, schedules, rights, together, inserted)
+        for i, states in rolled.items():
             met[i].append((groups[i].contexts, states))
     return met
 
@@ -57,17 +68,16 @@ def rolled_out(
     plans: Sequence[Schedule] | Mapping[int, Schedule],
     rights: Float[Tensor, "facts inner"] | None = None,
     together: bool = False,
+    inserted: Inserted = _nothing,
 ) -> dict[int, States]:
     """For each fact (by number) its N states, from nothing revealed to one slot left; at most `plans[i].most`
     of them, spread evenly.
 
     A step commits the slot whose best token has the highest probability (LLaDA's `low_confidence`) among
-    those of the open
-    block: its right token, or the model's own. The best token is the best of those that the sampler may
-    write. All facts go
-    through the model together: as many passes as the longest target has tokens. `rights`, `together`: see
-    `easyedit_mdm.editing.solve.value.optimise`; `deltas` and `rights` are those of all facts. `site` None:
-    the model as it is, without deltas.
+    those of the open block: its right token, or the model's own. The best token is the best of those that the
+    sampler may write. All facts go through the model together: as many passes as the longest target has
+    tokens. `rights`, `together`: see `easyedit_mdm.editing.solve.value.optimise`; `deltas` and `rights` are
+    those of all facts. `site` None: no deltas, but what `inserted` puts into the model.
     """
     shared = (rights, torch.stack(list(deltas))) if together and rights is not None else None
     revealed = {i: torch.zeros(len(f.target), dtype=torch.bool) for i, f in facts.items()}
@@ -78,14 +88,16 @@ def rolled_out(
     met: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {i: [] for i in facts}
     for step in range(max((len(f.target) for f in facts.values()), default=0)):
         going = [i for i in facts if step < len(facts[i].target)]
-        given = (
-            [facts[i] for i in going],
-            [revealed[i] for i in going],
-            [shown[i] for i in going],
-            [deltas[i] for i in going] if site is not None else [],
-        )
-        through = None if rights is None or together else rights[going]
-        for i, logits in zip(going, _slots(adapter, site, *given, through, step, shared)):
+        some = [facts[i] for i in going]
+        at = torch.tensor([fact.contexts[0].fact_at for fact in some])
+        if site is None:
+            edited = inserted(going, at)
+        else:
+            through = None if rights is None or together else rights[going]
+            edited = _written(adapter, site, at, [deltas[i] for i in going], through, shared)
+        with edited:
+            slots = _slots(adapter, some, [revealed[i] for i in going], [shown[i] for i in going], step)
+        for i, logits in zip(going, slots):
             scored = ~revealed[i] & torch.tensor(blocks[i].inside(step))
             met[i].append((revealed[i].clone(), scored, shown[i].clone()))
             token = writable(adapter, logits).argmax(-1)
@@ -107,36 +119,32 @@ def _spread(met: list[tuple[Tensor, Tensor, Tensor]], most: int) -> States:
 def _written(
     adapter: Adapter,
     site: Site,
-    facts: Sequence[Fact],
+    at: Int[Tensor, " going"],
     deltas: Sequence[Float[Tensor, " width"]],
     rights: Float[Tensor, "going inner"] | None,
     shared: tuple[Float[Tensor, "facts inner"], Float[Tensor, "facts width"]] | None,
 ) -> AbstractContextManager[None]:
-    """The deltas in the model, as `_slots` says."""
+    """Each row's delta in the model: at its fact's column, or in the weights. `shared`: the changes (rights,
+    deltas) of all facts in the weights.
+    """
     module = adapter.module(site.name)
     if shared is not None:
         return writing_all_through(module, *shared)
     added = torch.stack(list(deltas))
     if rights is not None:
         return writing_through(module, rights, added)
-    return adding_at(module, torch.tensor([f.contexts[0].fact_at for f in facts]), added)
+    return adding_at(module, at, added)
 
 
 def _slots(
     adapter: Adapter,
-    site: Site | None,
     facts: Sequence[Fact],
     revealed: Sequence[Bool[Tensor, " _"]],
     shown: Sequence[Int[Tensor, " _"]],
-    deltas: Sequence[Float[Tensor, " width"]],
-    rights: Float[Tensor, "going inner"] | None,
-    draw: int = 0,
-    shared: tuple[Float[Tensor, "facts inner"], Float[Tensor, "facts width"]] | None = None,
+    draw: int,
 ) -> list[Float[Tensor, "_ vocab"]]:
-    """Logits at each fact's slots, with its delta at the subject's token, or in the weights.
-
-    `draw`: number of the draw of noise, where hidden slots show it. `shared`: with the changes (rights,
-    deltas) of all facts in the weights.
+    """Logits at each fact's slots, a row a fact. `draw`: number of the draw of noise, where hidden slots show
+    it.
     """
     tails = [adapter.behind(s, r, draw) for r, s in zip(revealed, shown)]
     ids, mask = right_padded(
@@ -147,6 +155,5 @@ def _slots(
     most = max(map(len, tails))
     start = torch.tensor([len(f.contexts[0].ids) for f in facts])
     at = (start[:, None] + torch.arange(most)).clamp(max=ids.shape[1] - 1).to(ids.device)
-    with nullcontext() if site is None else _written(adapter, site, facts, deltas, rights, shared):
-        logits = adapter.token_logits(ids, mask, at=at, canvas=start.to(ids.device)).float().cpu()
+    logits = adapter.token_logits(ids, mask, at=at, canvas=start.to(ids.device)).float().cpu()
     return [row[: len(tail)] for row, tail in zip(logits, tails)]

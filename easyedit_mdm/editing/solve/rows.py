@@ -96,9 +96,8 @@ class Rows:
             torch.arange(1, self.weights.shape[1] + 1, device=self.weights.device),
         )
         read = ((self.weights != 0) * numbers).amax(1).clamp(min=1)  # an anchor's one slot weighs nothing
-        columns, rest, slots = torch.stack(
-            [whole, whole - self.fact_at, read]
-        ).tolist()  # one transfer a step
+        # one transfer a step
+        columns, rest, slots = torch.stack([whole, whole - self.fact_at, read]).tolist()
         for some in similar(rest if by_rest else columns, most, whole.device):
             yield (
                 torch.tensor(some, device=whole.device),

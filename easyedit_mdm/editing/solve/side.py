@@ -13,11 +13,12 @@ a subject, the other tokens of the same one.)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from easyedit_mdm.editing.facts import Fact, fact_generator
@@ -55,11 +56,7 @@ class SideHyperParams(StateHyperParams):
 
 
 class _SideLosses(StateLosses):
-    """Losses with the memory's output in, margins included.
-
-    Attributes:
-        inside: the norms of what the memory added at the facts' tokens in the last pass, by row.
-    """
+    """Losses with the memory in, margins included."""
 
     def __init__(
         self,
@@ -76,20 +73,25 @@ class _SideLosses(StateLosses):
 
     def _each(self, rows: Rows, below: Tensor | None) -> Float[Tensor, " rows"]:
         """As `StateLosses`, with the row's margins, which count as the row does in its fact's loss."""
-        with answering(self.module, partial(self._answered, rows)):
+        with self._inserted(rows.fact.tolist(), rows.fact_at):
             losses = super()._each(rows, below)
         inside, outside = self.sizes(rows)
         alpha, beta, gamma = self.margins
         margins = (outside - alpha).relu() + (beta - inside).relu() + (gamma - inside + outside).relu()
         return losses + rows.weights.sum(-1) * margins.to(losses.device)
 
-    def _answered(self, rows: Rows, entering: Tensor, out: Tensor) -> Tensor:
-        """The site's output with the memory's, whose norms are kept."""
+    def _inserted(self, facts: Sequence[int], at: Int[Tensor, " rows"]) -> AbstractContextManager[None]:
+        """The memory, in place of those that are at the site already: one shard answers at a time."""
+        return answering(self.module, partial(self._answered, at))
+
+    def _answered(self, at: Tensor, entering: Tensor, _: Tensor) -> Tensor:
+        """The site's own output with the memory's, whose norms are kept."""
+        out = self.module.forward(entering)  # without the hooks of other memories
         added = entering.float() @ self.delta.to(entering.device).T
         self._sizes = added.norm(dim=-1)
         if not self.everywhere:
-            at = torch.arange(added.shape[1], device=added.device) == rows.fact_at.to(added.device)[:, None]
-            added = added * at[..., None]
+            here = torch.arange(added.shape[1], device=added.device) == at.to(added.device)[:, None]
+            added = added * here[..., None]
         return out + added.to(out)
 
     def sizes(self, rows: Rows) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
@@ -111,6 +113,7 @@ class _SideLosses(StateLosses):
         for step in range(self.cycle):
             for rows, below in self._passes(step, tuple(range(len(self.facts)))):
                 self._each(rows, below)
+                self._count(rows.fact, self.adapter.layers - self.first, 1)
                 least = min(least, float(self.sizes(rows)[0].min()))
         return least
 
