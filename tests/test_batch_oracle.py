@@ -9,8 +9,6 @@ import contextlib
 import copy
 import importlib
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -164,16 +162,6 @@ def test_update_equals_easyedit(tiny, method, family, monkeypatch):
 
 @pytest.mark.easyedit_head
 @pytest.mark.end_to_end
-def test_update_equals_the_head(easyedit_home):
+def test_update_equals_the_head(oracle_on_the_head):
     """Against the repository's head, in a process of its own: two forms cannot be imported into one."""
-    if HEAD:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "equals_easyedit"]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "ORACLE_FORM": "head", "EASYEDIT_HOME": str(easyedit_home)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "12 passed" in done.stdout
+    oracle_on_the_head(__file__, 12)

@@ -18,8 +18,6 @@ import io
 import math
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -140,15 +138,6 @@ def test_training_equals_easyedit(double, twin_llama, requests, kind, changes):
 
 @pytest.mark.easyedit_head
 @pytest.mark.end_to_end
-def test_training_equals_the_head(easyedit_home):
+def test_training_equals_the_head(oracle_on_the_head):
     """Against the repository's head, in a process of its own: two forms cannot be imported into one."""
-    if HEAD:
-        pytest.skip("this is that process")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "equals_easyedit"],
-        env={**os.environ, "ORACLE_FORM": "head", "EASYEDIT_HOME": str(easyedit_home)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "5 passed" in done.stdout
+    oracle_on_the_head(__file__, 5)

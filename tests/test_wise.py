@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -377,10 +375,6 @@ def test_wise_equals_easyedit(tiny, family, monkeypatch):
 
 @pytest.mark.easyedit_head
 @pytest.mark.end_to_end
-def test_wise_equals_the_head(easyedit_home):
-    """In a process of its own: two forms cannot be imported into one."""
-    environment = {**os.environ, "ORACLE_FORM": "head", "EASYEDIT_HOME": str(easyedit_home)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "equals_easyedit"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "2 passed" in done.stdout
+def test_wise_equals_the_head(oracle_on_the_head):
+    """Against the repository's head, in a process of its own: two forms cannot be imported into one."""
+    oracle_on_the_head(__file__, 2)
