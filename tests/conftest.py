@@ -135,8 +135,8 @@ def easyedit_home() -> Path:
 
 @pytest.fixture
 def oracle_on_the_head(easyedit_home):
-    """Run a file's tests called `..._equals_easyedit` against the clone, in a process of its own; so many have
-    to pass.
+    """Run a file's tests called `..._equals_easyedit` against the clone, in a process of its own; so many
+    have to pass.
     """
     if os.environ.get("ORACLE_FORM") == "head":
         pytest.skip("this is that process")
