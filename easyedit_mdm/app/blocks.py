@@ -110,6 +110,7 @@ class Page:
         """
 
         def call(*values: Any) -> Changes:
+            """What the event calls."""
             try:
                 return work(*values)
             except EasyEditMDMError as error:

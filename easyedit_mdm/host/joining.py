@@ -173,6 +173,7 @@ def _join_evaluation(editor: Any) -> None:
         *args: Any,
         **kwargs: Any,
     ) -> dict:
+        """EasyEdit's, but with our metric where the model or the method is ours."""
         if is_masked(model):
             options = dict(zip(("eval_metric", "test_generation"), args)) | kwargs
             return masked_quality(model, hparams, record, **options)
@@ -195,6 +196,7 @@ def _join_evaluation(editor: Any) -> None:
         def build_locality_metric_meta(
             key: str, hparams: Any, model_name: Any, *args: Any, **kwargs: Any
         ) -> dict:
+            """EasyEdit's, but naming our metric where it was used."""
             ours = locality_meta(key, model_name)
             return their_meta(key, hparams, model_name, *args, **kwargs) if ours is None else ours
 
@@ -223,6 +225,7 @@ def _join_batching() -> None:
     theirs = batching.is_batchable_method
 
     def is_batchable_method(alg_name: str) -> bool:
+        """What our table says of our methods; EasyEdit's answer for the others."""
         return METHODS[alg_name].batchable if alg_name in METHODS else theirs(alg_name)
 
     batching.is_batchable_method = staticmethod(is_batchable_method)
@@ -240,6 +243,7 @@ def _join_hparams(stands_for: str) -> None:
         return
 
     def from_hparams(cls: type, path: Any) -> Any:
+        """Our class for a file of one of our methods; EasyEdit's for the others."""
         alg_name = _alg_name(path)
         ours = alg_name is not None and alg_name in METHODS
         return METHODS[str(alg_name)].hparams.from_hparams(path) if ours else original(cls, path)

@@ -129,6 +129,7 @@ def understanding_our_methods() -> Iterator[None]:
     def parse_known_args(
         self: argparse.ArgumentParser, args: Any = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
+        """EasyEdit's arguments, with names of our methods understood."""
         flag = next((a for a in self._actions if set(a.option_strings) & set(_METHOD_FLAGS)), None)
         if flag is not None:
             _add_alias(self, flag)
@@ -168,6 +169,7 @@ def numbers_alone_in_locality(script: Path, editor_class: Any) -> Iterator[None]
 
     @functools.wraps(original)
     def edit(self: Any, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any, Any]:
+        """EasyEdit's, with what its script cannot average under `locality_output`."""
         metrics, model, weights = original(self, *args, **kwargs)
         for record in metrics:
             locality = record["post"]["locality"]

@@ -280,6 +280,7 @@ def standins(script: Path | None = None) -> Iterator[None]:
     """Answers for imports made by EasyEdit, and by `script` if one is given, inside the block."""
 
     def asks(importer: dict) -> bool:
+        """Whether a module that imports is one whose imports are answered."""
         name = importer.get("__name__") or ""
         if name == "easyeditor" or name.startswith("easyeditor."):
             return True

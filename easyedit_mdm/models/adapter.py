@@ -626,6 +626,7 @@ def special_ids(
     """
 
     def first(*values: Any) -> Any:
+        """The first that is a number, of single values and of lists."""
         for value in values:
             value = value[0] if isinstance(value, (list, tuple)) and value else value
             if isinstance(value, int):

@@ -167,9 +167,11 @@ class _Row:
 
     @property
     def room(self) -> int:
+        """Columns that are left."""
         return self.length - len(self.fields["ids"])
 
     def add(self, noised: Noised, mask_id: int) -> None:
+        """Put in a text, and its blocks as they are hidden."""
         self.texts += 1
         first, n = len(self.fields["ids"]), len(noised.ids)
         self._extend(noised.ids, range(n), range(n), 0, [0] * n, [-1] * n, [0.0] * n, [-1] * n)

@@ -60,9 +60,11 @@ def word_maker(rng: random.Random) -> Callable[[], str]:
     seen: set[str] = set()
 
     def syllable() -> str:
+        """An onset and a vowel."""
         return rng.choice(_ONSETS) + rng.choice(_VOWELS)
 
     def make() -> str:
+        """The next word."""
         while True:
             word = (
                 "".join(syllable() for _ in range(rng.choice((2, 2, 3)))) + rng.choice(_CODAS)

@@ -161,13 +161,7 @@ def edit_batch(
     target = before + torch.stack([o.delta for o in outcomes]).to(before.device)
     changes: list[LowRank] = []
     figures = {}
-    # kept between layers where it is no more than the value optimisation has kept; otherwise read anew in
-    # each, so that memory is bounded
-    lower: Lower | None = (
-        {}
-        if len(sites) > 1 and len(facts) <= hparams.facts_per_batch and hparams.key_states == "full_mask"
-        else None
-    )
+    lower = _kept_between(sites, facts, hparams)
 
     def spread() -> None:
         """Change layer after layer."""
@@ -191,6 +185,14 @@ def edit_batch(
 
     keeping(adapter, [name for site in sites for name in site.weights], spread)
     return Edit(changes, card(requests, facts, hparams, outcomes, {"layers": figures}))
+
+
+def _kept_between(sites: Sequence[Site], facts: Sequence[Fact], hparams: BatchHyperParams) -> Lower | None:
+    """Where hidden states are kept from layer to layer, if they are no more than the value optimisation has
+    kept; otherwise None: they are read anew in each, so that memory is bounded.
+    """
+    few = len(facts) <= hparams.facts_per_batch
+    return {} if len(sites) > 1 and few and hparams.key_states == "full_mask" else None
 
 
 def _made_together(
