@@ -1,11 +1,12 @@
-"""Which hyperparameters of ROME_MDM for twin-llada: one file for the twins' world, one for real text.
+"""Which hyperparameters for a twin: one file for the twins' world, one for real text.
 
-    python benchmarks/presets.py --data-dir DATA --out build/presets [--world 10] [--text 4]
+    python benchmarks/presets.py --data-dir DATA --out build/presets [--world 10] [--text 10]
+    python benchmarks/presets.py --data-dir DATA --out build/presets --method MEMIT_MDM --model twin-llama
 
 Every candidate edits the same held-back records: validation facts of the twins' world, or zsRE and
 CounterFact records about subjects that no reported run has edited. The candidate with the largest harmonic
 mean of success and locality is taken; ties go to more paraphrases. The runs stay in `--out` and go on where
-they were stopped; the figures go to benchmarks/presets.json.
+they were stopped; the figures go to benchmarks/presets.json, a section for each method and model.
 """
 
 from __future__ import annotations
@@ -36,8 +37,29 @@ SOURCES = {
 }
 REPORTED = {"zsre": (200, 50, 20, 10), "counterfact": (50, 20, 10)}  # drawn with seed 0
 
-SHIPPED = HERE.parent / "hparams" / "ROME_MDM" / "twin-llada.yaml"
+SHIPPED = HERE.parent / "hparams"
 ACTIVATION, OPEN = HERE / "twin-llada-activation.yaml", HERE / "twin-llada-open.yaml"
+METHODS = ("ROME_MDM", "MEMIT_MDM", "EMMET_MDM", "AlphaEdit_MDM")
+MODELS = ("twin-llada", "twin-llama")
+# values optimised through the update: what ROME_MDM's file for real text has
+THROUGH = {
+    "optimise_through": "weights",
+    "v_num_grad_steps": 200,
+    "v_lr": 0.003,
+    "v_lr_schedule": "cosine",
+    "v_weight_decay": 0,
+    "clamp_norm_factor": 10.0,
+    "context_template_length_params": [[6, 1]],
+    "state_schedule": "spread",
+    "max_states": 4,
+}
+# a weaker and a stronger hold on what the layer knows, of the methods that have one
+HOLDS = {
+    "ROME_MDM": ({"mom2_adjustment": False}, {"clamp_norm_factor": 3.0}),
+    "MEMIT_MDM": ({"mom2_update_weight": 10}, {"mom2_update_weight": 1000}),
+    "EMMET_MDM": ({"emmet_lambda": 0.01}, {"emmet_lambda": 1.0}),
+    "AlphaEdit_MDM": ({"L2": 1.0e-3}, {"L2": 0.1}),
+}
 
 
 @dataclass(frozen=True)
@@ -56,18 +78,36 @@ class Candidate:
         return file
 
 
-BEFORE = Candidate("before", SHIPPED, {})
-WORLD = (
-    BEFORE,
-    Candidate("activation", ACTIVATION, {}),
-)
-TEXT = (
-    BEFORE,
-    Candidate("clamp-3", SHIPPED, {"clamp_norm_factor": 3.0}),
-    Candidate("no-moments", SHIPPED, {"mom2_adjustment": False}),
-    Candidate("layer-0", SHIPPED, {"layers": [0]}),
-    Candidate("open", OPEN, {}),
-)
+def shipped(method: str, model: str) -> Candidate:
+    """The file that ships for the twins' world."""
+    return Candidate("before", SHIPPED / method / f"{model}.yaml", {})
+
+
+def for_text(method: str, model: str) -> tuple[Candidate, ...]:
+    """Candidates for real text: the file for the world, and values through the weights, at several layers and
+    with a weaker or stronger hold on what is known.
+    """
+    before = shipped(method, model)
+    weak, strong = HOLDS[method]
+    through = [
+        Candidate(name, before.base, {**THROUGH, **changes})
+        for name, changes in (
+            ("layer-0", {"layers": [0]}),
+            ("layer-1", {"layers": [1]}),
+            ("layer-3", {"layers": [3]}),
+            ("layer-0-weak", {"layers": [0], **weak}),
+            ("layer-0-strong", {"layers": [0], **strong}),
+        )
+    ]
+    own = (method, model) == ("ROME_MDM", "twin-llada")
+    return (before, *through, *((Candidate("open", OPEN, {}),) if own else ()))
+
+
+def for_world(method: str, model: str) -> tuple[Candidate, ...]:
+    """Candidates for the world that the twins were taught."""
+    own = (method, model) == ("ROME_MDM", "twin-llada")
+    more = (Candidate("activation", ACTIVATION, {}),) if own else ()
+    return (shipped(method, model), *more)
 
 
 def held_back(dataset: str, data_dir: Path, number: int, folder: Path) -> Path:
@@ -100,7 +140,7 @@ def figures(files: list[Path]) -> dict[str, Any]:
 
 
 def tried(
-    candidates: tuple[Candidate, ...], data: dict[str, Path | int], folder: Path
+    method: str, candidates: tuple[Candidate, ...], data: dict[str, Path | int], folder: Path
 ) -> list[dict[str, Any]]:
     """Every candidate on every data set, best first."""
     rows = []
@@ -111,7 +151,7 @@ def tried(
             limited = source if isinstance(source, int) else None
             own = None if isinstance(source, int) else str(source)
             config = BenchConfig(
-                "ROME_MDM", str(hparams), dataset, data_file=own, limit=limited, seed=SEED, light=True
+                method, str(hparams), dataset, data_file=own, limit=limited, seed=SEED, light=True
             )
             bench(config, file, resume=True)
             files.append(file)
@@ -121,25 +161,35 @@ def tried(
 
 
 def main() -> None:
-    """Both choices."""
+    """Both choices, of every method and model that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--world", type=int, default=10, help="validation facts (default: 10)")
-    parser.add_argument("--text", type=int, default=4, help="records of each data set (default: 4)")
+    parser.add_argument("--text", type=int, default=10, help="records of each data set (default: 10)")
+    parser.add_argument("--method", choices=METHODS, action="append", help="may be given several times")
+    parser.add_argument("--model", choices=MODELS, action="append", help="may be given several times")
     asked = parser.parse_args()
-    for part in ("world", "text"):
-        (asked.out / part).mkdir(parents=True, exist_ok=True)
-    text = {name: held_back(name, asked.data_dir, asked.text, asked.out / "text") for name in SOURCES}
-    result = {
-        "seed": SEED,
-        "text": {"records_of_each": asked.text, "tried": tried(TEXT, {**text}, asked.out / "text")},
-        "world": {
-            "facts": asked.world,
-            "tried": tried(WORLD, {"twins_validation": asked.world}, asked.out / "world"),
-        },
-    }
-    write_json(HERE / "presets.json", result)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    text = {name: held_back(name, asked.data_dir, asked.text, asked.out) for name in SOURCES}
+    file = HERE / "presets.json"
+    result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for method in asked.method or METHODS:
+        for model in asked.model or MODELS:
+            folders = {part: asked.out / method / model / part for part in ("text", "world")}
+            for folder in folders.values():
+                folder.mkdir(parents=True, exist_ok=True)
+            world = tried(
+                method, for_world(method, model), {"twins_validation": asked.world}, folders["world"]
+            )
+            result[f"{method}/{model}"] = {
+                "seed": SEED,
+                "records_of_each": asked.text,
+                "text": tried(method, for_text(method, model), {**text}, folders["text"]),
+                "facts": asked.world,
+                "world": world,
+            }
+            write_json(file, result)
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def short(rows: dict[str, list[dict[str, Any]]]) -> str:
     """
     shown = {arm: rows.get(arm, []) for arm in ("plain x4", LATER, "autoregressive")}
     common = set.intersection(*({line["case_id"] for line in lines} for lines in shown.values()))
-    names = ("facts", "N steps", "one step", "paraphrase", "layer-passes", "kept, N = 1")
+    names = ("facts", "N steps", "one step", "paraphrase", "layer-passes", "kept")
     out = ["| edit | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
     for arm, when, name in (
         ("plain x4", "before", "none, `smollm2-block`"),

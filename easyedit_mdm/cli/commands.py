@@ -564,6 +564,9 @@ def adapt(
     lora_rank: Annotated[int, Option(help="of the adapter")] = 32,
     lr: Annotated[float, Option(help="highest learning rate")] = 3e-4,
     rows: Annotated[int, Option(help="rows of a step, 256 columns each")] = 1,
+    precision: Annotated[
+        Literal["float32", "bfloat16"] | None, Option(help="of products (default: bfloat16 on a GPU)")
+    ] = None,
     data_dir: Annotated[str | None, Option(help="benchmark files (default: EASYEDIT_MDM_DATA)")] = None,
     text: Annotated[str | None, Option(help="train on this text file instead, a paragraph a line")] = None,
     samples: Annotated[
@@ -596,7 +599,7 @@ def adapt(
     from easyedit_mdm.training.adapting import Recipe
     from easyedit_mdm.training.commands import AdaptJob, adapt_model
 
-    recipe = Recipe(attention, block_size, lora_rank, lr, rows, seed=seed)
+    recipe = Recipe(attention, block_size, lora_rank, lr, rows, seed=seed, precision=precision)
     sources = (data_dir, text, samples, start_from, mask_token, merged)
     adapt_model(
         AdaptJob(

@@ -50,6 +50,8 @@ class Recipe:
         lr: highest rate; it rises over the first 3 % of the tokens and falls along a cosine.
         rows, length: rows of a step, and their columns (clean and noisy).
         kl_weight, taught: see `easyedit_mdm.training.objective.losses`.
+        precision: of the products, `float32` or `bfloat16`; None: bfloat16 on a GPU, float32 elsewhere.
+            Trained tensors and sums stay in float32.
     """
 
     attention: str = "block"
@@ -61,6 +63,7 @@ class Recipe:
     kl_weight: float = 2.0
     taught: float = 0.25
     seed: int = 0
+    precision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,8 @@ class _Training:
         return loss
 
     def _autocast(self) -> AbstractContextManager:
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        half = self.recipe.precision or ("bfloat16" if self.device.type == "cuda" else "float32")
+        return torch.autocast(self.device.type, torch.bfloat16) if half == "bfloat16" else nullcontext()
 
     def _plan(self) -> None:
         """How many tokens the minutes allow, once the first steps have shown the speed."""

@@ -17,7 +17,7 @@ SHARES = {"facts": 0.5, "text": 0.25, "samples": 0.25}
 FACT_SHARES = {"kamel": 0.5, "counterfact": 0.3, "lre": 0.2}
 SHORTEST, LONGEST = 24, 64  # tokens of a piece of plain text
 SINGLE = 0.4  # fact texts of one sentence, as a prompt is
-LISTS = 0.15  # of the fact texts: random words, said again behind another sentence
+LISTS = 0.2  # of the fact texts: random words, said again behind another sentence
 LIST_OPENINGS = (
     ("The words on the list are", "Once more, the words on the list are"),
     ("Remember this sequence:", "The sequence was"),

@@ -67,8 +67,7 @@ class Student:
         """
         logits = self.base.get_output_embeddings()(hidden).float()
         if self.base.config.tie_word_embeddings and not teacher:
-            own = (hidden.float() @ self.mask_row.float())[:, None]
-            logits = torch.cat([logits[:, : self.mask_id], own, logits[:, self.mask_id + 1 :]], dim=1)
+            logits[:, self.mask_id] = (hidden.float() @ self.mask_row.float()).float()  # in place: no copy
         return logits.log_softmax(-1)
 
 
@@ -99,7 +98,7 @@ def losses(
     soft, sources = asked.places_of(rows.teachers.flatten()[scored], scored)
     teacher = asked.log_probabilities(student, torch.cat([sources, asked.clean]))
     log_probs = student.log_probabilities(torch.cat([states[scored - 1], states[asked.clean]]))
-    slots, kept = log_probs[: len(scored)], log_probs[len(scored) :]
+    slots, kept = log_probs.split([len(scored), len(log_probs) - len(scored)])
     terms = -slots.gather(-1, targets[scored][:, None])[:, 0]
     if len(sources):
         terms = terms.masked_scatter(soft, _kl(teacher[: len(sources)], slots[soft]))
