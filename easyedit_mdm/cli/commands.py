@@ -137,6 +137,17 @@ def edit(
     keep_failed: Annotated[
         bool, Option("--keep-failed", help="save it even if the model does not write all facts")
     ] = False,
+    values: Annotated[
+        str | None,
+        Option(metavar="DIR", help="for thousands of facts: keep their values there, and go on there"),
+    ] = None,
+    chunk: Annotated[int, Option(help="with --values: facts a chunk")] = 256,
+    values_only: Annotated[
+        bool, Option("--values-only", help="with --values: no edit, beside the process that makes it")
+    ] = False,
+    check: Annotated[
+        int | None, Option(metavar="N", help="look at the first N facts' answers (default: at all)")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> int:
@@ -144,13 +155,21 @@ def edit(
 
     Exit status 3, and nothing saved, if a fact was not written.
     """
+    if values is None and (values_only or chunk != 256):
+        raise HyperParameterError("--values-only and --chunk want --values DIR, where values are kept")
+    if chunk < 1 or (check is not None and check < 1):
+        raise HyperParameterError(f"--chunk {chunk}, --check {check}: both must be at least 1")
     args.free(save)
     requests = args.requests_of(prompt, subject, target, data_file)
     args.named_hparams(hparams)
-    from easyedit_mdm.cli.edits import GuardOptions, new_edit
+    from easyedit_mdm.cli.edits import Chunked, GuardOptions, new_edit
 
     guard = GuardOptions(not no_guard, force, guard_text)
-    return 0 if new_edit(hparams, requests, save, model, guard, device, dtype, keep_failed) else NOT_WRITTEN
+    chunked = None if values is None else Chunked(values, chunk, values_only)
+    saved = new_edit(
+        hparams, requests, save, model, guard, device, dtype, keep_failed, chunked=chunked, check=check
+    )
+    return 0 if saved else NOT_WRITTEN
 
 
 @app.command()

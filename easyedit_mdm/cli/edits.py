@@ -23,13 +23,15 @@ from easyedit_mdm.cli.arguments import free
 from easyedit_mdm.common.files import write_json
 from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
 from easyedit_mdm.common.locks import only_writer
+from easyedit_mdm.common.ranks import ALONE, launched
 from easyedit_mdm.denoising import DecodeConfig, decode
-from easyedit_mdm.editing import Edit, EditRequest, MethodHyperParams
+from easyedit_mdm.editing import METHODS, Edit, EditRequest, MethodHyperParams
 from easyedit_mdm.editing.edit import Attached
 from easyedit_mdm.editing.edit.compose import compose, conflicts
 from easyedit_mdm.editing.edit.export import write_merged
 from easyedit_mdm.editing.edit.folders import adopt_edits, source_of, write_edited
 from easyedit_mdm.editing.request import check_requests, encode
+from easyedit_mdm.editing.solve.chunks import CHUNK
 from easyedit_mdm.errors import DataError, EditError, HyperParameterError, RequestError
 from easyedit_mdm.evaluation import score_prompts
 from easyedit_mdm.evaluation.records import Score
@@ -48,6 +50,21 @@ class GuardOptions:
     text: str | None = None
 
 
+@dataclass(frozen=True)
+class Chunked:
+    """That an edit is made in chunks, as `easyedit_mdm.editing.solve.chunks` does.
+
+    Attributes:
+        folder: for the values.
+        size: facts a chunk.
+        only: make the values, and no edit.
+    """
+
+    folder: str | Path
+    size: int = CHUNK
+    only: bool = False
+
+
 def new_edit(
     hparams_file: str | Path,
     requests: Sequence[Mapping[str, Any] | EditRequest],
@@ -57,6 +74,8 @@ def new_edit(
     device: str | None = None,
     dtype: str | None = None,
     keep_failed: bool = False,
+    chunked: Chunked | None = None,
+    check: int | None = None,
 ) -> bool:
     """Make an edit, show what the model says before and after it, and save it. The model itself is nowhere
     changed.
@@ -67,9 +86,13 @@ def new_edit(
         out: the edit's folder; must not exist yet.
         model: instead of the one that the file names.
         keep_failed: save the edit even if the model does not write all of its facts.
+        chunked: make it in chunks. Of processes that a launcher started together the first makes the edit,
+            and all make values.
+        check: facts whose answers are looked at, from the first one on; all of them by default.
 
     Returns:
-        whether it was saved: unless `keep_failed`, every fact has to be written then.
+        whether it was saved: unless `keep_failed`, every fact looked at has to be written then. True, too, of
+        a process that was to make values only.
 
     Raises:
         CollapseError: if the guard stops it; nothing is saved then.
@@ -80,11 +103,18 @@ def new_edit(
     hparams = _hparams(hparams_file, model, guard)
     asked = [EditRequest.of(request) for request in requests]
     check_requests(asked)
+    ranks = launched() if chunked else ALONE
     where, options = _device(device, hparams), {"mask_id": hparams.mask_id, "block": hparams.block}
-    adapter = load_model(hparams.model_name, device=where, dtype=dtype or hparams.load_dtype, **options)
+    adapter = load_model(
+        hparams.model_name, device=ranks.device(where), dtype=dtype or hparams.load_dtype, **options
+    )
+    if chunked is not None and (chunked.only or not ranks.first):
+        METHODS[hparams.alg_name].make_values(adapter, asked, hparams, chunked.folder, chunked.size)
+        Console().print(f"{escape(str(chunked.folder))}: all values are made", highlight=False)
+        return True
     with only_writer(out):
-        edit = _make(adapter, asked, hparams, guard)
-        edit.card["metrics"] = _metrics(adapter, edit, asked, hparams.decode_config())
+        edit = _make(adapter, asked, hparams, guard, chunked)
+        edit.card["metrics"] = _metrics(adapter, edit, asked[:check], hparams.decode_config())
         edit.seal(adapter, str(hparams.model_name))
         failures = failed_facts(edit, hparams)
         saved = keep_failed or not failures
@@ -390,11 +420,20 @@ def _hparams(file: str | Path, model: str | None, guard: GuardOptions) -> Method
 
 
 def _make(
-    adapter: Adapter, requests: Sequence[EditRequest], hparams: MethodHyperParams, options: GuardOptions
+    adapter: Adapter,
+    requests: Sequence[EditRequest],
+    hparams: MethodHyperParams,
+    options: GuardOptions,
+    chunked: Chunked | None = None,
 ) -> Edit:
     """The edit of all requests, through the guard if it is on; the model is left as it was."""
     with Session(adapter, hparams, force=options.force) as session:
-        made = session.edit(requests)
+        if chunked is None:
+            made = session.edit(requests)
+        else:
+            one = session.method.edit_in_chunks(adapter, requests, hparams, chunked.folder, chunked.size)
+            session.apply(one)
+            made = [one]
     if len(made) == 1:
         return made[0]
     one = compose(made, force=True)

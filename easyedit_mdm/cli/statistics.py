@@ -14,6 +14,7 @@ from rich.table import Table
 
 from easyedit_mdm.api import load_model
 from easyedit_mdm.common.files import write_json
+from easyedit_mdm.common.ranks import launched
 from easyedit_mdm.statistics import cache_folder, key_width, moments_for
 
 
@@ -31,7 +32,8 @@ def collect_statistics(
 ) -> dict[str, Any]:
     """Find or make the second moments of some layers of a model, and report them.
 
-    A second process that collects the same is refused.
+    A second process that collects the same is refused. Processes that a launcher started together (torchrun,
+    `accelerate launch`) share the text; the first one reports.
 
     Args:
         dataset, tokens, mask_ratio, settled, folder: see `easyedit_mdm.statistics.moments_for`.
@@ -46,7 +48,9 @@ def collect_statistics(
     Raises:
         FileError: if another process is collecting the same; it is named.
     """
-    options["device"] = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = launched()
+    wanted = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    options["device"] = ranks.device(wanted)
     adapter = load_model(model, **options)
     sites = [adapter.site(layer) for layer in layers]
     collected = moments_for(adapter, sites, dataset, tokens, folder, mask_ratio, settled=settled, wait=False)
@@ -61,9 +65,10 @@ def collect_statistics(
             for site, moments in zip(sites, collected)
         },
     }
-    if file is not None:
+    if ranks.first and file is not None:
         write_json(file, report)
-    _print_statistics(report)
+    if ranks.first:
+        _print_statistics(report)
     return report
 
 

@@ -42,6 +42,36 @@ def only_writer(path: str | Path, wait: bool = False) -> Iterator[None]:
             announced = True
             time.sleep(PAUSE)
     try:
+        with _signed(handle, beside):
+            yield
+    finally:
+        if made:
+            with suppress(OSError):  # nothing was written into it
+                path.parent.rmdir()
+
+
+@contextmanager
+def writing_alone(path: str | Path) -> Iterator[bool]:
+    """As `only_writer`, but gives whether the lock could be had: False if another process holds it.
+
+    Raises:
+        FileError: if no file can be written there.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.lock")
+    with explained(path):
+        handle = _taken(beside)
+    if handle is None:
+        yield False
+        return
+    with _signed(handle, beside):
+        yield True
+
+
+@contextmanager
+def _signed(handle: int, beside: Path) -> Iterator[None]:
+    """A lock that is held: it says by whom, and is let go of at the end."""
+    try:
         with explained(beside):
             os.truncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -50,9 +80,6 @@ def only_writer(path: str | Path, wait: bool = False) -> Iterator[None]:
         with suppress(OSError):  # the next one makes it again
             beside.unlink()
         os.close(handle)
-        if made:
-            with suppress(OSError):  # nothing was written into it
-                path.parent.rmdir()
 
 
 def _taken(beside: Path) -> int | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from easyedit_mdm.common.files import check_size, opened_tensors, write_tensors
+from easyedit_mdm.common.locks import PAUSE
+from easyedit_mdm.common.ranks import ALONE, Ranks
 from easyedit_mdm.errors import StatisticsError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
@@ -89,6 +92,11 @@ class _Sums:
         ]  # a checkpoint's come from the disk
         halves[self.batches % 2].addmm_(keys.T, keys)
 
+    def join(self, other: _Sums) -> None:
+        """Add another process's sums; it has counted the same rows and keys."""
+        for name, halves in other.sums.items():
+            self.sums[name] = [a.cpu() + b for a, b in zip(self.sums[name], halves)]
+
     def difference(self) -> float:
         """The largest relative difference between the two halves, over sites."""
         if self.batches < 2:
@@ -122,23 +130,33 @@ def collect(
     config: CollectConfig,
     checkpoint: Path | None = None,
     every: float = 60.0,
+    ranks: Ranks = ALONE,
 ) -> dict[str, SecondMoments]:
     """Second moments of the keys at `sites`, by module name, in one pass over the text.
 
     Args:
         checkpoint: file that holds the sums of an unfinished run: a run that finds it goes on there; written
             every `every` seconds and removed by whoever stores the result.
+        ranks: with several processes each adds up every `world`-th batch, and leaves its sums in a file
+            beside `checkpoint` (`part_of`). The first waits for them and adds them together; the others
+            return nothing. The sums are float64: the result differs from one process's by rounding alone.
 
     Raises:
         StatisticsError: if the text is shorter than `config.tokens`, or text is to be masked for a model
-            without masks.
+            without masks; if several processes are to stop where the estimate has settled.
     """
     if config.mask_ratio != 0 and not adapter.masked:
         raise StatisticsError(
             f"mom2_mask_ratio={config.mask_ratio!r}: {adapter.name} ({adapter.spec.paradigm}) has no mask to"
             " put into a text; use 0"
         )
-    sums = _load(checkpoint, sites) if checkpoint is not None and checkpoint.exists() else _Sums()
+    if ranks.world > 1 and (config.settled is not None or checkpoint is None):
+        raise StatisticsError(
+            f"settled={config.settled}: it is judged on all batches, and each of {ranks.world} processes sees"
+            " a part of them: leave it out, or run one process"
+        )
+    part = None if checkpoint is None else part_of(checkpoint, ranks)
+    sums = _load(part, sites) if part is not None and part.exists() else _Sums()
     rows = token_rows(adapter, source, min(config.context_length, adapter.max_positions))
     next(itertools.islice(rows, sums.rows, sums.rows), None)  # what was read before the interruption
     saved = time.monotonic()
@@ -147,36 +165,97 @@ def collect(
     ) as bar:
         while sums.keys < config.tokens and (batch := list(itertools.islice(rows, BATCH_ROWS))):
             before = sums.keys
-            _add_batch(adapter, sites, batch, config, sums)
+            _add_batch(adapter, sites, batch, config, sums, sums.batches % ranks.world == ranks.rank)
             bar.update(sums.keys - before)
             if config.settled is not None and sums.difference() < config.settled:
                 break
-            if checkpoint is not None and time.monotonic() - saved > every:
-                _save(checkpoint, sums)
+            if part is not None and time.monotonic() - saved > every:
+                _save(part, sums)
                 saved = time.monotonic()
     if sums.keys < config.tokens and not (config.settled is not None and sums.difference() < config.settled):
         raise StatisticsError(
             f"{source.name} gives {sums.keys} tokens, {config.tokens} are wanted: give a longer text or lower"
             " mom2_n_tokens"
         )
+    if ranks.world > 1 and checkpoint is not None:
+        for site in sites:  # a process may have had no batch at all
+            sums.sums.setdefault(site.name, _nothing(adapter, site))
+        _save(part_of(checkpoint, ranks), sums, done=True)
+        if not ranks.first:
+            return {}
+        for rank in range(1, ranks.world):
+            sums.join(_finished(part_of(checkpoint, Ranks(rank, ranks.world)), sites))
     return {site: SecondMoments(((a + b) / sums.keys).cpu(), sums.keys) for site, (a, b) in sums.sums.items()}
 
 
+def part_of(checkpoint: Path, ranks: Ranks) -> Path:
+    """The file of one process's sums; with one process, `checkpoint` itself."""
+    if ranks.world == 1:
+        return checkpoint
+    return checkpoint.with_name(f"{checkpoint.stem}-{ranks.rank}of{ranks.world}{checkpoint.suffix}")
+
+
+def _nothing(adapter: Adapter, site: Site) -> list[Tensor]:
+    inner = key_width(adapter, site)
+    return [torch.zeros(inner, inner, dtype=torch.float64) for _ in range(2)]
+
+
+def key_width(adapter: Adapter, site: Site) -> int:
+    """The number of dimensions of a site's keys."""
+    weight = adapter.weight_of(site.name)
+    return weight.shape[0] if site.transposed else weight.shape[1]
+
+
+def _finished(file: Path, sites: Sequence[Site]) -> _Sums:
+    """Another process's sums, once it has all of them."""
+    announced = False
+    while not (file.exists() and _is_done(file)):
+        if not announced:
+            logging.getLogger(__name__).warning("waiting for the process that writes %s", file)
+        announced = True
+        time.sleep(PAUSE)
+    return _load(file, sites)
+
+
+def _is_done(file: Path) -> bool:
+    with opened_tensors(file, StatisticsError, "the checkpoint of an unfinished collection") as stored:
+        return bool(json.loads(stored.metadata()["progress"]).get("done"))
+
+
 def _add_batch(
-    adapter: Adapter, sites: Sequence[Site], batch: list[Tensor], config: CollectConfig, sums: _Sums
+    adapter: Adapter,
+    sites: Sequence[Site],
+    batch: list[Tensor],
+    config: CollectConfig,
+    sums: _Sums,
+    mine: bool,
 ) -> None:
+    """Count a batch, and add up its keys if it is this process's."""
     masked = [_masked(row, sums.rows + i, config) for i, row in enumerate(batch)]
+    keys = min(sum(int((~hidden).sum()) for hidden in masked), config.tokens - sums.keys)
+    if mine:
+        _add_keys(adapter, sites, batch, masked, keys, sums)
+    sums.rows, sums.keys, sums.batches = sums.rows + len(batch), sums.keys + keys, sums.batches + 1
+
+
+def _add_keys(
+    adapter: Adapter,
+    sites: Sequence[Site],
+    batch: list[Tensor],
+    masked: list[Tensor],
+    count: int,
+    sums: _Sums,
+) -> None:
     shown = [adapter.hidden.around(row, ~hidden) for row, hidden in zip(batch, masked)]
     ids, mask = right_padded(shown, adapter.ids.pad, adapter.device)
     keep, _ = right_padded([(~hidden).long() for hidden in masked], 0, adapter.device)
-    index = keep.flatten().nonzero()[: config.tokens - sums.keys, 0]
+    index = keep.flatten().nonzero()[:count, 0]
     stack = _reading(adapter, sites)
     with stack as seen:
         adapter.hidden_before(max(site.layer for site in sites) + 1, ids, mask)
     for site in sites:
         flat = seen[site.name][0].flatten(0, 1)
         sums.add(site.name, flat[index.to(flat.device)].double())
-    sums.rows, sums.keys, sums.batches = sums.rows + len(batch), sums.keys + len(index), sums.batches + 1
 
 
 class _reading:
@@ -208,7 +287,7 @@ def _masked(row: Int[Tensor, " length"], number: int, config: CollectConfig) -> 
     return torch.rand(len(row), generator=generator) < ratio
 
 
-def _save(file: Path, sums: _Sums) -> None:
+def _save(file: Path, sums: _Sums, done: bool = False) -> None:
     tensors = {
         f"{name}|{half}": value.cpu()
         for name, halves in sums.sums.items()
@@ -217,7 +296,11 @@ def _save(file: Path, sums: _Sums) -> None:
     write_tensors(
         file,
         tensors,
-        {"progress": json.dumps({"rows": sums.rows, "keys": sums.keys, "batches": sums.batches})},
+        {
+            "progress": json.dumps(
+                {"rows": sums.rows, "keys": sums.keys, "batches": sums.batches, "done": done}
+            )
+        },
     )
 
 

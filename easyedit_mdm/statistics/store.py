@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from torch import nn
 
 from easyedit_mdm.common.files import check_size, explained, opened_tensors, write_tensors
 from easyedit_mdm.common.fingerprints import model_fingerprint
-from easyedit_mdm.common.locks import only_writer
+from easyedit_mdm.common.locks import PAUSE, only_writer
+from easyedit_mdm.common.ranks import Ranks, launched
 from easyedit_mdm.errors import StatisticsError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
@@ -27,6 +29,8 @@ from easyedit_mdm.statistics.collecting import (
     TOKENS_PER_DIMENSION,
     CollectConfig,
     collect,
+    key_width,
+    part_of,
     run_name,
 )
 from easyedit_mdm.statistics.moments import SecondMoments
@@ -110,12 +114,6 @@ def note_base(adapter: Adapter) -> None:
         _FIRST_SEEN[adapter.native] = model_fingerprint(adapter.native)
 
 
-def key_width(adapter: Adapter, site: Site) -> int:
-    """The number of dimensions of a site's keys."""
-    weight = adapter.weight_of(site.name)
-    return weight.shape[0] if site.transposed else weight.shape[1]
-
-
 def _settings(model: str, source: TextSource, config: CollectConfig) -> dict[str, Any]:
     return {
         "model": model,
@@ -165,10 +163,11 @@ def _read_or_collect(
     checkpoint = folder / f"unfinished-{run_name(settings, sites)}.safetensors"
     if len(moments_by_site) == len(sites) and not checkpoint.exists():
         return moments_by_site
-    with only_writer(checkpoint, wait):
+    ranks = launched()
+    with only_writer(part_of(checkpoint, ranks), wait):
         moments_by_site |= _there(files, moments_by_site, now)  # another process may have made them meanwhile
         absent = [site for site in sites if site.name not in moments_by_site]
-        made = collect(adapter, absent, source, config, checkpoint, every) if absent else {}
+        made = collect(adapter, absent, source, config, checkpoint, every, ranks) if absent else {}
         for name, moments in made.items():
             moments.settings = {
                 **settings,
@@ -178,8 +177,13 @@ def _read_or_collect(
             }
             write(files[name], moments)
             moments_by_site[name] = moments
-        with explained(checkpoint, "removed"):
-            checkpoint.unlink(missing_ok=True)
+        if ranks.first:
+            for part in (part_of(checkpoint, Ranks(rank, ranks.world)) for rank in range(ranks.world)):
+                with explained(part, "removed"):
+                    part.unlink(missing_ok=True)
+    while len(moments_by_site) < len(sites):  # the first of several processes is adding them up
+        time.sleep(PAUSE)
+        moments_by_site |= _there(files, moments_by_site, now)
     return moments_by_site
 
 

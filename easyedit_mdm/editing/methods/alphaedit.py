@@ -90,15 +90,16 @@ def null_space(moments: SecondMoments, threshold: int | float, scale: str) -> Fl
     return free
 
 
-def projected(hparams: AlphaEditMDMHyperParams, carried: dict[str, Tensor]) -> ClosedForm:
+def projected(hparams: AlphaEditMDMHyperParams, carried: dict[str, Tensor] | None = None) -> ClosedForm:
     """The closed form, for a model that carries edits with some keys already, by site."""
+    earlier = carried or {}
 
     def closed_form(system: System) -> tuple[Float[Tensor, "width columns"], Float[Tensor, "columns inner"]]:
         """R and the rest."""
         basis = null_space(system.moments, hparams.nullspace_threshold, hparams.nullspace_scale).to(
             system.keys.device
         )
-        known = carried.get(system.site.name)
+        known = earlier.get(system.site.name)
         own = basis.T @ system.keys
         every = own if known is None else torch.cat([own, basis.T @ known.to(own)], dim=1)
         matrix = every @ every.T + hparams.L2 * torch.eye(len(every), dtype=own.dtype, device=own.device)
@@ -135,7 +136,7 @@ def alphaedit_values(
     adapter: Adapter, requests: Sequence[EditRequest], hparams: AlphaEditMDMHyperParams
 ) -> list[Optimised]:
     """The optimised values of requests, each as if it were alone, in a model that carries no edits."""
-    return block_values(adapter, requests, hparams, projected(hparams, {}))
+    return block_values(adapter, requests, hparams, projected(hparams))
 
 
 METHODS.register("AlphaEdit_MDM")(
@@ -147,5 +148,6 @@ METHODS.register("AlphaEdit_MDM")(
         stands_for="AlphaEdit",
         batchable=True,
         sequential=True,
+        closed_form=projected,
     )
 )

@@ -20,7 +20,7 @@ projection).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
@@ -45,6 +45,9 @@ from easyedit_mdm.editing.solve.batch import (
 from easyedit_mdm.editing.solve.value import Optimised
 from easyedit_mdm.errors import StatisticsError
 from easyedit_mdm.models import Adapter
+
+Carried = Mapping[str, Float[Tensor, "inner _"]]
+NONE: Carried = MappingProxyType({})
 
 
 @dataclass
@@ -84,9 +87,7 @@ class EMMETMDMHyperParams(SquaresHyperParams):
         self.check_numbers(emmet_lambda=0)
 
 
-def least_squares(
-    eps: int | float, nu: int | float, carried: Mapping[str, Float[Tensor, "inner _"]] = MappingProxyType({})
-) -> ClosedForm:
+def least_squares(eps: int | float, nu: int | float, carried: Carried = NONE) -> ClosedForm:
     """R (K^T C^-1 K + nu I)^-1 K^T C^-1, with C ridged by `eps`; `carried`: keys, by site, that are to stay
     where they are.
     """
@@ -124,38 +125,45 @@ def memit(
     history: History | None = None,
 ) -> Edit:
     """Make (not apply) one edit of all requests, by least squares."""
-    return _edit(adapter, requests, hparams, hparams.mom2_update_weight, values, history)
+    return _edit(adapter, requests, hparams, memit_form, values, history)
+
+
+def memit_form(hparams: MEMITMDMHyperParams, carried: Carried = NONE) -> ClosedForm:
+    """MEMIT's: nu = lambda."""
+    return least_squares(hparams.mom2_eps, hparams.mom2_update_weight, carried)
+
+
+def emmet_form(hparams: EMMETMDMHyperParams, carried: Carried = NONE) -> ClosedForm:
+    """EMMET's: nu = lambda mu."""
+    return least_squares(hparams.mom2_eps, hparams.mom2_update_weight * hparams.emmet_lambda, carried)
 
 
 def _edit(
     adapter: Adapter,
     requests: Sequence[EditRequest],
     hparams: SquaresHyperParams,
-    nu: int | float,
+    form: Callable[..., ClosedForm],
     values: Sequence[Optimised] | None,
     history: History | None,
 ) -> Edit:
     if not hparams.keep_edits:
-        return edit_batch(adapter, requests, hparams, least_squares(hparams.mom2_eps, nu), values)
+        return edit_batch(adapter, requests, hparams, form(hparams), values)
     carried, finish = remembered(adapter, hparams, history)
-    form = least_squares(hparams.mom2_eps, nu, carried)
-    return edit_batch(adapter, requests, hparams, form, values, finish)
+    return edit_batch(adapter, requests, hparams, form(hparams, carried), values, finish)
 
 
 def memit_values(
     adapter: Adapter, requests: Sequence[EditRequest], hparams: MEMITMDMHyperParams
 ) -> list[Optimised]:
     """The optimised values of requests, each as if it were alone."""
-    form = least_squares(hparams.mom2_eps, hparams.mom2_update_weight)
-    return block_values(adapter, requests, hparams, form)
+    return block_values(adapter, requests, hparams, memit_form(hparams))
 
 
 def emmet_values(
     adapter: Adapter, requests: Sequence[EditRequest], hparams: EMMETMDMHyperParams
 ) -> list[Optimised]:
     """The optimised values of requests, each as if it were alone."""
-    weight = hparams.mom2_update_weight * hparams.emmet_lambda
-    return block_values(adapter, requests, hparams, least_squares(hparams.mom2_eps, weight))
+    return block_values(adapter, requests, hparams, emmet_form(hparams))
 
 
 def emmet(
@@ -166,8 +174,7 @@ def emmet(
     history: History | None = None,
 ) -> Edit:
     """Make (not apply) one edit of all requests, each an equality (up to `emmet_lambda`)."""
-    weight = hparams.mom2_update_weight * hparams.emmet_lambda
-    return _edit(adapter, requests, hparams, weight, values, history)
+    return _edit(adapter, requests, hparams, emmet_form, values, history)
 
 
 METHODS.register("MEMIT_MDM")(
@@ -179,6 +186,7 @@ METHODS.register("MEMIT_MDM")(
         stands_for="MEMIT",
         batchable=True,
         sequential=True,
+        closed_form=memit_form,
     )
 )
 METHODS.register("EMMET_MDM")(
@@ -190,5 +198,6 @@ METHODS.register("EMMET_MDM")(
         stands_for="EMMET",
         batchable=True,
         sequential=True,
+        closed_form=emmet_form,
     )
 )

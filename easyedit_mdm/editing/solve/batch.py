@@ -167,8 +167,9 @@ def edit_batch(
         """Change layer after layer."""
         for i, site in enumerate(sites):
             now = before if i == 0 else outputs(adapter, last, facts, hparams)
-            system = _system(
-                adapter, site, facts, (target - now).double() / (len(sites) - i), moments[i], hparams, lower
+            residual = (target - now).double() / (len(sites) - i)
+            system = System(
+                site, *weighted_columns(adapter, site, facts, residual, hparams, lower), moments[i]
             )
             left, right = closed_form(system)
             made = low_rank(adapter, site, left.float(), right.float())
@@ -205,30 +206,30 @@ def _made_together(
 ) -> Sequence[Optimised]:
     """The values of one batch; jointly, where they are optimised through the one update that writes them."""
     if hparams.optimise_through != "weights":
-        return _optimised(adapter, site, facts, hparams)
+        return values_of(adapter, site, facts, hparams)
     rights = _rights(adapter, site, facts, moments, hparams, closed_form)
     price = _price(rights, moments, hparams)
-    return _optimised(adapter, site, facts, hparams, rights, together=True, price=price)
+    return values_of(adapter, site, facts, hparams, rights, together=True, price=price)
 
 
-def _system(
+def weighted_columns(
     adapter: Adapter,
     site: Site,
     facts: Sequence[Fact],
     residual: Float[Tensor, "facts width"],
-    moments: SecondMoments,
     hparams: BatchHyperParams,
-    lower: Lower | None,
-) -> System:
+    lower: Lower | None = None,
+) -> tuple[Float[Tensor, "inner columns"], Float[Tensor, "width columns"]]:
+    """Keys and residuals of some facts as `System` has them.
+
+    Args:
+        residual: what is to be added to the output for each fact.
+        lower: see `easyedit_mdm.editing.solve.keys.read_site`.
+    """
     columns = key_columns(adapter, site, facts, hparams, lower)
     share = residual.T
     scale = columns.weights.double().sqrt().to(share.device)
-    return System(
-        site,
-        columns.keys * scale.to(columns.keys.device),
-        share[:, columns.fact.to(share.device)] * scale,
-        moments,
-    )
+    return columns.keys * scale.to(columns.keys.device), share[:, columns.fact.to(share.device)] * scale
 
 
 def remembered(
@@ -316,15 +317,15 @@ def block_values(
     facts = [tokenise(adapter, request, hparams) for request in requests]
     site = settled(adapter, check_modules(adapter, hparams), facts)
     if hparams.optimise_through != "weights":
-        return _optimised(adapter, site, facts, hparams)
+        return values_of(adapter, site, facts, hparams)
     moments = statistics(adapter, [site], hparams)[0]
     rights = [_rights(adapter, site, [fact], moments, hparams, closed_form) for fact in facts]
     prices = [_price(right, moments, hparams) for right in rights]
     price = torch.block_diag(*(p for p in prices if p is not None)) if hparams.mom2_factor else None
-    return _optimised(adapter, site, facts, hparams, torch.cat(rights), price=price)
+    return values_of(adapter, site, facts, hparams, torch.cat(rights), price=price)
 
 
-def _optimised(
+def values_of(
     adapter: Adapter,
     site: Site,
     facts: list[Fact],
@@ -333,6 +334,7 @@ def _optimised(
     together: bool = False,
     price: Float[Tensor, "facts facts"] | None = None,
 ) -> list[Optimised]:
+    """The values of facts at a layer, by `easyedit_mdm.editing.solve.value.optimise`."""
     return optimise(
         adapter,
         site,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from easyedit_mdm.editing.edit import LowRank
+from easyedit_mdm.editing.edit import Change, Exact, LowRank
 from easyedit_mdm.editing.facts import Fact
 from easyedit_mdm.editing.hparams import MethodHyperParams, ROMEMDMHyperParams
 from easyedit_mdm.errors import HyperParameterError
@@ -59,7 +59,7 @@ def one_map(adapter: Adapter, hparams: MethodHyperParams) -> Site:
     return site
 
 
-def settled(adapter: Adapter, site: Site, facts: Sequence[Fact]) -> Site:
+def settled(adapter: Adapter, site: Site, facts: Iterable[Fact]) -> Site:
     """A routed site with the experts that the facts' tokens go through, in any of their context prefixes,
     with nothing revealed.
 
@@ -86,6 +86,16 @@ def low_rank(
         return [LowRank(site.weight, left, right, site.transposed)]
     widths = [adapter.weight_of(part).shape[1] for part in site.parts]
     return [LowRank(name, left, columns) for name, columns in zip(site.weights, right.split(widths, dim=1))]
+
+
+def changes_of(
+    adapter: Adapter, site: Site, left: Float[Tensor, "width rank"], right: Float[Tensor, "rank inner"]
+) -> list[Change]:
+    """As `low_rank`, but as whole matrices where these are smaller than the factors."""
+    factors = low_rank(adapter, site, left, right)
+    if left.numel() + right.numel() <= left.shape[0] * right.shape[1]:
+        return [*factors]
+    return [Exact(one.name, one.dense().contiguous(), one.transposed) for one in factors]
 
 
 def statistics(adapter: Adapter, sites: Sequence[Site], hparams: ROMEMDMHyperParams) -> list[SecondMoments]:
