@@ -11,7 +11,9 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OWN = ("kit", "measures", "shapes", "page", "floor", "edit_speed")
+OWN = (
+    "kit", "measures", "shapes", "page", "floor", "edit_speed", "growth", "large", "many_facts", "speed_page",
+)  # fmt: skip
 PARTS = ["statistics", "edits", "decoding", "profile", "error"]
 
 
@@ -134,3 +136,19 @@ def test_the_tables_of_the_floor_come_from_its_files(script):
         assert 1 < row["optimisation_ratio"] < row["ratio"]
         assert row["padded"] >= 1
         assert sum(row["profile"]["groups"].values()) == pytest.approx(1)
+
+
+def test_the_other_tables_of_the_page_come_from_their_files(script):
+    """Growth, a model larger than the memory, thousands of facts; and what the page says of them."""
+    made, text = script("speed_page"), script("speed_page").PAGE.read_text()
+    assert made.page(text) == text
+    for varied, rows in json.loads((made.ROOT / "benchmarks" / "growth.json").read_text()).items():
+        assert script("growth").exponent(rows, varied, "seconds") < {"width": 2.0}.get(varied, 1.0) + 0.1
+    assert made.large.table(large := json.loads((made.ROOT / "benchmarks" / "large.json").read_text()))
+    for row in large:
+        assert abs(row["peak_mb"] / (row["weights_mb"] + row["read_mb"] + row["activations_mb"]) - 1) < 0.15
+    assert len({row["sha256"] for row in large}) == 2, "one edit for each layer, however the model is spread"
+    many = json.loads((made.ROOT / "benchmarks" / "many_facts.json").read_text())
+    for row in many:
+        assert row["sha256"] in {m["sha256"] for m in many if m["facts"] == row["facts"]}
+    assert len({row["sha256"] for row in many}) == len({row["facts"] for row in many}), "killed or not"

@@ -41,21 +41,23 @@ def test_the_script_for_8b_models(tiny, tokenizer, data_dir, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in (out / "lines.jsonl").read_text().splitlines()]
-        assert sorted(line["n_tokens"] for line in lines) == sorted([1, 2, 3, 4] * 4)
-    assert {line["arm"] for line in lines} == {"plain", "plain x4", "aware", "aware x4"}
-    assert "| aware | plain, one step |" in done.stdout
+        assert sorted(line["n_tokens"] for line in lines) == sorted([1, 2, 3, 4] * 2)
+    assert {line["arm"] for line in lines} == {"plain x4", "spread x4"}
+    assert "| spread x4 | plain x4, one step |" in done.stdout
     kept = json.loads((out / "results.json").read_text())
     assert kept["facts"] == 4
     assert not {"subject", "text"} & set(kept["lines"][0])
 
 
-def test_the_pilot_s_tables_come_from_its_file():
-    """results.md, and the table in README, from results.json."""
+def test_the_pilot_s_tables_come_from_its_files():
+    """results.md of both runs, and the table in README, from results.json."""
     folder = ROOT / "benchmarks" / "smollm2_block"
     spec = importlib.util.spec_from_file_location("pilot", folder / "study.py")
     pilot = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pilot)
-    lines = json.loads((folder / "results.json").read_text())["lines"]
-    rows = {arm: [line for line in lines if line["arm"] == arm] for arm in pilot.ARMS}
-    assert (folder / "results.md").read_text() == pilot.page(rows)
-    assert f"<!-- pilot -->\n{pilot.short(rows)}<!-- /pilot -->" in (ROOT / "README.md").read_text()
+    for place in (p.parent for p in sorted(folder.rglob("results.json"))):
+        lines = json.loads((place / "results.json").read_text())["lines"]
+        rows = {arm: [line for line in lines if line["arm"] == arm] for arm in pilot.ARMS}
+        assert (place / "results.md").read_text() == pilot.page(rows)
+        if place == folder:
+            assert f"<!-- pilot -->\n{pilot.short(rows)}<!-- /pilot -->" in (ROOT / "README.md").read_text()

@@ -35,8 +35,18 @@ from easyedit_mdm.runs.methods import load_ours
 from easyedit_mdm.runs.run import Kept
 
 HERE = Path(__file__).parent
-ARMS = ("plain", "plain x4", "aware", "aware x4", "autoregressive")
-LATER = "aware x4"  # added after three facts (PROTOCOL.md); a fact counts without it
+# how many times the file's steps an arm may take at most, and its states; None: the autoregressive model's
+ARMS: dict[str, tuple[int, dict[str, Any] | None]] = {
+    "plain": (1, {"state_schedule": "full_mask"}),
+    "plain x4": (4, {"state_schedule": "full_mask"}),
+    "aware": (1, {"state_schedule": "stratified", "max_states": 4}),
+    "aware x4": (4, {"state_schedule": "stratified", "max_states": 4}),
+    "spread x4": (4, {"state_schedule": "spread", "max_states": 16}),
+    "autoregressive": (1, None),
+    "autoregressive x4": (4, None),
+}
+SECOND = ("plain x4", "spread x4", "autoregressive x4")  # the arms of the second run (PROTOCOL.md)
+LATER = "aware x4"  # added after three facts of the first run; a fact counts without it
 LENGTHS, SEED = (1, 2, 3, 4), 0
 
 
@@ -58,17 +68,16 @@ def chosen(model: Adapter, data_dir: Path, each: int) -> list[BenchCase]:
 
 def arms_of(args: argparse.Namespace) -> dict[str, tuple[Adapter, ROMEMDMHyperParams]]:
     """Each arm's model and settings; both models are loaded once."""
-    model, hparams = load_ours("ROME_MDM", args.masked, args.device)
-    plain = replace(hparams, state_schedule="full_mask")
-    found = {
-        "plain": (model, plain),
-        "plain x4": (model, replace(plain, v_num_grad_steps=4 * plain.v_num_grad_steps)),
-        "aware": (model, replace(hparams, state_schedule="stratified", max_states=4)),
-    }
-    if args.causal != "none":
-        found["autoregressive"] = load_ours("ROME_MDM", args.causal, args.device)
-    aware = found["aware"][1]
-    found[LATER] = (model, replace(aware, v_num_grad_steps=4 * aware.v_num_grad_steps))
+    model, masked = load_ours("ROME_MDM", args.masked, args.device)
+    wanted = [arm for arm in args.arms if args.causal != "none" or ARMS[arm][1] is not None]
+    found, causal = {}, None
+    for arm in wanted:
+        times, states = ARMS[arm]
+        if states is None and causal is None:
+            causal = load_ours("ROME_MDM", args.causal, args.device)
+        own, hparams = (model, masked) if states is not None else causal
+        steps = times * hparams.v_num_grad_steps
+        found[arm] = (own, replace(hparams, v_num_grad_steps=steps, **(states or {})))
     return found
 
 
@@ -82,7 +91,8 @@ def run(args: argparse.Namespace) -> None:
     before = {arm: Kept(model_fingerprint(model.native), judge) for arm, (model, _) in arms.items()}
     file = out / "lines.jsonl"
     done = {(line["arm"], line["case_id"]) for line in read(file)}
-    for case in chosen(arms["plain"][0], Path(args.data_dir), args.each):
+    first = next(iter(arms.values()))[0]
+    for case in chosen(first, Path(args.data_dir), args.each):
         for arm, (model, hparams) in arms.items():
             if (arm, case.case_id) in done:
                 continue
@@ -143,10 +153,10 @@ def tables(args: argparse.Namespace) -> None:
     source = folder / "results.json" if args.committed else Path(args.out) / "lines.jsonl"
     lines = json.loads(source.read_text())["lines"] if args.committed else read(source)
     arms = [arm for arm in ARMS if any(line["arm"] == arm for line in lines)]
-    if "plain" not in arms:
+    if not arms:
         raise SystemExit(f"{source} holds no finished edits: `study.py run` first")
     by_arm = {arm: {line["case_id"]: line for line in lines if line["arm"] == arm} for arm in arms}
-    whole = [c for c in by_arm["plain"] if all(c in by_arm[arm] for arm in arms if arm != LATER)]
+    whole = [c for c in by_arm[arms[0]] if all(c in by_arm[arm] for arm in arms if arm != LATER)]
     rows = {arm: [by_arm[arm][c] for c in whole if c in by_arm[arm]] for arm in arms}
     private = ("subject", "text")  # the data sets'
     shown = [{k: v for k, v in line.items() if k not in private} for arm in arms for line in rows[arm]]
@@ -167,14 +177,19 @@ def tables(args: argparse.Namespace) -> None:
 def page(rows: dict[str, list[dict[str, Any]]]) -> str:
     """results.md."""
     out = ["# Results of the pilot", "", "Made by `study.py tables`. [What was run](PROTOCOL.md).", ""]
+    rows = {arm: found for arm, found in rows.items() if found}
+    masked, causal = (
+        next((arm for arm in rows if (ARMS[arm][1] is None) == alone), "") for alone in (False, True)
+    )
     for title, lengths in (("Targets of one token", (1,)), ("Targets of two to four tokens", (2, 3, 4))):
         some = {arm: [r for r in found if r["n_tokens"] in lengths] for arm, found in rows.items()}
-        out += [f"## {title}: {len(some['plain'])} facts", ""]
+        out += [f"## {title}: {len(some[masked])} facts", ""]
         names = ("arm", "n", "N steps", "one step", "right tokens", "paraphrase", "locality", "steps")
         out += ["| " + " | ".join([*names, "layer-passes", "s"]) + " |"]
         out += ["| --- |" + " --- |" * 9]
-        for arm in (arm for arm in ("plain", "autoregressive") if arm in some):
-            out.append(row(f"no edit ({'masked' if arm == 'plain' else arm})", some[arm], "before"))
+        for arm, name in ((masked, "masked"), (causal, "autoregressive")):
+            if some.get(arm):
+                out.append(row(f"no edit ({name})", some[arm], "before"))
         out += [row(arm, found, "after") for arm, found in some.items() if found]
         out.append("")
     longer = {arm: [r for r in found if r["n_tokens"] > 1] for arm, found in rows.items()}
@@ -183,6 +198,8 @@ def page(rows: dict[str, list[dict[str, Any]]]) -> str:
     for arm, others in (
         ("aware", ("plain", "plain x4", "autoregressive")),
         (LATER, ("plain x4", "autoregressive")),
+        ("spread x4", ("plain x4", "autoregressive x4")),
+        ("plain x4", ("autoregressive x4",)),
     ):
         for other in others:
             for way, key in (("N steps", "exact"), ("one step", "one_step")):
@@ -197,15 +214,15 @@ def short(rows: dict[str, list[dict[str, Any]]]) -> str:
 
     What is kept is known of the facts of one token alone.
     """
-    shown = {arm: rows.get(arm, []) for arm in ("plain x4", LATER, "autoregressive")}
+    shown = {arm: rows.get(arm, []) for arm in SECOND}
     common = set.intersection(*({line["case_id"] for line in lines} for lines in shown.values()))
     names = ("facts", "N steps", "one step", "paraphrase", "layer-passes", "kept")
     out = ["| edit | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
     for arm, when, name in (
         ("plain x4", "before", "none, `smollm2-block`"),
         ("plain x4", "after", "plain, `smollm2-block`"),
-        (LATER, "after", "denoising-aware, `smollm2-block`"),
-        ("autoregressive", "after", "`smollm2`"),
+        ("spread x4", "after", "denoising-aware, `smollm2-block`"),
+        ("autoregressive x4", "after", "`smollm2`"),
     ):
         lines = [line for line in shown[arm] if line["case_id"] in common]
         longer = [line for line in lines if line["n_tokens"] > 1]
@@ -263,6 +280,7 @@ def main() -> None:
     parser.add_argument("--causal", default="ROME_MDM/smollm2", help="the same, or none")
     parser.add_argument("--device")
     parser.add_argument("--results", default=str(HERE), help="folder for results.json and results.md")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(SECOND))
     parser.add_argument("--each", type=int, default=10, help="facts of each length")
     parser.add_argument("--committed", action="store_true", help="tables from results.json, not from a run")
     args = parser.parse_args()

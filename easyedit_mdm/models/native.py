@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from easyedit_mdm.common.versions import advice
 from easyedit_mdm.errors import IncompatibleVersionError, ModelError
@@ -283,7 +284,9 @@ class Stack:
                 **({} if self._spec.absolute_positions else {"position_ids": positions}),
                 **turned(layer),
             }
-            out = self._through(layer, number, canvas)(hidden, **_understood(type(layer), extra, cache))
+            given = _understood(type(layer), extra, cache)
+            through = _forgetting if _offloaded(layer) and torch.is_grad_enabled() else _calling
+            out = through(self._through(layer, number, canvas), hidden, given)
             hidden = out[0] if isinstance(out, tuple) else out
         return hidden
 
@@ -374,6 +377,24 @@ class Stack:
         out = self.run(hidden, layers, attention, positions, cache)
         _check_noted(cache.noted, layers)
         return out
+
+
+def _offloaded(layer: nn.Module) -> bool:
+    """Whether its weights are read anew at every call."""
+    return any(value.is_meta for value in layer.parameters())
+
+
+def _calling(layer: Callable[..., Any], hidden: Tensor, given: Mapping[str, Any]) -> Any:
+    return layer(hidden, **given)
+
+
+def _forgetting(layer: Callable[..., Any], hidden: Tensor, given: Mapping[str, Any]) -> Any:
+    """As `_calling`, but weights that were read are not kept for the backward pass, which runs the layer
+    again: one layer's at a time are in memory.
+    """
+    return checkpoint(
+        functools.partial(_calling, layer), hidden, given, use_reentrant=False, preserve_rng_state=False
+    )
 
 
 def _kind(layer: nn.Module) -> str:
