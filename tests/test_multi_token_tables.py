@@ -44,8 +44,8 @@ def tables() -> str:
 
 
 def prose(text: str) -> str:
-    """A page without the tables that are made for it, on one line."""
-    return " ".join(MARKED.sub("", text).split())
+    """A page without the tables that are made for it and without addresses, on one line."""
+    return " ".join(re.sub(r"\(https?://[^)]*\)", "", MARKED.sub("", text)).split())
 
 
 def test_every_table_is_made_again_from_the_files(study, tmp_path):
