@@ -448,6 +448,21 @@ def test_a_checkpoint_of_another_recipe_or_rank_is_refused(whole_run, toy_text, 
         load_checkpoint(whole_run[2] / CHECKPOINT, tensors, torch.optim.AdamW(tensors.values()))
 
 
+def test_precision_of_the_products(toy_text, tokenizer, tmp_path):
+    """bfloat16 gives nearly the first loss of float32, and learns as well; a run does not change it on the
+    way.
+    """
+    seen = {}
+    for precision in ("float32", "bfloat16"):
+        toy_run(toy_text, tokenizer, tmp_path / precision, 1500, precision=precision)
+        lines = _without_time(tmp_path / precision / "log.jsonl")
+        seen[precision] = torch.tensor([line["masked"] for line in lines])
+    assert 0 < abs(seen["float32"][0] - seen["bfloat16"][0]) < 0.02
+    assert seen["bfloat16"][-5:].mean() < seen["float32"][-5:].mean() + 0.3 < seen["float32"][0] - 2
+    with pytest.raises(CheckpointError, match="another recipe"):
+        toy_run(toy_text, tokenizer, tmp_path / "float32", 3000, precision="bfloat16")
+
+
 def test_from_an_adapter_alone_it_goes_on(folders, toy_text, tmp_path, capsys):
     """The new run starts at the old one's loss, says that the optimiser starts anew, and leaves the old
     folder as it was.
