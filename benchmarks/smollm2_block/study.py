@@ -216,7 +216,11 @@ def short(rows: dict[str, list[dict[str, Any]]]) -> str:
     """
     shown = {arm: rows.get(arm, []) for arm in SECOND}
     common = set.intersection(*({line["case_id"] for line in lines} for lines in shown.values()))
-    names = ("facts", "N steps", "one step", "paraphrase", "layer-passes", "kept")
+    names = (
+        "facts", "N steps", "less plain, N steps", "less plain, one step", "one step", "paraphrase",
+        "layer-passes", "kept",
+    )  # fmt: skip
+    plain = [line for line in shown["plain x4"] if line["case_id"] in common and line["n_tokens"] > 1]
     out = ["| edit | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
     for arm, when, name in (
         ("plain x4", "before", "none, `smollm2-block`"),
@@ -226,7 +230,14 @@ def short(rows: dict[str, list[dict[str, Any]]]) -> str:
     ):
         lines = [line for line in shown[arm] if line["case_id"] in common]
         longer = [line for line in lines if line["n_tokens"] > 1]
-        cells = [mean([line[when][k] for line in longer]) or "-" for k in ("exact", "one_step", "paraphrase")]
+        exact, one_step, paraphrase = (
+            mean([line[when][k] for line in longer]) or "-" for k in ("exact", "one_step", "paraphrase")
+        )
+        leads = ["-", "-"]
+        if when == "after":
+            leads = [mean(differences(longer, plain, key)) for key in ("exact", "one_step")]
+            leads[0] = "-" if arm == "plain x4" else leads[0]
+        cells = [exact, *leads, one_step, paraphrase]
         passes = sum(line["layer_passes"] for line in longer) / max(1, len(longer))
         near = mean([line[when]["locality"] for line in lines if line["n_tokens"] == 1]) or "-"
         cost = ["-" if when == "before" else f"{passes:,.0f}", near]
