@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,7 @@ from easyedit_mdm import ROMEMDMHyperParams
 from easyedit_mdm.api import load_hparams, load_model
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.editing import METHODS
-from easyedit_mdm.editing.hparams import packaged_hparams
+from easyedit_mdm.editing.hparams import packaged_hparams, read_yaml
 from easyedit_mdm.errors import CheckpointError, HyperParameterError, UnknownNameError
 from easyedit_mdm.runs.methods import load_ours
 from easyedit_mdm.twins import TWINS, twin_folder
@@ -287,3 +289,21 @@ def test_a_method_that_is_no_name(tmp_path, name):
     file.write_text(json.dumps({**GOOD, "alg_name": name}))
     with pytest.raises(HyperParameterError, match="alg_name"):
         ROMEMDMHyperParams.from_hparams(file)
+
+
+def test_files_for_real_text_are_the_best_that_were_tried(monkeypatch):
+    """hparams/*/*-text.yaml and the table of docs/methods.md, from benchmarks/presets.json."""
+    root = Path(__file__).parent.parent
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    presets = importlib.import_module("presets")
+    result = json.loads((root / "benchmarks" / "presets.json").read_text())
+    page = (root / "docs" / "methods.md").read_text()
+    assert f"<!-- presets -->\n{presets.table(result)}<!-- /presets -->" in page
+    for name, tried in result.items():
+        best, (method, model) = tried["text"][0], name.split("/")
+        assert best["score"] == max(row["score"] for row in tried["text"])
+        if best["name"] == "before":
+            continue
+        base = read_yaml(root / "hparams" / method / f"{model}.yaml")
+        changes = {k: v for k, v in best["changes"].items() if k != "file"}
+        assert read_yaml(root / "hparams" / method / f"{model}-text.yaml") == {**base, **changes}
