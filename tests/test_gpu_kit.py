@@ -149,6 +149,6 @@ def test_the_other_tables_of_the_page_come_from_their_files(script):
         assert abs(row["peak_mb"] / (row["weights_mb"] + row["read_mb"] + row["activations_mb"]) - 1) < 0.15
     assert len({row["sha256"] for row in large}) == 2, "one edit for each layer, however the model is spread"
     many = json.loads((made.ROOT / "benchmarks" / "many_facts.json").read_text())
-    for row in many:
-        assert row["sha256"] in {m["sha256"] for m in many if m["facts"] == row["facts"]}
+    flat = [row["peak_mb"] for row in many if row["facts"] >= 4000]
+    assert len(flat) >= 2 and max(flat) < 1.05 * min(flat), "memory does not grow with the facts"
     assert len({row["sha256"] for row in many}) == len({row["facts"] for row in many}), "killed or not"
