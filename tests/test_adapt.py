@@ -448,6 +448,24 @@ def test_a_checkpoint_of_another_recipe_or_rank_is_refused(whole_run, toy_text, 
         load_checkpoint(whole_run[2] / CHECKPOINT, tensors, torch.optim.AdamW(tensors.values()))
 
 
+def test_held_out_text_under_full_attention(toy_text, tokenizer):
+    """The same blocks and masks, each in a copy of the text up to its end, which sees itself both ways and
+    nothing else.
+    """
+    _, last = text_of(toy_text, tokenizer)
+    made, _ = student_of(tiny("llama"), MASK, rank=4)
+    corpus = Corpus({}, last, [], tokenizer)
+    causal, full = (HeldOut(corpus, 8, MASK, count=2, full=way) for way in (False, True))
+    for (one, ratios), (other, same) in zip(causal.rows, full.rows, strict=True):
+        assert one.ids == other.ids and ratios == same
+        for block, copy in zip(one.blocks, other.blocks, strict=True):
+            assert copy.start == 0 and copy.masked == (False,) * block.start + block.masked
+    rows = rows_of([[full.rows[0][0]]], MASK)
+    seen, copies = visible(rows)[0], rows.blocks[0]
+    assert torch.equal(seen[copies > 0], (copies[:, None] == copies[None, :])[copies > 0])
+    assert causal.measure(made)["loss"] != full.measure(made)["loss"]
+
+
 def test_precision_of_the_products(toy_text, tokenizer, tmp_path):
     """bfloat16 gives nearly the first loss of float32, and learns as well; a run does not change it on the
     way.

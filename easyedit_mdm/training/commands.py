@@ -90,7 +90,7 @@ def adapt_model(job: AdaptJob) -> dict[str, Any]:
     if job.start_from is not None and not (job.out / CHECKPOINT).exists():
         load_lora(Path(job.start_from), student, tensors)
         console.print(f"goes on from the adapter in {job.start_from}; the optimiser starts anew")
-    held_out = HeldOut(rest, job.recipe.block_size, mask_id)
+    held_out = HeldOut(rest, job.recipe.block_size, mask_id, full=job.recipe.attention == "full")
     card = card_of(job, base, mask_id)
     state = train(
         student,

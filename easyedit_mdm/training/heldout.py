@@ -21,15 +21,18 @@ class HeldOut:
 
     Args:
         count: texts of each kind (plain text, facts).
+        full: everything before and in the block sees everything, instead of a causal context.
     """
 
-    def __init__(self, corpus: Corpus, size: int, mask_id: int, count: int = 8, seed: int = 1):
+    def __init__(
+        self, corpus: Corpus, size: int, mask_id: int, count: int = 8, seed: int = 1, full: bool = False
+    ):
         rng = random.Random(seed)
         plain = Corpus({}, corpus.text, corpus.samples, corpus.tokenizer)
         facts = Corpus(corpus.facts, [], [], corpus.tokenizer)
         pieces = [plain.draw(rng) for _ in range(count)] if corpus.text else []
         pieces += [facts.draw(rng) for _ in range(count)] if any(corpus.facts.values()) else []
-        self.rows = [_blocks_at_all_ratios(piece, size, rng) for piece in pieces]
+        self.rows = [_blocks_at_all_ratios(piece, size, rng, full) for piece in pieces]
         self.mask_id = mask_id
 
     @torch.no_grad()
@@ -71,7 +74,9 @@ def _next_token(student: Student, rows: Rows, states: torch.Tensor) -> torch.Ten
     return torch.tensor([-float(own.sum()), -float(teacher.sum()), len(ids) - 1], dtype=torch.float64)
 
 
-def _blocks_at_all_ratios(piece: Piece, size: int, rng: random.Random) -> tuple[Noised, Sequence[float]]:
+def _blocks_at_all_ratios(
+    piece: Piece, size: int, rng: random.Random, full: bool
+) -> tuple[Noised, Sequence[float]]:
     """The text with its blocks at every ratio, and each block's ratio."""
     size = min(size, len(piece.ids) - 1)
     blocks, ratios = [], []
@@ -81,6 +86,7 @@ def _blocks_at_all_ratios(piece: Piece, size: int, rng: random.Random) -> tuple[
             masked[0] = rng.random() < ratio
             if not any(masked[1:]):
                 masked[rng.randrange(1, size)] = True
-            blocks.append(Block(start, tuple(masked)))
+            shown = (False,) * start if full else ()  # one block, all of which sees itself
+            blocks.append(Block(0 if full else start, (*shown, *masked)))
             ratios.append(ratio)
     return Noised(piece.ids, blocks), ratios
