@@ -252,7 +252,13 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     """Values by one process of two, then the edit by the other; only the facts asked for are looked at."""
     facts = [{"prompt": f.prompt, "subject": f.subject, "target_new": f.target_new} for f in _facts()]
     (tmp_path / "facts.json").write_text(json.dumps(facts))
-    file = quick_file(tmp_path, "MEMIT_MDM/twin-llama", mom2_adjustment=True)
+    file = quick_file(
+        tmp_path,
+        "MEMIT_MDM/twin-llama",
+        mom2_adjustment=True,
+        mom2_n_tokens=1200,
+        stats_dir=str(tmp_path / "stats"),  # not there yet: the first process makes them by itself
+    )
     asked = ["edit", "--hparams", file, "--data-file", str(tmp_path / "facts.json"), "--no-guard"]
     asked += ["--save", str(tmp_path / "edit"), "--values", str(tmp_path / "values"), "--chunk", "3"]
     monkeypatch.setenv("RANK", "1")

@@ -53,7 +53,9 @@ def collect_statistics(
     options["device"] = ranks.device(wanted)
     adapter = load_model(model, **options)
     sites = [adapter.site(layer) for layer in layers]
-    collected = moments_for(adapter, sites, dataset, tokens, folder, mask_ratio, settled=settled, wait=False)
+    collected = moments_for(
+        adapter, sites, dataset, tokens, folder, mask_ratio, settled=settled, wait=False, ranks=ranks
+    )
     report = {
         "model": str(model),
         "dataset": dataset,

@@ -20,7 +20,7 @@ from torch import nn
 from easyedit_mdm.common.files import check_size, explained, opened_tensors, write_tensors
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.common.locks import PAUSE, only_writer
-from easyedit_mdm.common.ranks import Ranks, launched
+from easyedit_mdm.common.ranks import ALONE, Ranks
 from easyedit_mdm.errors import StatisticsError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
@@ -62,6 +62,7 @@ def moments_for(
     seed: int = 0,
     checkpoint_every: float = 60.0,
     wait: bool = True,
+    ranks: Ranks = ALONE,
 ) -> list[SecondMoments]:
     """Second moments of some sites of the model as it was when they were first asked for: sequential edits
     keep the statistics of the base model.
@@ -75,6 +76,8 @@ def moments_for(
         checkpoint_every: seconds after which a collection leaves what it has on the disk, from where the next
             one goes on.
         wait: if another process is collecting the same, wait and read what it writes.
+        ranks: which of several processes this is that were started to collect together; every one of them has
+            to ask for the same.
 
     Raises:
         StatisticsError: if the text does not exist or is too short, or a file is not what its name says.
@@ -100,7 +103,9 @@ def moments_for(
     absent = [site for site in sites if wanted[site.name] not in cache]
     if absent:
         place = cache_folder() if folder is None else Path(folder).expanduser()
-        moments_by_site = _read_or_collect(adapter, absent, source, config, place, checkpoint_every, wait)
+        moments_by_site = _read_or_collect(
+            adapter, absent, source, config, place, checkpoint_every, wait, ranks
+        )
         for name, moments in moments_by_site.items():
             cache[wanted[name]] = moments
     return [cache[wanted[site.name]] for site in sites]
@@ -142,6 +147,7 @@ def _read_or_collect(
     folder: Path,
     every: float,
     wait: bool,
+    ranks: Ranks,
 ) -> dict[str, SecondMoments]:
     """From the files of the model as it was first seen, else of the model as it is now; what is in neither is
     collected.
@@ -163,7 +169,6 @@ def _read_or_collect(
     checkpoint = folder / f"unfinished-{run_name(settings, sites)}.safetensors"
     if len(moments_by_site) == len(sites) and not checkpoint.exists():
         return moments_by_site
-    ranks = launched()
     with only_writer(part_of(checkpoint, ranks), wait):
         moments_by_site |= _there(files, moments_by_site, now)  # another process may have made them meanwhile
         absent = [site for site in sites if site.name not in moments_by_site]
