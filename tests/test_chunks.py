@@ -276,7 +276,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--values-only"], "want --values DIR"), (["--chunk", "3"], "want --values DIR"),
+        (["--values-only"], "want --values DIR"), (["--chunk", "256"], "want --values DIR"),
         (["--values", "v", "--chunk", "0"], "must be at least 1"), (["--check", "0"], "must be at least 1"),
     ],
 )  # fmt: skip

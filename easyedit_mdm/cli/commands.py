@@ -141,7 +141,7 @@ def edit(
         str | None,
         Option(metavar="DIR", help="for thousands of facts: keep their values there, and go on there"),
     ] = None,
-    chunk: Annotated[int, Option(help="with --values: facts a chunk")] = 256,
+    chunk: Annotated[int | None, Option(help="with --values: facts a chunk (default: 256)")] = None,
     values_only: Annotated[
         bool, Option("--values-only", help="with --values: no edit, beside the process that makes it")
     ] = False,
@@ -155,17 +155,18 @@ def edit(
 
     Exit status 3, and nothing saved, if a fact was not written.
     """
-    if values is None and (values_only or chunk != 256):
+    if values is None and (values_only or chunk is not None):
         raise HyperParameterError("--values-only and --chunk want --values DIR, where values are kept")
-    if chunk < 1 or (check is not None and check < 1):
-        raise HyperParameterError(f"--chunk {chunk}, --check {check}: both must be at least 1")
+    for option, number in (("--chunk", chunk), ("--check", check)):
+        if number is not None and number < 1:
+            raise HyperParameterError(f"{option} {number} must be at least 1")
     args.free(save)
     requests = args.requests_of(prompt, subject, target, data_file)
     args.named_hparams(hparams)
-    from easyedit_mdm.cli.edits import Chunked, GuardOptions, new_edit
+    from easyedit_mdm.cli.edits import CHUNK, Chunked, GuardOptions, new_edit
 
     guard = GuardOptions(not no_guard, force, guard_text)
-    chunked = None if values is None else Chunked(values, chunk, values_only)
+    chunked = None if values is None else Chunked(values, chunk or CHUNK, values_only)
     saved = new_edit(
         hparams, requests, save, model, guard, device, dtype, keep_failed, chunked=chunked, check=check
     )
