@@ -268,3 +268,28 @@ def test_twins_load():
     assert abs(sizes[0] - sizes[1]) < 0.02 * sizes[0]
     assert masked.tokenizer.get_vocab() == causal.tokenizer.get_vocab()
     assert masked.masked and not causal.masked and masked.dtype == torch.float32
+
+
+def test_weights_from_the_disk_are_not_kept_for_the_backward_pass(tmp_path, tokenizer):
+    """Of the layers on the disk no weight is saved by the forward pass, and the gradient is that of a model
+    in memory.
+    """
+    write_checkpoint(tmp_path, "llada", vocabulary=len(tokenizer))
+    places = {**SPREAD, "model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "cpu"}
+    ids, gradients, kept = torch.arange(2, 12)[None], [], []
+    for more in ({}, {"device_map": places}):
+        model, shapes = load_model(tmp_path, tokenizer=tokenizer, **more), set()
+
+        def pack(value: torch.Tensor, seen: set = shapes) -> torch.Tensor:
+            seen.add(tuple(value.shape))
+            return value
+
+        hidden = model.hidden_before(1, ids).detach().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            logits = model.token_logits(ids, layer=1, hidden=hidden)
+        logits.sum().backward()
+        gradients.append(hidden.grad)
+        shape = tuple(model.weight_of(model.site(1).name).shape)
+        kept.append(shape in shapes or shape[::-1] in shapes)
+    assert kept == [True, False]
+    assert torch.equal(*gradients)
