@@ -31,6 +31,7 @@ from easyedit_mdm.training.blocks import (
     visible,
 )
 from easyedit_mdm.training.corpus import Corpus, Piece, TrainingFact, corpus_of, sentences, text_of, words_of
+from easyedit_mdm.training.feeding import Drawn, fed
 from easyedit_mdm.training.heldout import HeldOut
 from easyedit_mdm.training.loop import (
     CHECKPOINT,
@@ -42,7 +43,7 @@ from easyedit_mdm.training.loop import (
 )
 from easyedit_mdm.training.lora import CARD, WEIGHTS, mask_token_of, read_adapter, student_of, write_adapter
 from easyedit_mdm.training.merging import write_merged
-from easyedit_mdm.training.objective import clean_part, losses
+from easyedit_mdm.training.objective import clean_part, losses, next_token
 from easyedit_mdm.training.splits import HELD_OUT_FILES, Mentions, held_out_subjects, same_name
 
 MASK = 5
@@ -324,7 +325,8 @@ def test_a_tied_head_says_the_mask_as_the_saved_model_will():
 
 # ---- training ----------------------------------------------------------------------------------------------
 def toy_run(
-    text: Path, tokenizer, out: Path, tokens: int, kind: str = "llama", save_every: int = 1, **recipe
+    text: Path, tokenizer, out: Path, tokens: int | None, kind: str = "llama", save_every: int = 1,
+    minutes: float | None = None, workers: int = 0, **recipe,
 ) -> tuple[dict, dict[str, torch.Tensor]]:
     """Train a tiny model on the toy text, with a checkpoint every few steps."""
     first, last = text_of(text, tokenizer)
@@ -332,7 +334,7 @@ def toy_run(
     settings = Recipe(**{"lora_rank": 4, "lr": 2e-2, "rows": 2, "length": 160, **recipe})
     held_out = HeldOut(Corpus({}, last, [], tokenizer), 8, MASK, count=3)
     card = {"attention": "block", "block_size": 8, "mask_token_id": MASK}
-    run = Run(out, tokens, save_steps=save_every, measure_steps=6)
+    run = Run(out, tokens, minutes, save_steps=save_every, measure_steps=6, workers=workers)
     state = train(made, tensors, Corpus({}, first, [], tokenizer), held_out, settings, run, card)
     return state, {name: value.detach().clone() for name, value in tensors.items()}
 
@@ -359,6 +361,79 @@ def test_full_attention_learns_too(toy_text, tokenizer, tmp_path):
     assert sum(log[-8:]) < 0.8 * sum(log[:8])
 
 
+@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("qwen2", False)])
+def test_an_adapter_inside_the_weights_trains_as_one_beside_them(kind, tied):
+    """Loss and gradients of both ways agree, and the teacher stays the base."""
+    rows = rows_of(
+        [[Noised(list(range(100, 116)), [Block(3, (True, True, False, True)), Block(8, (True,) * 8)])]], MASK
+    )
+    found = {}
+    for inside in (False, True):
+        made, tensors = student(kind, tied)
+        made.inside = inside
+        loss = losses(made, rows, torch.Generator().manual_seed(0), taught=1.0)
+        loss.total.backward()
+        found[inside] = loss, {name: value.grad for name, value in tensors.items()}
+        with torch.no_grad():
+            taught, plain = made.hidden(rows, teacher=True), tiny(kind, tied).model
+            clean = taught[0, :16]
+        torch.testing.assert_close(clean, plain(torch.arange(100, 116)[None])[0][0], atol=1e-5, rtol=1e-4)
+    (beside, grads), (within, same) = found[False], found[True]
+    assert float(within.total.detach()) == pytest.approx(float(beside.total.detach()), rel=1e-5)
+    assert float(beside.kl) > 0
+    for name, grad in grads.items():
+        torch.testing.assert_close(same[name], grad, atol=1e-5, rtol=1e-3)
+        assert float(grad.abs().sum()) > 0 or "lora_A" in name
+
+
+def test_workers_draw_the_same_rows(toy_text, tokenizer, tmp_path):
+    """Rows that other processes draw ahead are those that are drawn in turn, from any step on; a run's bits
+    do not depend on them.
+    """
+    first, _ = text_of(toy_text, tokenizer)
+    drawn = Drawn(Corpus({}, first, [], tokenizer), Recipe("full", rows=2, length=160), MASK, 1500)
+    alone, ahead = fed(drawn, 3), fed(drawn, 3, workers=2)
+    for _ in range(12):
+        one, other = next(alone), next(ahead)
+        assert all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values()))
+    state, weights = toy_run(toy_text, tokenizer, tmp_path / "none", 800, attention="full")
+    again, same = toy_run(toy_text, tokenizer, tmp_path / "two", 800, workers=2, attention="full")
+    assert state["step"] == again["step"] > 3
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())
+
+
+def test_the_control_learns_the_next_token(folders, toy_text, tmp_path):
+    """`--attention causal`: the loss is the next token's; what comes out opens as the base does, mask row
+    untouched.
+    """
+    made, _ = student()
+    rows = rows_of([[Noised(list(range(100, 110)), []), Noised([30, 31, 32], [])]], MASK)
+    with torch.no_grad():
+        found = next_token(made, rows)
+        one, other = (made.base(torch.tensor([ids])).logits[0] for ids in (range(100, 110), [30, 31, 32]))
+        own = [-one.log_softmax(-1)[i, 101 + i] for i in range(9)]
+        own += [-other.log_softmax(-1)[i, 31 + i] for i in range(2)]
+    assert float(found.total) == pytest.approx(float(sum(own) / 11), rel=1e-4) and float(found.kl) == 0
+    command = [
+        "adapt", "--model", str(folders["llama"]), "--text", str(toy_text), "--samples", "none",
+        "--attention", "causal", "--tokens", "6000", "--lora-rank", "4", "--lr", "0.02", "--out",
+        str(tmp_path / "run"), "--merged", str(tmp_path / "merged"), "--measure-seconds", "0.001",
+    ]  # fmt: skip
+    assert main(command) == 0
+    curve = [json.loads(line) for line in (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]
+    assert curve[0]["loss"] == {} and curve[-1]["next_token"] < 0.7 * curve[0]["next_token"]
+    base, merged = load_adapter(folders["llama"]), load_adapter(tmp_path / "merged")
+    assert not merged.denoises and "fine-tuned" in (tmp_path / "merged" / "README.md").read_text()
+    before, after = (m.native.get_input_embeddings().weight for m in (base, merged))
+    assert torch.equal(before, after)
+
+
+def test_minutes_become_tokens(toy_text, tokenizer, tmp_path):
+    """Once the first steps have shown the speed, the plan is what the minutes allow."""
+    state, _ = toy_run(toy_text, tokenizer, tmp_path / "run", None, minutes=0.05)
+    assert 0.5 * 3 < state["seconds"] < 2 * 3 and state["tokens"] >= state["planned"] > 0
+
+
 class Killed(BaseException):
     """What a run is killed with in here: nothing catches it."""
 
@@ -366,7 +441,7 @@ class Killed(BaseException):
 KILLED_TOKENS = 2500  # about 30 steps
 KILLS = {
     "while it computes a step": ("easyedit_mdm.training.adapting.losses", 6),
-    "between two checkpoints": ("easyedit_mdm.training.adapting.pack", 7),
+    "between two checkpoints": ("easyedit_mdm.training.feeding.pack", 8),
     "before it writes a checkpoint": ("easyedit_mdm.training.loop.write_tensors", 2),
     "while it writes a checkpoint": ("easyedit_mdm.common.files._to_disk", 13),
     "before it writes the adapter": ("easyedit_mdm.training.adapting.write_adapter", 2),

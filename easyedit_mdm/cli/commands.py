@@ -579,7 +579,10 @@ def adapt(
     out: Annotated[str | None, Option(help="folder for adapter, checkpoint, curve and log")] = None,
     tokens: Annotated[int | None, Option(help="tokens of text to train on in all")] = None,
     minutes: Annotated[float | None, Option(help="instead: minutes to train in all")] = None,
-    attention: Annotated[Literal["block", "full"], Option(help="who sees whom in the end")] = "block",
+    attention: Annotated[
+        Literal["block", "full", "causal"],
+        Option(help="who sees whom in the end; causal: no masks, the control on the same text"),
+    ] = "block",
     block_size: Annotated[int, Option(help="tokens that are written together")] = 8,
     lora_rank: Annotated[int, Option(help="of the adapter")] = 32,
     lr: Annotated[float, Option(help="highest learning rate")] = 3e-4,
@@ -607,6 +610,12 @@ def adapt(
     seed: Seed = 0,
     device: Device = None,
     save_seconds: Annotated[float, Option(help="seconds between checkpoints")] = 300.0,
+    measure_seconds: Annotated[
+        float | None, Option(help="seconds between points of the curve (default: 900; 60 on a GPU)")
+    ] = None,
+    workers: Annotated[
+        int | None, Option(help="processes that draw the rows ahead (default: 0; 4 on a GPU)")
+    ] = None,
 ) -> int:
     """Make a masked model out of an autoregressive one (LoRA).
 
@@ -624,7 +633,7 @@ def adapt(
     adapt_model(
         AdaptJob(
             model, Path(out), recipe, tokens, minutes, *sources, device=device,
-            save_seconds=save_seconds, limit=limit,
+            save_seconds=save_seconds, limit=limit, measure_seconds=measure_seconds, workers=workers,
         )
     )  # fmt: skip
     return 0

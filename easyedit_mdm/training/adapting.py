@@ -22,8 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from easyedit_mdm.errors import CheckpointError
-from easyedit_mdm.training.blocks import Rows, noise_opened, opening, pack
+from easyedit_mdm.training.blocks import Rows
 from easyedit_mdm.training.corpus import Corpus
+from easyedit_mdm.training.feeding import Drawn, fed
 from easyedit_mdm.training.heldout import HeldOut
 from easyedit_mdm.training.loop import (
     CHECKPOINT,
@@ -31,13 +32,12 @@ from easyedit_mdm.training.loop import (
     cosine,
     generator_of,
     load_checkpoint,
-    random_of,
     save_checkpoint,
 )
 from easyedit_mdm.training.lora import write_adapter
-from easyedit_mdm.training.objective import Losses, Student, losses
+from easyedit_mdm.training.objective import Losses, Student, losses, next_token
 
-MEASURED = 8  # steps whose speed says how many tokens fit into --minutes
+WARM, MEASURED = 4, 12  # the steps between them say how many tokens fit into --minutes
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Recipe:
     """How a model is adapted.
 
     Attributes:
-        attention: `block`, or `full` (see `easyedit_mdm.training.blocks.opening`).
+        attention: `block`, or `full` (see `easyedit_mdm.training.blocks.opening`); `causal` is their control: the
+            base stays autoregressive, and is trained on the next token of the same texts.
         block_size: tokens that are written together, B; those to begin with where attention becomes full.
         lr: highest rate; it rises over the first 3 % of the tokens and falls along a cosine.
         rows, length: rows of a step, and their columns (clean and noisy).
@@ -75,6 +76,7 @@ class Run:
         minutes: instead, minutes of the whole training: the first steps' speed says how many tokens that is.
         save_seconds, measure_seconds: time between checkpoints, and between points of the curve.
         save_steps, measure_steps: instead, steps between them.
+        workers: processes that draw the rows of the coming steps; 0: none. The rows are the same.
     """
 
     out: Path
@@ -84,6 +86,7 @@ class Run:
     measure_seconds: float = 900.0
     save_steps: int | None = None
     measure_steps: int | None = None
+    workers: int = 0
 
 
 def train(
@@ -142,6 +145,7 @@ class _Training:
             "planned": run.tokens,
         }
         self.state["recipe"] = asdict(recipe)
+        self._warm: tuple[int, float] | None = None
 
     def go(self) -> dict[str, Any]:
         """All steps."""
@@ -169,9 +173,13 @@ class _Training:
         return self.state["planned"] is not None and self.state["tokens"] >= self.state["planned"]
 
     def _steps(self) -> Iterator[Losses]:
+        feed, planned = None, -1
         while not self._done():
             began, step = time.monotonic(), self.state["step"]
-            rows = self._rows(step)
+            if feed is None or planned != self.state["planned"]:  # the plan says how far attention is open
+                planned = self.state["planned"]
+                feed = fed(Drawn(self.corpus, self.recipe, self.student.mask_id, planned), step, self.run.workers)
+            rows = next(feed)
             loss = self._step(rows.to(self.device), step)
             clean = int(((rows.texts > 0) & (rows.blocks == 0)).sum())
             counts = {
@@ -196,29 +204,17 @@ class _Training:
     def _share(self) -> float:
         return self.state["tokens"] / self.state["planned"] if self.state["planned"] else 0.0
 
-    def _rows(self, step: int) -> Rows:
-        """The rows of a step: they depend on the seed, the step and the tokens before it alone."""
-        rng = random_of(self.recipe.seed, step)
-        opened = opening(self._share(), self.recipe.attention, self.recipe.block_size)
-        return pack(
-            lambda: noise_opened(self.corpus.draw(rng), opened, rng),
-            self.recipe.rows,
-            self.recipe.length,
-            self.student.mask_id,
-        )
-
     def _step(self, rows: Rows, step: int) -> Losses:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr * (
                 cosine(self._share()) if self.state["planned"] else min(1.0, (step + 1) / 100)
             )
+        generator = generator_of(self.recipe.seed, step)
         with self._autocast():
-            loss = losses(
-                self.student,
-                rows,
-                generator_of(self.recipe.seed, step),
-                self.recipe.kl_weight,
-                self.recipe.taught,
+            loss = (
+                next_token(self.student, rows)
+                if self.recipe.attention == "causal"
+                else losses(self.student, rows, generator, self.recipe.kl_weight, self.recipe.taught)
             )
         loss.total.backward()
         torch.nn.utils.clip_grad_norm_(list(self.tensors.values()), 1.0)
@@ -232,10 +228,14 @@ class _Training:
 
     def _plan(self) -> None:
         """How many tokens the minutes allow, once the first steps have shown the speed."""
-        if self.state["planned"] is None and self.run.minutes is not None and self.state["step"] >= MEASURED:
-            self.state["planned"] = round(
-                self.state["tokens"] * self.run.minutes * 60 / self.state["seconds"]
-            )
+        if self.state["planned"] is not None or self.run.minutes is None:
+            return
+        tokens, seconds = self.state["tokens"], self.state["seconds"]
+        if self._warm is None and self.state["step"] >= WARM:  # a GPU's first steps are slow
+            self._warm = tokens, seconds
+        elif self._warm is not None and self.state["step"] >= MEASURED:
+            speed = (tokens - self._warm[0]) / (seconds - self._warm[1])
+            self.state["planned"] = tokens + round(max(0.0, self.run.minutes * 60 - seconds) * speed)
 
     def _measure(self) -> None:
         with self._autocast():

@@ -25,7 +25,7 @@ from easyedit_mdm.training.merging import write_merged
 from easyedit_mdm.training.samples import write_samples
 
 SAMPLE_TOKENS = 60
-MOST_SAMPLES = 2000
+MOST_SAMPLES, MOST_SAMPLES_GPU = 2000, 10_000
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class AdaptJob:
         merged: folder for the merged model.
         gates: whether to measure the gates at the end, where it is not `text` that was trained on.
         save_seconds: time between checkpoints.
+        measure_seconds: time between points of the curve; a minute on a GPU, a quarter of an hour elsewhere.
+        workers: processes that draw the rows; four on a GPU, none elsewhere.
         limit: facts of each source for the gates.
     """
 
@@ -62,6 +64,8 @@ class AdaptJob:
     save_seconds: float = 300.0
     limit: int = 100
     device: str | None = None
+    measure_seconds: float | None = None
+    workers: int | None = None
 
 
 def adapt_model(job: AdaptJob) -> dict[str, Any]:
@@ -90,15 +94,22 @@ def adapt_model(job: AdaptJob) -> dict[str, Any]:
     if job.start_from is not None and not (job.out / CHECKPOINT).exists():
         load_lora(Path(job.start_from), student, tensors)
         console.print(f"goes on from the adapter in {job.start_from}; the optimiser starts anew")
-    held_out = HeldOut(rest, job.recipe.block_size, mask_id, full=job.recipe.attention == "full")
+    gpu = base.device.type == "cuda"
+    student.inside = gpu
+    attention = job.recipe.attention
+    held_out = HeldOut(
+        rest, job.recipe.block_size, mask_id, full=attention == "full", causal=attention == "causal"
+    )
     card = card_of(job, base, mask_id)
+    measure = job.measure_seconds or (60.0 if gpu else 900.0)
+    workers = job.workers if job.workers is not None else min(4, os.cpu_count() or 1) if gpu else 0
     state = train(
         student,
         tensors,
         corpus,
         held_out,
         job.recipe,
-        Run(job.out, job.tokens, job.minutes, job.save_seconds),
+        Run(job.out, job.tokens, job.minutes, job.save_seconds, measure, workers=workers),
         card,
     )
     console.print(f"adapter: {job.out / 'adapter'}, curve: {job.out / 'curve.jsonl'}")
@@ -235,7 +246,10 @@ def _corpora(job: AdaptJob, base: Adapter) -> tuple[Corpus, Corpus]:
     file = Path(job.samples) if job.samples else job.out / "samples.jsonl"
     if job.samples is None:
         job.out.mkdir(parents=True, exist_ok=True)
-        count = min(MOST_SAMPLES, max(16, (job.tokens or MOST_SAMPLES * SAMPLE_TOKENS) // 4 // SAMPLE_TOKENS))
+        gpu = base.device.type == "cuda"
+        most = MOST_SAMPLES_GPU if gpu else MOST_SAMPLES
+        by_tokens = max(16, (job.tokens or 0) // 4 // SAMPLE_TOKENS)
+        count = min(most, by_tokens) if job.tokens else most if gpu else most // 4
         write_samples(base.native, tokenizer, corpus.text, file, count, SAMPLE_TOKENS, job.recipe.seed)
     return replace(corpus, samples=samples_of(file, tokenizer)), rest
 

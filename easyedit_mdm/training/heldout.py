@@ -22,10 +22,18 @@ class HeldOut:
     Args:
         count: texts of each kind (plain text, facts).
         full: everything before and in the block sees everything, instead of a causal context.
+        causal: nothing is masked; the next token's loss alone is measured.
     """
 
     def __init__(
-        self, corpus: Corpus, size: int, mask_id: int, count: int = 8, seed: int = 1, full: bool = False
+        self,
+        corpus: Corpus,
+        size: int,
+        mask_id: int,
+        count: int = 8,
+        seed: int = 1,
+        full: bool = False,
+        causal: bool = False,
     ):
         rng = random.Random(seed)
         plain = Corpus({}, corpus.text, corpus.samples, corpus.tokenizer)
@@ -33,7 +41,9 @@ class HeldOut:
         pieces = [plain.draw(rng) for _ in range(count)] if corpus.text else []
         pieces += [facts.draw(rng) for _ in range(count)] if any(corpus.facts.values()) else []
         self.rows = [_blocks_at_all_ratios(piece, size, rng, full) for piece in pieces]
-        self.mask_id = mask_id
+        if causal:
+            self.rows = [(Noised(text.ids, []), ()) for text, _ in self.rows]
+        self.mask_id, self.causal = mask_id, causal
 
     @torch.no_grad()
     def measure(self, student: Student) -> dict[str, Any]:
@@ -54,7 +64,7 @@ class HeldOut:
                 entry = sums[ratios[block - 1]]
                 entry[0], entry[1] = entry[0] + loss, entry[1] + 1
             first += _next_token(student, rows, states)
-        losses = {f"{ratio:.0%}": total / max(1, n) for ratio, (total, n) in sums.items()}
+        losses = {f"{ratio:.0%}": total / max(1, n) for ratio, (total, n) in sums.items() if not self.causal}
         return {
             "loss": losses,
             "next_token": float(first[0] / first[2]),
@@ -67,9 +77,8 @@ def _next_token(student: Student, rows: Rows, states: torch.Tensor) -> torch.Ten
     clean = clean_part(rows)
     ids = clean.ids[0]
     at = ((rows.texts[0] > 0) & (rows.blocks[0] == 0)).nonzero().flatten()
-    with student.without():
-        taught = student.hidden(clean)[0]
-        teacher = student.log_probabilities(taught[:-1], teacher=True).gather(-1, ids[1:, None])
+    taught = student.hidden(clean, teacher=True)[0]
+    teacher = student.log_probabilities(taught[:-1], teacher=True).gather(-1, ids[1:, None])
     own = student.log_probabilities(states[at][:-1]).gather(-1, ids[1:, None])
     return torch.tensor([-float(own.sum()), -float(teacher.sum()), len(ids) - 1], dtype=torch.float64)
 

@@ -39,7 +39,7 @@ def write_merged(base: str | Path, adapter: str | Path, out: str | Path) -> Path
     own key names.
 
     `W + (alpha / rank) B A`, computed in float32 and kept in the base's dtype; the mask token's row of the
-    embedding.
+    embedding. An autoregressive control has no mask: its configuration is the base's.
 
     Args:
         base: folder of the base model.
@@ -60,19 +60,22 @@ def write_merged(base: str | Path, adapter: str | Path, out: str | Path) -> Path
             f"the adapter in {adapter} changes {missing[0]!r}, which {base} does not have: "
             "is it another model's?"
         )
-    config = masked_config(read_config(base), settings)
+    card = settings["masked_diffusion"]
+    masked = card.get("attention") != "causal"
+    config = masked_config(read_config(base), settings) if masked else dict(read_config(base))
+    if not masked:
+        del changes[EMBEDDING]
     with new_folder(out) as part:
         for shard in sorted(set(files.values())):
             keys = [key for key, file in files.items() if file == shard]
-            _write_shard(shard, keys, changes, config["mask_token_id"], part / shard.name)
+            _write_shard(shard, keys, changes, card["mask_token_id"], part / shard.name)
         for name in (*TOKENIZER_FILES, "model.safetensors.index.json"):
             if (base / name).exists():
                 shutil.copyfile(base / name, part / name)
         write_json(part / "config.json", config, indent=2)
-        _name_mask(part / "tokenizer_config.json", settings["masked_diffusion"])
-        write_text(
-            part / "README.md", readme(settings["masked_diffusion"], read_config(base)["architectures"][0])
-        )
+        if masked:
+            _name_mask(part / "tokenizer_config.json", card)
+        write_text(part / "README.md", readme(card, read_config(base)["architectures"][0]))
     return out
 
 
@@ -181,6 +184,16 @@ into that class, give it the attention mask that is described above, and pass `r
 sampler, which moves the logits one place to the right. Transformers' own `generate` does not write with it:
 it would read the model as an autoregressive one.
 """
+CONTROL = """# {title}
+
+{base}, fine-tuned on the next token by `easyedit-mdm adapt --attention causal` (LoRA, merged): the control of the
+masked models that are trained on the same text. It is an autoregressive model like its base, and opens like it.
+
+| | |
+| --- | --- |
+| trained on | {tokens} tokens of text, {steps} steps |
+| licence | that of the base model |
+"""
 _ATTENTION = {
     "block": "The context is causal; the block of {block_size} tokens that is being written sees the "
     "context and itself both ways. "
@@ -192,6 +205,13 @@ _ATTENTION = {
 def readme(card: Mapping[str, Any], native: str) -> str:
     """The README of a merged folder: what it is, and how to open it."""
     state = card.get("training") or {}
+    if card["attention"] == "causal":
+        return CONTROL.format(
+            title=card.get("name") or "An autoregressive model",
+            base=card.get("base") or "An autoregressive model",
+            tokens=state.get("tokens", "?"),
+            steps=state.get("step", "?"),
+        )
     attention = _ATTENTION[card["attention"]].format(block_size=card["block_size"])
     block_length = f", block_length={card['block_size']}" if card["attention"] == "block" else ""
     return README.format(

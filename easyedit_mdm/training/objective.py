@@ -33,29 +33,55 @@ class Student:
         mask_row: the mask token's embedding, trained with them.
         mask_id: its id.
         without: a context in which the model computes as its teacher, such as peft's `disable_adapter`.
+        inside: LoRA's product is added to each weight once a pass (W + s B A), instead of being computed beside
+            it for every column. The same function; with many columns on a GPU, less work and memory.
     """
 
     model: Any
     mask_row: torch.nn.Parameter
     mask_id: int
     without: Callable[[], AbstractContextManager]
+    inside: bool = False
 
     @property
     def base(self) -> Any:
         """The transformers model, LoRA layers inside."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def hidden(self, rows: Rows) -> Float[Tensor, "rows length width"]:
-        """What enters the head, under the rows' attention."""
+    def hidden(self, rows: Rows, teacher: bool = False) -> Float[Tensor, "rows length width"]:
+        """What enters the head, under the rows' attention.
+
+        Args:
+            teacher: as the model computed before it was trained.
+        """
         embedded = self.base.get_input_embeddings()(rows.ids)
         embedded = torch.where(
             (rows.ids == self.mask_id)[..., None], self.mask_row.to(embedded.dtype), embedded
         )
         mask = additive(visible(rows), embedded.dtype)
+        given = {
+            "inputs_embeds": embedded,
+            "attention_mask": mask,
+            "position_ids": rows.positions,
+            "use_cache": False,
+        }
         backbone = self.base.base_model
-        return backbone(
-            inputs_embeds=embedded, attention_mask=mask, position_ids=rows.positions, use_cache=False
-        )[0]
+        if not (teacher or self.inside):
+            return backbone(**given)[0]
+        weights = {} if teacher else self._weights(backbone)
+        with self.without():
+            return torch.func.functional_call(backbone, weights, args=(), kwargs=given)[0]
+
+    @staticmethod
+    def _weights(backbone: Any) -> dict[str, Tensor]:
+        """Every adapted weight with its adapter's product in it, in the weight's own precision."""
+        adapted = {name: part for name, part in backbone.named_modules() if hasattr(part, "get_delta_weight")}
+        device = next(backbone.parameters()).device.type
+        with torch.autocast(device, enabled=False):
+            return {
+                f"{name}.base_layer.weight": part.base_layer.weight + part.get_delta_weight("default")
+                for name, part in adapted.items()
+            }
 
     def log_probabilities(
         self, hidden: Float[Tensor, "places width"], teacher: bool = False
@@ -107,6 +133,17 @@ def losses(
     return Losses(masked + kl_weight * kl, masked.detach(), kl.detach())
 
 
+def next_token(student: Student, rows: Rows) -> Losses:
+    """The loss of the control: the next token of every clean column, as the base was trained."""
+    states, ids = student.hidden(rows).flatten(0, 1), rows.ids.flatten()
+    texts = rows.texts.flatten()
+    clean = (texts > 0) & (rows.blocks.flatten() == 0)
+    at = (clean[1:] & clean[:-1] & (texts[1:] == texts[:-1])).nonzero().flatten()
+    own = student.log_probabilities(states[at]).gather(-1, ids[at + 1][:, None])
+    loss = -own.mean()
+    return Losses(loss, loss.detach(), loss.new_zeros(()))
+
+
 class _Asked:
     """The rows that the teacher reads: their clean columns, moved to the left."""
 
@@ -140,11 +177,10 @@ class _Asked:
         """What the teacher says of the token after the clean columns at these flat places."""
         if not len(places):
             return torch.zeros(0, 1, device=places.device)
-        with student.without():
-            hidden = student.hidden(self.part)
-            return student.log_probabilities(
-                hidden[self._number[places // self.length], self._column[places]], teacher=True
-            )
+        hidden = student.hidden(self.part, teacher=True)
+        return student.log_probabilities(
+            hidden[self._number[places // self.length], self._column[places]], teacher=True
+        )
 
 
 def clean_part(rows: Rows) -> Rows:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from easyedit_mdm.common.files import append_line, explained
 from easyedit_mdm.models.native import continued
 
-ROWS = 64
+ROWS, ROWS_GPU = 64, 512
 OPENING = (2, 5)  # tokens of an opening, at least and at most
 TEMPERATURE, TOP_K = 0.8, 100
 
@@ -50,7 +50,8 @@ def write_samples(
         while done < count:
             rng = random.Random(f"{seed}/{done}")
             size = rng.randint(*OPENING)
-            starts = [rng.choice(openings)[:size] for _ in range(min(ROWS, count - done))]
+            rows = ROWS_GPU if native.device.type == "cuda" else ROWS
+            starts = [rng.choice(openings)[:size] for _ in range(min(rows, count - done))]
             ids = torch.tensor([list(start) for start in starts], device=native.device)
             for row in _continued(native, ids, length - size, special, rng.randrange(2**31)):
                 append_line(stream, file, json.dumps({"text": tokenizer.decode(row)}))
