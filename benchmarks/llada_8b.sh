@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The protocol of smollm2_block/PROTOCOL.md at 8 billion parameters: LLaDA-8B (or Dream-7B), on one GPU of 80 GB. It
+# The protocol of real_facts/PROTOCOL.md at 8 billion parameters: LLaDA-8B (or Dream-7B), on one GPU of 80 GB. It
 # goes on where it was stopped.
 #
 #   DATA_DIR=data benchmarks/llada_8b.sh
@@ -14,8 +14,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${DATA_DIR:?give the folder that holds counterfact/ and kamel/ as DATA_DIR}"
 OUT="${OUT:-runs/llada_8b}"
-study=(python benchmarks/smollm2_block/study.py)
-"${study[@]}" run --masked "${MASKED:-ROME_MDM/llada-8b}" --causal "${CAUSAL:-none}" --each "${EACH:-25}" \
+study=(python benchmarks/real_facts/study.py)
+"${study[@]}" run --masked "${MASKED:-ROME_MDM/llada-8b}" --causal "${CAUSAL:-none}" --control none --each "${EACH:-25}" \
   --device "${DEVICE:-cuda}" --data-dir "$DATA_DIR" --out "$OUT"
 "${study[@]}" tables --out "$OUT" --results "$OUT"
 cat "$OUT/results.md"

@@ -325,8 +325,15 @@ def test_a_tied_head_says_the_mask_as_the_saved_model_will():
 
 # ---- training ----------------------------------------------------------------------------------------------
 def toy_run(
-    text: Path, tokenizer, out: Path, tokens: int | None, kind: str = "llama", save_every: int = 1,
-    minutes: float | None = None, workers: int = 0, **recipe,
+    text: Path,
+    tokenizer,
+    out: Path,
+    tokens: int | None,
+    kind: str = "llama",
+    save_every: int = 1,
+    minutes: float | None = None,
+    workers: int = 0,
+    **recipe,
 ) -> tuple[dict, dict[str, torch.Tensor]]:
     """Train a tiny model on the toy text, with a checkpoint every few steps."""
     first, last = text_of(text, tokenizer)

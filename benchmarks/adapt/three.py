@@ -27,7 +27,9 @@ def main() -> None:
     parser.add_argument("--data-dir")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, nargs=3, required=True, help="block, full, causal")
-    parser.add_argument("--lr", type=float, nargs=3, default=[8e-4, 6e-4, 3e-4], help="highest rates, likewise")
+    parser.add_argument(
+        "--lr", type=float, nargs=3, default=[8e-4, 6e-4, 3e-4], help="highest rates, likewise"
+    )
     parser.add_argument("--rows", type=int, default=128, help="rows of a step, 256 columns each")
     parser.add_argument("--parts", type=Path, help="a folder that gets what was made so far, in 16 MB pieces")
     args = parser.parse_args()
@@ -49,7 +51,9 @@ def main() -> None:
 
 def pack(out: Path, parts: Path) -> None:
     """Adapters and logs, in pieces that small channels take: `cat OUT.* | tar x`."""
-    files = [str((out / name / kept).relative_to(out)) for name in NAMES for kept in KEPT if (out / name).exists()]
+    files = [
+        str((out / name / kept).relative_to(out)) for name in NAMES for kept in KEPT if (out / name).exists()
+    ]
     command = f"tar c -C {out} {' '.join(files)} {next(iter(NAMES))}/samples.jsonl"
     subprocess.run(f"{command} | split -b 16000000 - {parts}/three.", shell=True, check=True)
 

