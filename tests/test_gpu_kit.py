@@ -36,6 +36,14 @@ def run(kit: ModuleType, out: Path, *more: str) -> dict:
     return json.loads((folder / "kit.json").read_text())
 
 
+def test_the_committed_page_of_a_gpu_comes_from_its_figures(script):
+    """kit.md from kit.json, and the run was whole."""
+    folder = ROOT / "benchmarks" / "gpu" / "h100"
+    found = json.loads((folder / "kit.json").read_text())
+    assert (folder / "kit.md").read_text() == script("page").page(found).rstrip("\n") + "\n"
+    assert found["finished"] and "H100" in found["device"] and found["edits"]
+
+
 @pytest.mark.end_to_end
 def test_every_part_of_the_kit(script, tmp_path):
     """A tiny shape, every arm: what is measured, and the page."""
@@ -113,6 +121,19 @@ def test_fewer_facts_where_all_would_take_too_long(script, tmp_path):
     assert len({r["subject"] for r in script("shapes").requests_of(256)}) == 256
     assert [fit(each) for each in (0.1, 0.5, 5.0)] == [256, 112, 0]
     assert left == ["tiny-llada, MEMIT_MDM, spread, 256 facts"] * 2
+
+
+def test_many_facts_are_not_taken_for_so_many_single_ones(script, tmp_path, monkeypatch):
+    """One fact takes 2 s, sixteen at once hardly more: three steps of sixteen say so, and all 256 are edited."""
+    script("kit")
+    measures, left, tried = script("measures"), [], []
+    given = measures.Run(None, lambda what, why: left.append(what), "cpu", 9.0, [], 25, tmp_path, tmp_path)
+    given.ends = measures.time.perf_counter() + 500
+    model = measures.Loaded(measures.SHAPES["tiny-llada"], None, None)
+    monkeypatch.setattr(measures, "edited", lambda adapter, requests, hparams: tried.append(len(requests)))
+    before = {"seconds_per_fact": 2.0, "seconds": 2.0, "facts": 1, "states": "spread"}
+    assert measures._that_fit(given, model, ("MEMIT_MDM", False), 256, before) == 256
+    assert tried == [16] and not left
 
 
 def test_the_committed_rehearsal_is_whole(script):
