@@ -124,7 +124,7 @@ def test_fewer_facts_where_all_would_take_too_long(script, tmp_path):
 
 
 def test_many_facts_are_not_taken_for_so_many_single_ones(script, tmp_path, monkeypatch):
-    """One fact takes 2 s, sixteen at once hardly more: three steps of sixteen say so, and all 256 are edited."""
+    """One fact takes 2 s, sixteen at once hardly more: three steps of sixteen say so, and 256 are edited."""
     script("kit")
     measures, left, tried = script("measures"), [], []
     given = measures.Run(None, lambda what, why: left.append(what), "cpu", 9.0, [], 25, tmp_path, tmp_path)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
+from types import MappingProxyType
 
 import accelerate
 import pytest
@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from easyedit_mdm import Edit, load_model, make_edit
 from easyedit_mdm.editing import METHODS
+from easyedit_mdm.editing.edit.change import LowRank
+from easyedit_mdm.editing.edit.export import write_merged
 from easyedit_mdm.errors import CheckpointError, EditError, ModelError
 from easyedit_mdm.models import FAMILIES, adapt
 from easyedit_mdm.models.families._registry import LLAMA_KEYS, pick
@@ -102,7 +104,7 @@ SPREAD = {
 @pytest.mark.parametrize("method", ["ROME_MDM", "MEMIT_MDM"])
 def test_layers_on_the_disk(tmp_path, tokenizer, method):
     """With all but the edited layer left in the checkpoint: the same edit to the bit, saved for the same
-    base, applied and taken back; a layer on the disk is refused.
+    base, applied and taken back.
     """
     write_checkpoint(tmp_path, "llada", vocabulary=len(tokenizer))
     places = {**SPREAD, "model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "disk"}
@@ -126,8 +128,73 @@ def test_layers_on_the_disk(tmp_path, tokenizer, method):
     assert torch.equal(spread.token_logits(ids), plain.token_logits(ids))
     found[1].revert(spread)
     assert torch.equal(spread.token_logits(ids), before)
+
+
+def offloaded(way: str, folder, tokenizer):
+    """A model that holds but the shape of some weights: on the disk, or with a hook in the CPU's memory."""
+    if way == "disk":
+        places = {**SPREAD, "model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "disk"}
+        return load_model(folder, tokenizer=tokenizer, device_map=places)
+    model = load_model(folder, tokenizer=tokenizer)
+    accelerate.cpu_offload(model.native, execution_device=torch.device("cpu"))
+    return model
+
+
+@pytest.mark.parametrize("way", ["disk", "memory"])
+@pytest.mark.parametrize("method", ["ROME_MDM", "MEMIT_MDM"])
+def test_an_edited_layer_that_is_offloaded(tmp_path, tokenizer, method, way):
+    """The same edits to the bit as in memory, two on top of each other, the lower one taken out first.
+
+    The checkpoint's files stay, an exported folder has the edit, and the layer's value is forgotten with it.
+    """
+    write_checkpoint(folder := tmp_path / "model", "llada", vocabulary=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    plain, spread = load_model(folder, tokenizer=tokenizer), offloaded(way, folder, tokenizer)
+    layers = [1] if method == "ROME_MDM" else [0, 1]
+    assert dict(spread.native.named_parameters())[spread.site(1).weight].is_meta
+    facts = [
+        {"prompt": "Tamos Latre was born in", "subject": "Tamos Latre", "target_new": "Zopago Zemo"},
+        {"prompt": "Rima Latre was born in", "subject": "Rima Latre", "target_new": "Zemo"},
+    ]
+    settings = {
+        "alg_name": method, "model_name": "tiny", "layers": layers, "context_templates": ["{}", "Now. {}"],
+        "v_num_grad_steps": 4, "mom2_dataset": "twins", "mom2_n_tokens": 200, "mom2_eps": 1e-2,
+        "stats_dir": str(tmp_path / "mom2"),
+    }  # fmt: skip
+    hparams, ids = METHODS[method].hparams(**settings), torch.arange(2, 12)[None]
+    before, stack = spread.token_logits(ids), []
+    for fact in facts:
+        made = [make_edit(model, fact, hparams) for model in (plain, spread)]
+        for one, other in zip(*(edit.changes for edit in made)):
+            assert torch.equal(one.left, other.left) and torch.equal(one.right, other.right)
+        for edit, model in zip(made, (plain, spread)):
+            edit.apply(model)
+        stack.append(made)
+        assert torch.equal(spread.token_logits(ids), plain.token_logits(ids))
+    assert not torch.equal(spread.token_logits(ids), before)
+    write_merged(spread, folder, tmp_path / "merged")
+    assert torch.equal(load_model(tmp_path / "merged").token_logits(ids), plain.token_logits(ids))
+    for place in (0, 1):
+        for edit, model in zip(stack[place], (plain, spread)):
+            edit.undo(model)
+        assert torch.equal(spread.token_logits(ids), plain.token_logits(ids))
+    assert torch.equal(spread.token_logits(ids), before)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == files
+    if way == "disk":
+        assert not spread.module("model.layers.1.mlp.down_proj")._hf_hook.weights_map.dataset.state_dict
+
+
+def test_a_layer_that_nothing_can_be_put_into(tmp_path, tokenizer):
+    """A store of another kind than accelerate's is refused before anything is changed."""
+    write_checkpoint(tmp_path, "llada", vocabulary=len(tokenizer))
+    spread = offloaded("disk", tmp_path, tokenizer)
+    hook = spread.module("model.layers.1.mlp.down_proj")._hf_hook
+    rows, columns = load_model(tmp_path).weight_of(spread.site(1).name).shape
+    edit = Edit([LowRank(spread.site(1).weight, torch.ones(rows, 1), torch.ones(1, columns))], {})
+    hook.weights_map = MappingProxyType({"weight": hook.weights_map["weight"]})
     with pytest.raises(EditError, match="offloaded and cannot be edited"):
-        make_edit(spread, fact, dataclasses.replace(hparams, layers=[1])).apply(spread)
+        edit.apply(spread)
 
 
 def test_memory_decides_what_stays_on_the_disk(tmp_path):

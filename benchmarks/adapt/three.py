@@ -2,8 +2,8 @@
 
     python benchmarks/adapt/three.py --data-dir DATA_DIR --out runs/three --minutes 2.5 2.5 0.7
 
-The masked models read the same text and the model's own samples; full attention begins with the adapter of the
-block model. Each folder under OUT is one of `easyedit-mdm adapt`, and goes on where it was stopped. Gates:
+All read the same text and the model's own samples; full attention begins with the adapter of the block model.
+Each folder under OUT is one of `easyedit-mdm adapt`, and goes on where it was stopped. The gates:
 `easyedit-mdm adapt --gates OUT/NAME/adapter`.
 """
 

@@ -1,8 +1,8 @@
 """Edits of real facts in masked models and the autoregressive one beside them (PROTOCOL.md).
 
     python benchmarks/real_facts/study.py run --data-dir DATA_DIR --out runs/block
-    python benchmarks/real_facts/study.py run --data-dir DATA_DIR --out runs/mdm --masked ROME_MDM/smollm2-mdm \
-        --causal none --control none
+    python benchmarks/real_facts/study.py run --data-dir DATA_DIR --out runs/mdm \
+        --masked ROME_MDM/smollm2-mdm --causal none --control none
     python benchmarks/real_facts/study.py tables --out runs/block runs/mdm
 
 `run` goes on where it was stopped: it edits fact after fact, each in every arm. `tables` writes results.json
@@ -195,7 +195,7 @@ def tables(args: argparse.Namespace) -> None:
 
 
 def finished(lines: Sequence[dict[str, Any]]) -> Rows:
-    """Lines by arm (`plain x4, smollm2-mdm`), of the facts that are finished in every arm, in the arms' order."""
+    """Lines by arm (`plain x4, smollm2-mdm`), of the facts that are finished in every arm."""
     by_arm: dict[str, dict[Any, dict[str, Any]]] = {}
     for line in lines:
         masked = ARMS[line["arm"]][1] is not None
@@ -265,7 +265,7 @@ def page(rows: Rows) -> str:
 
 
 def short(rows: Rows) -> str:
-    """README's table: targets of two to four tokens. What is kept is known of the facts of one token alone."""
+    """README's table: targets of two to four tokens; what is kept, of the facts of one token."""
     names = (
         "facts", "N steps", "less plain, N steps", "less plain, one step", "one step", "paraphrase",
         "layer-passes", "kept",

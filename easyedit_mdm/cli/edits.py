@@ -24,6 +24,7 @@ from easyedit_mdm.common.files import write_json
 from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
 from easyedit_mdm.common.locks import only_writer
 from easyedit_mdm.common.ranks import ALONE, launched
+from easyedit_mdm.common.weights import Weights
 from easyedit_mdm.denoising import DecodeConfig, decode
 from easyedit_mdm.editing import METHODS, Edit, EditRequest, MethodHyperParams
 from easyedit_mdm.editing.edit import Attached
@@ -499,7 +500,7 @@ def _pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]
 
 def _states(edit: Edit, adapter: Adapter) -> dict[str, str]:
     """Of each weight whether it is as the edit left it, as the base had it, or neither."""
-    weights = dict(adapter.native.named_parameters(remove_duplicate=False))
+    weights = Weights(adapter.native, every=True)
     edited, base = edit.card.get("edited", {}), edit.card["base"].get("weights") or {}
     states: dict[str, str] = {}
     for change in edit.changes:

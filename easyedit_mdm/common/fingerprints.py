@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from easyedit_mdm.errors import ModelError
+from easyedit_mdm.common.weights import stored
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
@@ -21,22 +21,6 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
 def parameter_hashes(model: torch.nn.Module) -> dict[str, str]:
     """SHA-256 of every parameter, by name."""
     return {name: tensor_sha256(stored(model, name, value)) for name, value in model.named_parameters()}
-
-
-def stored(model: torch.nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
-    """The values of a parameter, of which accelerate may have left but the shape in the model.
-
-    Raises:
-        ModelError: if they are nowhere.
-    """
-    if not value.is_meta:
-        return value
-    path, _, own = name.rpartition(".")
-    hook = getattr(model.get_submodule(path), "_hf_hook", None)
-    weights = getattr(hook, "weights_map", None)
-    if weights is None:
-        raise ModelError(f"{name} has a shape and no values (it is on the meta device): load the model anew")
-    return weights[own]
 
 
 def model_fingerprint(model: torch.nn.Module, instead: Mapping[str, torch.Tensor] | None = None) -> str:

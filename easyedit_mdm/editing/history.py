@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from easyedit_mdm.common.fingerprints import tensor_sha256
+from easyedit_mdm.common.weights import Weights
 from easyedit_mdm.models import Adapter
 
 
@@ -86,5 +87,5 @@ class History:
 
 
 def _state(adapter: Adapter, weights: Sequence[str]) -> str:
-    parameters = dict(adapter.named_parameters())
+    parameters = Weights(adapter.native)
     return " ".join(tensor_sha256(parameters[name]) for name in weights)

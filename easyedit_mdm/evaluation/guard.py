@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from torch import Tensor
 
+from easyedit_mdm.common.weights import Weights
 from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.editing.edit.card import Verdict
 from easyedit_mdm.editing.guard import GuardConfig, held_out, reasons, update_figures
@@ -94,7 +95,7 @@ class CollapseGuard:
         """||W_after - W_first|| / ||W_first||, the worst over the edit's weights: what all edits of the
         sequence come to.
         """
-        weights = dict(self.adapter.native.named_parameters(remove_duplicate=False))
+        weights = Weights(self.adapter.native, every=True)
         worst = 0.0
         for change in edit.changes:
             now = weights[change.name].detach()

@@ -53,7 +53,7 @@ def load_adapter(
         device: where to put it; the CPU by default. Not together with `device_map`.
         dtype: torch dtype or its name; as stored (`torch_dtype` in the config) by default.
         device_map: `auto`, `balanced`, ... or a mapping, for several devices through accelerate. What it puts
-            on the `disk` is read from the checkpoint whenever it is needed, and cannot be edited.
+            on the `disk` is read from the checkpoint whenever it is needed; an edit there is kept in memory.
         max_memory: memory a device, for `device_map`, as in accelerate.
         family: name of the family, where the folder does not tell.
         mask_id: the mask token's id, overriding config and tokenizer.

@@ -45,8 +45,8 @@ class Recipe:
     """How a model is adapted.
 
     Attributes:
-        attention: `block`, or `full` (see `easyedit_mdm.training.blocks.opening`); `causal` is their control: the
-            base stays autoregressive, and is trained on the next token of the same texts.
+        attention: `block`, or `full` (see `easyedit_mdm.training.blocks.opening`); `causal` is their control:
+            the base stays autoregressive, and is trained on the next token of the same texts.
         block_size: tokens that are written together, B; those to begin with where attention becomes full.
         lr: highest rate; it rises over the first 3 % of the tokens and falls along a cosine.
         rows, length: rows of a step, and their columns (clean and noisy).

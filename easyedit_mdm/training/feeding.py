@@ -62,7 +62,7 @@ def fed(drawn: Drawn, first: int, workers: int = 0) -> Iterator[Rows]:
         torch.utils.data.DataLoader(
             drawn,
             batch_size=None,
-            sampler=itertools.count(first),  # type: ignore[arg-type]
+            sampler=itertools.count(first),
             num_workers=workers,
             prefetch_factor=AHEAD,
             multiprocessing_context=start,

@@ -186,8 +186,9 @@ it would read the model as an autoregressive one.
 """
 CONTROL = """# {title}
 
-{base}, fine-tuned on the next token by `easyedit-mdm adapt --attention causal` (LoRA, merged): the control of the
-masked models that are trained on the same text. It is an autoregressive model like its base, and opens like it.
+{base}, fine-tuned on the next token by `easyedit-mdm adapt --attention causal` (LoRA, merged): the control of
+the masked models that are trained on the same text. It is an autoregressive model like its base, and opens
+like it.
 
 | | |
 | --- | --- |

@@ -33,8 +33,8 @@ class Student:
         mask_row: the mask token's embedding, trained with them.
         mask_id: its id.
         without: a context in which the model computes as its teacher, such as peft's `disable_adapter`.
-        inside: LoRA's product is added to each weight once a pass (W + s B A), instead of being computed beside
-            it for every column. The same function; with many columns on a GPU, less work and memory.
+        inside: LoRA's product is added to each weight once a pass (W + s B A), instead of being computed
+            beside it for every column. The same function; with many columns on a GPU, less work and memory.
     """
 
     model: Any

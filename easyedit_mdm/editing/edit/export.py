@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from easyedit_mdm.common.files import new_folder, opened_tensors, read_json, write_json, write_tensors
+from easyedit_mdm.common.weights import Weights
 from easyedit_mdm.editing.edit.change import Change, LowRank
 from easyedit_mdm.editing.edit.opening import (
     Way,
@@ -152,7 +153,7 @@ def write_model(
     shards: dict[Path, list[str]] = {}
     for key, file in weight_files(base).items():
         shards.setdefault(file, []).append(key)
-    weights = dict(adapter.native.named_parameters(remove_duplicate=False))
+    weights = Weights(adapter.native, every=True)
     with new_folder(folder) as part:
         total = sum(
             _write_shard(adapter, weights, file, keys, part / file.name) for file, keys in shards.items()

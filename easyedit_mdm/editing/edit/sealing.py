@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
+from easyedit_mdm.common.weights import Weights
 from easyedit_mdm.editing.edit.change import Change, Exact, LowRank
 from easyedit_mdm.editing.edit.stack import PlainEdit, carried, identity
 from easyedit_mdm.errors import EditError
@@ -28,7 +29,7 @@ def seal(edit: PlainEdit, model: nn.Module, name: str | None = None) -> None:
     if "base" in edit.card:
         return
     native, own = identity(model), edit.originals(model) if edit.is_applied(model) else {}
-    weights = dict(native.named_parameters(remove_duplicate=False))
+    weights = Weights(native, every=True)
     names = edit.names_in(native)
     spec = getattr(model, "spec", None)
     edit.card["base"] = {
@@ -113,7 +114,7 @@ def _rank(values: Tensor) -> int:
 def _original(edit: PlainEdit, model: nn.Module, name: str) -> Tensor:
     if edit.is_applied(model):
         return edit.originals(model)[name]
-    weights = dict(identity(model).named_parameters())
+    weights = Weights(identity(model))
     if name not in weights:
         raise EditError(f"this model has no weight {name}")
     return weights[name]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from easyedit_mdm.common.fingerprints import model_fingerprint, tensor_sha256
 from easyedit_mdm.common.signals import uninterrupted
+from easyedit_mdm.common.weights import Weights
 from easyedit_mdm.editing.edit.attached import Attached, Prepared, attach, prepared
 from easyedit_mdm.editing.edit.card import Card
 from easyedit_mdm.editing.edit.change import Change, added
@@ -76,7 +77,7 @@ class PlainEdit:
             raise EditError("this edit is already applied to this model: revert it first")
         names = self.names_in(native)
         self._check_base(native)
-        weights = dict(native.named_parameters())
+        weights = Weights(native)
         before = {name: weights[name].detach().clone() for name in names.values()}
         changes = {names[change.name]: change for change in self.changes}
         after = {name: added(before[name], change) for name, change in changes.items()}
@@ -155,7 +156,7 @@ class PlainEdit:
         Raises:
             EditError: for one that does not fit.
         """
-        weights = dict(native.named_parameters(remove_duplicate=False))
+        weights, held = dict(native.named_parameters(remove_duplicate=False)), Weights(native, every=True)
         first = {id(value): name for name, value in native.named_parameters()}
         names: dict[str, str] = {}
         for change in self.changes:
@@ -165,7 +166,7 @@ class PlainEdit:
                 raise EditError(
                     f"the edit does not fit this model: {change.name} should be {change.shape}, found {shape}"
                 )
-            if weight.is_meta:
+            if not held.writable(change.name):
                 raise EditError(
                     f"{change.name} is offloaded and cannot be edited in place: load it without "
                     "offloading (device_map, max_memory)"
@@ -247,25 +248,30 @@ def adopt(
         EditError: if the weights are not those that the edits left; nothing is noted then.
     """
     native = identity(model)
-    now: dict[str, Tensor] = dict(native.named_parameters())
+    held, under = Weights(native), dict[str, Tensor]()  # now, and under the edits that have been looked at
+
+    def now(name: str) -> Tensor:
+        """A weight as the next edit must have left it."""
+        return under[name] if name in under else held[name]
+
     entries: list[Entry] = []
     for edit, originals, edited in reversed(stack):
         names = edit.names_in(native)
         firsts = set(names.values())
-        wrong = [n for n in firsts if n not in originals or not _alike(originals[n], now[n])]
+        wrong = [n for n in firsts if n not in originals or not _alike(originals[n], now(n))]
         if wrong or set(originals) != firsts:
             what = ", ".join(sorted(wrong)) or "there are more of them"
             raise EditError(f"the originals that were kept do not belong to edit and model: {what}")
-        changed = sorted(n for n in firsts if edited.get(n) != tensor_sha256(now[n]))
+        changed = sorted(n for n in firsts if edited.get(n) != tensor_sha256(now(n)))
         if changed:
             raise EditError(
                 f"{', '.join(changed)} has been changed since edit {edit.card.get('id')} was applied: it "
                 "cannot be taken back"
             )
-        before = {n: originals[n].to(now[n].device) for n in firsts}
+        before = {n: originals[n].to(now(n).device) for n in firsts}
         changes = {names[change.name]: change for change in edit.changes}
         entries.append(Entry(edit, changes, _hashes(before), dict(edited), before, stored=True))
-        now |= originals
+        under.update(originals)
     _settle(native, {}, tuple(reversed(entries)))
 
 
@@ -275,7 +281,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 def keeping(model: nn.Module, names: list[str], work: Callable[[], Result]) -> Result:
     """The result of `work`; some weights are put back after it, bit for bit, however it ended."""
-    weights = dict(identity(model).named_parameters(remove_duplicate=False))
+    weights = Weights(identity(model), every=True)
     originals = {name: weights[name].detach().clone() for name in names}
     try:
         try:
@@ -293,7 +299,7 @@ def write(model: nn.Module, edit: PlainEdit) -> None:
         EditError: if it does not fit.
     """
     native = identity(model)
-    put(dict(native.named_parameters()), _sums(native, edit))
+    put(Weights(native), _sums(native, edit))
 
 
 def unedited(model: nn.Module) -> dict[str, Tensor]:
@@ -318,7 +324,7 @@ def revert_all(model: nn.Module) -> None:
     """
     native = identity(model)
     weights, last = (
-        dict(native.named_parameters()),
+        Weights(native),
         {n: h for entry in _entries(native) for n, h in entry.edited.items()},
     )
     _refuse({name for name, known in last.items() if tensor_sha256(weights[name]) != known})
@@ -334,13 +340,11 @@ def identity(model: nn.Module) -> nn.Module:
     return getattr(model, "native", model)
 
 
-def put(weights: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+def put(weights: Weights, values: Mapping[str, Tensor]) -> None:
     """Copy values into weights; Ctrl-C waits until that is done."""
     with uninterrupted():
         for name, value in values.items():
-            weights[name].data.copy_(
-                value
-            )  # no decorator for no_grad: Ctrl-C in it would strike behind the caller's back
+            weights.put(name, value)
 
 
 def _entries(native: nn.Module) -> tuple[Entry, ...]:
@@ -349,7 +353,7 @@ def _entries(native: nn.Module) -> tuple[Entry, ...]:
 
 def _still_there(native: nn.Module) -> tuple[Entry, ...]:
     """The entries but for those on top that somebody else took back: EasyEdit puts weights back itself."""
-    entries, weights = _entries(native), dict(native.named_parameters())
+    entries, weights = _entries(native), Weights(native)
     while entries and entries[-1].was != entries[-1].edited and _holds(weights, entries[-1].was):
         entries = entries[:-1]
     native.__dict__[_STACK] = entries
@@ -369,7 +373,7 @@ def _settle(
     """Put values into the weights and note the edits that they hold, both or neither."""
     ready = _prepared(native, entries) if ready is None else ready
     with uninterrupted():
-        put(dict(native.named_parameters()), values)
+        put(Weights(native), values)
         native.__dict__[_STACK] = entries
         if ready is not None:
             attach(native, ready)
@@ -384,7 +388,7 @@ def _prepared(native: nn.Module, entries: tuple[Entry, ...]) -> Prepared | None:
 
 def _sums(native: nn.Module, edit: PlainEdit) -> dict[str, Tensor]:
     """What an edit would put into a model's weights as they are now."""
-    names, weights = edit.names_in(native), dict(native.named_parameters())
+    names, weights = edit.names_in(native), Weights(native)
     return {names[change.name]: added(weights[names[change.name]], change) for change in edit.changes}
 
 
@@ -469,7 +473,7 @@ def _without(
         left = _pushed(
             left, replace(entry, was=was, edited=edited, before={**entry.before, **before}, stored=False)
         )
-    weights = dict(native.named_parameters())
+    weights = Weights(native)
     _refuse(changed | {name for name in values if tensor_sha256(weights[name]) != known[name]})
     return values, left
 

@@ -133,7 +133,8 @@ def train_side(
     weight = adapter.weight_of(site.name)
     shape = tuple(reversed(weight.shape)) if site.transposed else tuple(weight.shape)
     chosen = torch.rand(shape, generator=fact_generator(facts[0], hparams.seed)) < hparams.mask_ratio
-    delta = torch.zeros(shape, device=weight.device, requires_grad=True)
+    device = adapter.device if weight.is_meta else weight.device
+    delta = torch.zeros(shape, device=device, requires_grad=True)
     chosen = chosen.to(delta.device)
     losses = _SideLosses(adapter, site, facts, delta, hparams)
     optimizer = torch.optim.SGD([delta], lr=hparams.edit_lr)
