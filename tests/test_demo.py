@@ -10,6 +10,7 @@ import pytest
 from read_pages import read_page
 
 from easyedit_mdm.cli import main
+from easyedit_mdm.demo.real import installed
 
 
 @pytest.mark.end_to_end
@@ -19,14 +20,11 @@ def test_demo(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "out" / "demo.json").read_text())
-    assert set(report["claims"]) == {
-        "plain_single_token",
-        "aware_multi_token",
-        "paraphrase",
-        "locality",
-        "restored",
-    }
-    assert all(report["claims"].values())
+    twin = {"plain_single_token", "aware_multi_token", "paraphrase", "locality", "restored"}
+    world = {"real_fact", "real_restored"} if installed() else set()
+    assert set(report["claims"]) == twin | world
+    assert all(claim["holds"] and claim["figures"] for claim in report["claims"].values())
+    assert (report["real"] is not None) == installed() and ("make smollm2" in done.stdout) != installed()
     for name in ("before", "after"):
         frames = report["shown"]["denoising"][name]
         assert {c["state"] for c in frames[0]} == {"masked"} and "masked" not in {
@@ -40,7 +38,10 @@ def test_demo(tmp_path):
     assert page.texts["target"] == [report["shown"]["target"]] and page.texts["old"] == [
         report["shown"]["was"]
     ]
-    assert len(page.texts["yes"]) == 5 and "no" not in page.texts
+    assert len(page.texts["yes"]) == len(twin | world) and "no" not in page.texts
+    assert "tokens in 4 steps" in " ".join(page.texts["yes"])
+    if installed():
+        assert page.texts["becomes"] == ["New York City"] and report["real"]["wrote"] == "New York City"
     assert set(written) <= set(page.texts["cell kept"] + page.texts["cell new"])
     assert {p.name for p in tmp_path.iterdir()} == {"out"}, "EasyEdit's logs stay out of the user's folder"
     assert "step 0" in done.stdout and report["shown"]["target"].split()[0] in done.stdout
