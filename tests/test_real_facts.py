@@ -43,21 +43,24 @@ def test_the_script_for_8b_models(tiny, tokenizer, data_dir, tmp_path):
         lines = [json.loads(line) for line in (out / "lines.jsonl").read_text().splitlines()]
         assert sorted(line["n_tokens"] for line in lines) == sorted([1, 2, 3, 4] * 2)
     assert {line["arm"] for line in lines} == {"plain x4", "spread x4"}
-    assert "| spread x4 | plain x4, one step |" in done.stdout
+    assert "| spread x4, model | plain x4, model, one step |" in done.stdout
     kept = json.loads((out / "results.json").read_text())
     assert kept["facts"] == 4
     assert not {"subject", "text"} & set(kept["lines"][0])
 
 
-def test_the_pilot_s_tables_come_from_its_files():
-    """results.md of both runs, and the table in README, from results.json."""
-    folder = ROOT / "benchmarks" / "smollm2_block"
-    spec = importlib.util.spec_from_file_location("pilot", folder / "study.py")
-    pilot = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pilot)
+def test_the_tables_of_real_facts_come_from_their_files():
+    """results.md of every run, and the table in README, from results.json; no fact of a pilot came again."""
+    folder = ROOT / "benchmarks" / "real_facts"
+    spec = importlib.util.spec_from_file_location("study", folder / "study.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    seen: dict[Path, set] = {}
     for place in (p.parent for p in sorted(folder.rglob("results.json"))):
-        lines = json.loads((place / "results.json").read_text())["lines"]
-        rows = {arm: [line for line in lines if line["arm"] == arm] for arm in pilot.ARMS}
-        assert (place / "results.md").read_text() == pilot.page(rows)
+        lines = study.lines_of(place / "results.json")
+        seen[place] = {line["case_id"] for line in lines}
+        assert (place / "results.md").read_text() == study.page(rows := study.finished(lines))
         if place == folder:
-            assert f"<!-- pilot -->\n{pilot.short(rows)}<!-- /pilot -->" in (ROOT / "README.md").read_text()
+            table = f"<!-- real facts -->\n{study.short(rows)}<!-- /real facts -->"
+            assert table in (ROOT / "README.md").read_text()
+    assert len(seen) == 3 and not seen[folder] & (seen[folder / "pilots/first"] | seen[folder / "pilots/second"])

@@ -70,4 +70,6 @@ def test_it_runs(tmp_path, monkeypatch):
         r"no edit +\{'edit': False", shown
     )
     assert shown.count("step 4:") == 2 and "layer 7:" in shown
+    real = "step 3: The Eiffel Tower is located in the city of New York City"
+    assert real in shown or "make smollm2" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["cache"], "it leaves nothing behind"
