@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--watch", type=int, default=50)
+    parser.add_argument("--mode", choices=("sequential", "rebase"), default="sequential", help="of the session")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--weight", type=float, help="mom2_update_weight (lambda), where it is to be another than the file's"
@@ -103,6 +104,7 @@ def main() -> None:
                 {
                     "hyperparameters": hparams.to_dict(),
                     "batch": args.batch,
+                    "mode": args.mode,
                     "seed": args.seed,
                     "reports": reports,
                 },
@@ -113,7 +115,7 @@ def main() -> None:
     report(0)
     requests = [{"prompt": f.prompt(), "subject": f.subject, "target_new": t} for f, t in todo]
     with Session(model, hparams) as session:
-        steps = session.steps(requests, mode="sequential", batch_size=args.batch)
+        steps = session.steps(requests, mode=args.mode, batch_size=args.batch)
         done = 0
         for step in tqdm(steps, total=-(-len(todo) // args.batch), desc="batches"):
             done += len(step.requests)

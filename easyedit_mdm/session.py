@@ -15,12 +15,18 @@ from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.editing import METHODS, Edit, EditRequest, History, MethodHyperParams
 from easyedit_mdm.editing.edit import carried
 from easyedit_mdm.editing.methods import Method
+from easyedit_mdm.editing.request import check_requests
+from easyedit_mdm.editing.solve.value import Optimised
 from easyedit_mdm.errors import EditError, HyperParameterError
 from easyedit_mdm.evaluation.guard import CollapseGuard
 from easyedit_mdm.models import Adapter
+from easyedit_mdm.models.context import without_context
 
-MODES = ("each", "batch", "sequential")
+RUN_MODES = ("each", "batch", "sequential")  # those of `bench`
+MODES = (*RUN_MODES, "rebase")
+KEPT = ("sequential", "rebase")  # modes whose steps stay in the model
 Request = EditRequest | dict
+Known = dict[tuple[str, str], tuple[EditRequest, Optimised]]  # facts and their values, by prompt and subject
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class Session:
         config = hparams.guard_config()
         self.guard = guard or (None if config is None else CollapseGuard(model, config))
         self._stack: list[Edit] = []
+        self._joint: Edit | None = None  # the one edit of mode rebase
+        self._facts: Known = {}
         self._force, self._kept = force, False
 
     @property
@@ -99,8 +107,15 @@ class Session:
             mode: `batch`: one edit of all facts. `sequential`: groups of `batch_size`, each edited in the
                 model that the earlier ones left. `each`: one edit a fact, all made for the model as it is now
                 (their values are optimised together, which is several times faster), then applied one after
-                another. By default `batch` where the method writes several facts at once, else `sequential`.
-            batch_size: facts a group, for `sequential`; 1 by default.
+                another. `rebase`: groups of `batch_size`, as `sequential`; but after each group one edit of
+                all facts so far takes the place of the one before, solved from the weights as they were. So
+                it is the edit that one batch of all would be. A fact that is edited again takes the earlier
+                one's place. By default `batch` where the method writes several facts at once, else
+                `sequential`.
+            batch_size: facts a group, for `sequential` and `rebase`; 1 by default.
+
+        Returns:
+            the edits that were made; for `rebase`, the one of all facts so far.
 
         Raises:
             HyperParameterError: for a mode that does not exist or that the method cannot do.
@@ -110,8 +125,12 @@ class Session:
         facts = [EditRequest.of(request) for request in requests]
         mode = mode or ("batch" if self.method.batchable else "sequential")
         self._check(mode, batch_size, len(facts))
-        before = len(self.edits)
+        before, joint, known = len(self.edits), self._joint, dict(self._facts)
         try:
+            if mode == "rebase":
+                for group in _groups(facts, batch_size or 1):
+                    self._rebase(group)
+                return [edit for edit in self.edits if edit is self._joint]
             if mode == "each":
                 for made in self.method.edit_each(self.model, facts, self.hparams):
                     self.apply(made)
@@ -119,7 +138,10 @@ class Session:
                 for group in _groups(facts, len(facts) if mode == "batch" else batch_size or 1):
                     self._edit_group(group)
         except BaseException:
-            self._undo_down_to(before)
+            if mode == "rebase":
+                self._put_joint(joint, known, back=True)
+            else:
+                self._undo_down_to(before)
             raise
         return self._stack[before:]
 
@@ -131,21 +153,26 @@ class Session:
         Args:
             mode: `each`: one fact a step, taken back before the next. `batch`: `batch_size` facts a step (all
                 of them by default), taken back before the next. `sequential`: `batch_size` facts a step (1 by
-                default), kept, so that later steps edit what earlier ones left.
+                default), kept, so that later steps edit what earlier ones left. `rebase`: likewise, as one
+                edit of all facts so far (see `edit`).
 
         Raises:
             as `edit`.
         """
         facts = [EditRequest.of(request) for request in requests]
         self._check(mode, batch_size, len(facts))
-        size = {"each": 1, "batch": batch_size or max(1, len(facts)), "sequential": batch_size or 1}[mode]
+        size = {"each": 1, "batch": batch_size or max(1, len(facts))}.get(mode, batch_size or 1)
         for number, group in enumerate(_groups(facts, size)):
             before = len(self.edits)
             try:
+                if mode == "rebase":
+                    self._rebase(group)
+                    yield Step(number, group, [edit for edit in self.edits if edit is self._joint])
+                    continue
                 self._edit_group(group)
                 yield Step(number, group, self._stack[before:])
             finally:
-                if mode != "sequential":
+                if mode not in KEPT:
                     self._undo_down_to(before)
 
     def apply(self, edit: Edit) -> None:
@@ -194,7 +221,33 @@ class Session:
         gone.undo(self.model)
         self.history.forget(gone, self.model)
         self._stack = [known for known in stack if known is not gone]
+        if gone is self._joint:
+            self._joint, self._facts = None, {}
         return gone
+
+    def undo_fact(self, request: Request) -> None:
+        """Take one fact back that was edited in mode `rebase`: the others are solved again without it.
+
+        Args:
+            request: the fact's prompt and subject count.
+
+        Raises:
+            EditError: if no such fact is among them.
+        """
+        key = _key(EditRequest.of(request))
+        if key not in self._facts:
+            raise EditError(
+                f"{key[0]!r} (subject {key[1]!r}) is not among the {len(self._facts)} facts that mode rebase"
+                " has edited in this session"
+            )
+        left = {name: known for name, known in self._facts.items() if name != key}
+        joint, before = self._joint, self._facts
+        try:
+            self._put_joint(None, {})
+            self._put_joint(self._solved(left) if left else None, left)
+        except BaseException:
+            self._put_joint(joint, before, back=True)
+            raise
 
     def undo_all(self) -> None:
         """Take all edits back, the last first; the weights are those of before, bit for bit."""
@@ -232,6 +285,16 @@ class Session:
                 f"{self.method.name} writes one fact at a time: use mode sequential or each, or a method such"
                 " as MEMIT_MDM"
             )
+        if mode == "rebase" and not (self.method.batchable and self.method.values):
+            raise HyperParameterError(
+                f"{self.method.name} does not write several facts from their values: mode rebase is for"
+                " MEMIT_MDM, EMMET_MDM and AlphaEdit_MDM"
+            )
+        if mode == "rebase" and getattr(self.hparams, "optimise_through", "activation") == "weights":
+            raise HyperParameterError(
+                "optimise_through: weights optimises the values of a batch together: mode rebase needs values"
+                " that stay as they are (optimise_through: activation)"
+            )
 
     def _edit_group(self, group: list[EditRequest]) -> None:
         parts = [group] if self.method.batchable else [[fact] for fact in group]
@@ -245,9 +308,52 @@ class Session:
             self._undo_down_to(before)
             raise
 
+    def _rebase(self, group: list[EditRequest]) -> None:
+        """One edit of all facts so far, these among them, in place of the one before, or nothing at all."""
+        joint, before = self._joint, self._facts
+        check_requests(group)
+        try:
+            self._put_joint(None, {})
+            with without_context(self.model.native):
+                assert self.method.values is not None  # `_check` has seen to it
+                values = self.method.values(self.model, group, self.hparams)
+            new = {_key(fact): (fact, value) for fact, value in zip(group, values, strict=True)}
+            known = {**before, **new}
+            self._put_joint(self._solved(known), known)
+        except BaseException:
+            self._put_joint(joint, before, back=True)
+            raise
+
+    def _solved(self, known: Known) -> Edit:
+        """One edit of facts whose values are known, for the model as it is now."""
+        facts, values = [fact for fact, _ in known.values()], [value for _, value in known.values()]
+        return self.method.edit(self.model, facts, self.hparams, values=values)
+
+    def _put_joint(self, edit: Edit | None, known: Known, back: bool = False) -> None:
+        """Take the edit of mode rebase out, and put another in its place.
+
+        Args:
+            back: it has been there before: no guard is asked again.
+        """
+        there = any(other is self._joint for other in self.edits)
+        if there and self._joint is edit:
+            return
+        if there and self._joint is not None:
+            self.undo(self._joint)
+        if edit is not None and back:
+            edit.apply(self.model)
+            self._stack.append(edit)
+        elif edit is not None:
+            self.apply(edit)
+        self._joint, self._facts = edit, known
+
     def _undo_down_to(self, number: int) -> None:
         while len(self.edits) > number:
             self.undo()
+
+
+def _key(fact: EditRequest) -> tuple[str, str]:
+    return fact.prompt, fact.subject
 
 
 def _groups(facts: list[EditRequest], size: int) -> Iterator[list[EditRequest]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from easyedit_mdm import Session
 from easyedit_mdm.editing import METHODS, ROMEMDMHyperParams
 from easyedit_mdm.editing.edit import Edit, LowRank
 from easyedit_mdm.editing.methods import Method
-from easyedit_mdm.errors import CollapseError, EditError, HyperParameterError, NameTakenError
+from easyedit_mdm.errors import CollapseError, EditError, HyperParameterError, NameTakenError, RequestError
 
 STEPS = 3
 
@@ -294,3 +295,91 @@ def test_the_docstring_s_example():
     results = doctest.testmod(easyedit_mdm.session)
     assert results.attempted >= 5
     assert results.failed == 0
+
+
+# ---- mode rebase -------------------------------------------------------------------------------------------
+def joint(model, facts, settings) -> torch.Tensor:
+    """The edited weights after one batch of all facts."""
+    with Session(model, settings) as session:
+        session.edit(facts, mode="batch")
+        return edited(model, settings)
+
+
+def edited(model, settings) -> torch.Tensor:
+    """The weights that a method edits, one after another."""
+    named = dict(model.named_parameters())
+    return torch.cat([named[model.site(layer).weight].detach().flatten() for layer in settings.layers])
+
+
+@pytest.mark.parametrize("method", ["MEMIT_MDM", "EMMET_MDM", "AlphaEdit_MDM"])
+def test_rebased_batches_are_one_batch_of_all(model, requests, method):
+    """After each group the weights are those of one batch of all facts so far, whatever the groups."""
+    settings, base = hparams(method), weights(model)
+    wanted = {n: joint(model, requests[:n], settings) for n in (2, 4)}
+    with Session(model, settings) as session:
+        for step, n in zip(session.steps(requests, mode="rebase", batch_size=2), (2, 4)):
+            torch.testing.assert_close(edited(model, settings), wanted[n], atol=1e-5, rtol=1e-4)
+            assert len(step.edits) == len(session.edits) == 1
+            assert len(step.edits[0].card["facts"]) == n and len(step.requests) == 2
+        one = session.edits
+        (again,) = session.edit(requests[:2], mode="rebase", batch_size=1)
+        assert [again] == session.edits != one, (
+            "facts that are edited again take the places of the earlier ones"
+        )
+        torch.testing.assert_close(edited(model, settings), wanted[4], atol=1e-5, rtol=1e-4)
+    assert same(weights(model), base)
+
+
+def test_one_fact_of_a_rebased_edit_is_taken_back(model, requests):
+    """The others are what they would be without it; the last one gives the base back, bit for bit."""
+    settings, base = hparams("MEMIT_MDM"), weights(model)
+    others = [requests[0], requests[2], requests[3]]
+    wanted = joint(model, others, settings)
+    session = Session(model, settings)
+    session.edit(requests, mode="rebase", batch_size=2)
+    session.undo_fact(requests[1])
+    torch.testing.assert_close(edited(model, settings), wanted, atol=1e-5, rtol=1e-4)
+    with pytest.raises(EditError, match="not among the 3 facts"):
+        session.undo_fact(requests[1])
+    for fact in others:
+        session.undo_fact(fact)
+    assert same(weights(model), base) and session.edits == []
+    session.edit(requests[:2], mode="rebase")
+    session.undo()
+    assert same(weights(model), base)
+    with pytest.raises(EditError, match="not among the 0 facts"):
+        session.undo_fact(requests[0])
+
+
+def test_a_rebased_group_that_fails_leaves_the_ones_before(model, requests, monkeypatch):
+    """Values that cannot be made, or a guard that says no: weights and facts are those of before the call."""
+    settings = hparams("MEMIT_MDM")
+    session = Session(model, settings)
+    session.edit(requests[:2], mode="rebase", batch_size=2)
+    kept, stack = weights(model), session.edits
+    with pytest.raises(RequestError):
+        session.edit([requests[2], {**requests[3], "subject": "nobody"}], mode="rebase", batch_size=1)
+    assert same(weights(model), kept) and session.edits == stack
+
+    def refuse(edit, force):
+        """A guard that lets nothing through."""
+        raise CollapseError("no")
+
+    session.guard = SimpleNamespace(apply=refuse)
+    with pytest.raises(CollapseError):
+        session.edit(requests[2:], mode="rebase", batch_size=2)
+    session.guard = None
+    assert same(weights(model), kept)
+    session.undo_fact(requests[0])
+    assert len(session.edits[0].card["facts"]) == 1
+    session.undo_all()
+
+
+def test_rebase_refuses_what_it_cannot_do(model, requests):
+    """A method that writes one fact at a time, one without values, and values that belong to their batch."""
+    for settings, words in (
+        (hparams(), "MEMIT_MDM, EMMET_MDM and AlphaEdit_MDM"),
+        (hparams("MEMIT_MDM", optimise_through="weights"), "optimise_through: activation"),
+    ):
+        with pytest.raises(HyperParameterError, match=words):
+            Session(model, settings).edit(requests, mode="rebase")

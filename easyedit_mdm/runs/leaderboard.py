@@ -29,7 +29,7 @@ from easyedit_mdm.report.leaderboard import Entry, Left, write_board
 from easyedit_mdm.report.summaries import summary
 from easyedit_mdm.runs.run import BenchConfig, bench
 from easyedit_mdm.runs.sweep import SCORED, score
-from easyedit_mdm.session import MODES
+from easyedit_mdm.session import RUN_MODES
 
 SUITES = Path(__file__).parent / "suites"
 PAUSE = 2.0  # seconds between two looks at runs that other processes are at
@@ -107,8 +107,8 @@ class Suite:
                 " settings"
             )
         for name, mode in self.modes.items():
-            if Mode(**checked(Mode, mode, f"entry of mode {name}")).mode not in MODES:
-                raise HyperParameterError(f"{path}: mode {name!r} is none of {', '.join(MODES)}: {mode}")
+            if Mode(**checked(Mode, mode, f"entry of mode {name}")).mode not in RUN_MODES:
+                raise HyperParameterError(f"{path}: mode {name!r} is none of {', '.join(RUN_MODES)}: {mode}")
         Search(**checked(Search, self.search, "entry of search"))
 
 

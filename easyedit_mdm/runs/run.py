@@ -35,7 +35,7 @@ from easyedit_mdm.evaluation.records import CaseRecord, Header, Judgement, run_l
 from easyedit_mdm.runs.batches import WATCHED, Batches, run_batches
 from easyedit_mdm.runs.judge import Judge, history, kept
 from easyedit_mdm.runs.methods import BenchMethod, Others, bench_method
-from easyedit_mdm.session import MODES
+from easyedit_mdm.session import RUN_MODES
 from easyedit_mdm.statistics import cache_folder, text_source
 from easyedit_mdm.twins import TWINS
 from easyedit_mdm.version import __version__
@@ -128,9 +128,10 @@ def bench(config: BenchConfig, out: str | Path, resume: bool = False, others: Ot
 
 
 def _check_mode(config: BenchConfig) -> None:
-    if config.mode not in MODES:
+    if config.mode not in RUN_MODES:
         raise HyperParameterError(
-            f"--mode {config.mode!r} is not one of {', '.join(MODES)}{did_you_mean(config.mode, MODES)}"
+            f"--mode {config.mode!r} is not one of {', '.join(RUN_MODES)}"
+            f"{did_you_mean(config.mode, RUN_MODES)}"
         )
     if config.batch_size is not None and config.mode == "each":
         raise HyperParameterError(

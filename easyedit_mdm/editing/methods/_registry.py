@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from easyedit_mdm.common.registry import Registry
 from easyedit_mdm.editing.edit import Edit
@@ -53,11 +53,16 @@ class Method:
         requests: Sequence[EditRequest],
         hparams: MethodHyperParams,
         history: History | None = None,
+        values: Sequence[Optimised] | None = None,
     ) -> Edit:
         """Make the edit, with the history if the method has a use for it; its card says whether a guard
         looked at it. It is made for the model without the tokens that an in-context edit puts before rows.
+
+        Args:
+            values: of the requests, where they have been optimised already, for a method that has any.
         """
-        more = {"history": history} if self.sequential else {}
+        more: dict[str, Any] = {"history": history} if self.sequential else {}
+        more |= {} if values is None else {"values": values}
         with without_context(adapter.native):
             return _unguarded(self.make(adapter, requests, hparams, **more), hparams)
 
