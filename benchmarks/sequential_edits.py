@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--watch", type=int, default=50)
-    parser.add_argument("--mode", choices=("sequential", "rebase"), default="sequential", help="of the session")
+    parser.add_argument("--mode", choices=("sequential", "rebase"), default="sequential")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--weight", type=float, help="mom2_update_weight (lambda), where it is to be another than the file's"
