@@ -186,7 +186,7 @@ def tables(args: argparse.Namespace) -> None:
     if folder == HERE:
         readme = HERE.parent.parent / "README.md"
         text = re.sub(
-            r"(<!-- real facts -->\n).*?(<!-- /real facts -->)",
+            r"(<!-- real-facts -->\n).*?(<!-- /real-facts -->)",
             lambda m: m[1] + short(rows) + m[2],
             readme.read_text(encoding="utf-8"),
             flags=re.DOTALL,
@@ -242,6 +242,8 @@ def page(rows: Rows) -> str:
             seen.add(group)
         out += [row(arm, found, "after") for arm, found in some.items() if found]
         out.append("")
+    if any(model_of(arm) for arm in rows):
+        out += by_length(rows)
     longer = {arm: [r for r in found if r["n_tokens"] > 1] for arm, found in rows.items()}
     out += ["## Two to four tokens: differences, paired by fact", ""]
     out += ["| in N steps | minus | difference | n |", "| --- | --- | --- | --- |"]
@@ -261,7 +263,44 @@ def page(rows: Rows) -> str:
                     found = differences(longer[arm], longer[other], key)
                     if found:
                         out.append(f"| {arm} | {other}, {way} | {mean(found)} | {len(found)} |")
-    return "\n".join(out) + "\n"
+    return "\n".join([*out, *primary(longer)]) + "\n"
+
+
+def by_length(rows: Rows) -> list[str]:
+    """Success by the target's number of tokens, in N steps / in one."""
+    sizes = {n: sum(r["n_tokens"] == n for r in next(iter(rows.values()))) for n in LENGTHS}
+    out = ["## By target length: in N steps / in one step", ""]
+    out += ["| arm | " + " | ".join(f"{n} ({size} facts)" for n, size in sizes.items()) + " |"]
+    out += ["| --- |" + " --- |" * len(sizes)]
+    for arm, found in rows.items():
+        cells = []
+        for n in sizes:
+            mine = [r["after"] for r in found if r["n_tokens"] == n]
+            ways = [[a[key] for a in mine if a[key] is not None] for key in ("exact", "one_step")]
+            cells.append(" / ".join(f"{sum(way) / len(way):.2f}" for way in ways if way))
+        out.append("| " + " | ".join([arm, *cells]) + " |")
+    return [*out, ""]
+
+
+def primary(longer: Rows) -> list[str]:
+    """The third run's two tests: aware in N steps less plain in one step, at 97.5 % each."""
+    models = [model_of(arm) for arm in longer if arm_of(arm) == "spread x4" and model_of(arm)]
+    if len(models) != 2:
+        return []
+    out = [
+        "",
+        "## The two primary comparisons",
+        "",
+        "| model | spread, N steps, less plain, one step | 97.5 % | n |",
+    ]
+    out += ["| --- | --- | --- | --- |"]
+    for model in models:
+        found = differences(longer[f"spread x4, {model}"], longer[f"plain x4, {model}"], "one_step")
+        made = bootstrap_mean(found, [str(i) for i in range(len(found))], level=0.975)
+        out.append(
+            f"| {model} | {made['mean']:.2f} | [{made['low']:.2f}, {made['high']:.2f}] | {len(found)} |"
+        )
+    return out
 
 
 def short(rows: Rows) -> str:

@@ -214,9 +214,13 @@ def _draws(clusters: int, seed: int, resamples: int) -> Float[np.ndarray, "resam
 
 
 def bootstrap_mean(
-    values: Sequence[int | float | None], clusters: Sequence[Hashable], seed: int = 0, resamples: int = 2000
+    values: Sequence[int | float | None],
+    clusters: Sequence[Hashable],
+    seed: int = 0,
+    resamples: int = 2000,
+    level: float = 0.95,
 ) -> Estimate:
-    """Mean and 95 % interval, by resampling whole clusters with replacement.
+    """Mean and interval (95 %, or another level), by resampling whole clusters with replacement.
 
     Args:
         values: None where a case has no value; it is left out.
@@ -236,7 +240,7 @@ def bootstrap_mean(
     estimate["mean"] = _rounded(sums.sum() / sizes.sum())
     if len(index) > 1:
         drawn = _draws(len(index), seed, resamples)
-        bounds = np.quantile((drawn @ sums) / (drawn @ sizes), [0.025, 0.975])
+        bounds = np.quantile((drawn @ sums) / (drawn @ sizes), [0.5 - level / 2, 0.5 + level / 2])
         estimate["low"], estimate["high"] = map(_rounded, bounds)
     return estimate
 

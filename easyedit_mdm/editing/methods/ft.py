@@ -85,6 +85,7 @@ def ft(adapter: Adapter, requests: Sequence[EditRequest], hparams: FTMDMHyperPar
     template = None if template is None else template.removesuffix(".weight")  # EasyEdit's files have it
     sites = [settled(adapter, adapter.site(layer, template), facts) for layer in hparams.layers]
     transposed = {name: site.transposed for site in sites for name in site.weights}
+    weights_to_train(adapter, list(transposed))
     losses = StateLosses(adapter, facts, hparams, hparams.layers[0], at_prompt)
     outcomes, deltas = keeping(
         adapter, list(transposed), lambda: _trained(adapter, list(transposed), losses, hparams)
