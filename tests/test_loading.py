@@ -360,3 +360,11 @@ def test_weights_from_the_disk_are_not_kept_for_the_backward_pass(tmp_path, toke
         kept.append(shape in shapes or shape[::-1] in shapes)
     assert kept == [True, False]
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("device", ["CPU", "gpu", "cuda:99"])
+def test_a_device_that_is_not_here(tmp_path, device):
+    """One line, whatever torch would say."""
+    write_checkpoint(tmp_path, "llada")
+    with pytest.raises(ModelError, match=f"device {device!r} is"):
+        load_model(tmp_path, device=device)

@@ -231,9 +231,29 @@ def _check_claims(spec: FamilySpec, config: Mapping[str, Any], tensors: int | No
                 )
 
 
+def _device(wanted: str | torch.device) -> torch.device:
+    """A device that is here.
+
+    Raises:
+        ModelError: for one that does not exist.
+    """
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ModelError(
+            f"device {str(wanted)!r} is none that torch knows: give cpu, cuda or cuda:1"
+        ) from error
+    found = torch.cuda.device_count() if device.type == "cuda" else None
+    if found is not None and (device.index or 0) >= found:
+        raise ModelError(
+            f"device {str(wanted)!r} is not here: torch finds {found} GPUs. Give another --device"
+        )
+    return device
+
+
 def _places(model, spec: FamilySpec, device, device_map, max_memory, dtype) -> dict[str, Any]:
     if device_map is None:
-        return {"": torch.device(device or "cpu")}
+        return {"": _device(device or "cpu")}
     if device is not None:
         raise CheckpointError("give either device or device_map, not both")
     if not isinstance(device_map, str):
