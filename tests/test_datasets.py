@@ -734,3 +734,14 @@ def test_every_data_set_is_tested():
         "twins_closed",
     }
     assert set(DATASETS) == known
+
+
+def test_a_misspelt_key_is_told_of(tmp_path, caplog):
+    """Own records: a key that is nearly one of ours is named; another is left alone."""
+    file = tmp_path / "mine.json"
+    fact = {"prompt": "Ann was born in", "subject": "Ann", "target_new": "Rome"}
+    file.write_text(json.dumps([{**fact, "rephrase": "The birthplace of Ann is", "note": "mine"}]))
+    assert len(load_cases("requests", data_file=file).cases) == 1
+    assert (
+        "'rephrase' is not read; did you mean 'rephrase_prompt'?" in caplog.text and "note" not in caplog.text
+    )

@@ -63,4 +63,6 @@ def test_the_tables_of_real_facts_come_from_their_files():
         if place == folder:
             table = f"<!-- real-facts -->\n{study.short(rows)}<!-- /real-facts -->"
             assert table in (ROOT / "README.md").read_text()
-    assert len(seen) == 3 and not seen[folder] & (seen[folder / "pilots/first"] | seen[folder / "pilots/second"])
+    assert len(seen) == 3 and not seen[folder] & (
+        seen[folder / "pilots/first"] | seen[folder / "pilots/second"]
+    )

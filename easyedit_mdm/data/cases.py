@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from easyedit_mdm.common.registry import Registry
+from easyedit_mdm.common.registry import Registry, did_you_mean
 from easyedit_mdm.data.kamel import TEMPLATES, Counterfact, Unusable, counterfacts, templates, text
 from easyedit_mdm.errors import DataError
 from easyedit_mdm.twins.benchmark import Case, cases
@@ -477,7 +478,21 @@ def _requests(reader: Reader) -> None:
             "data set 'requests' is a file of your own: pass it as data_file, a JSON list of objects with"
             " prompt, subject and target_new"
         )
-    _json_list(reader, _request_case, ())
+    _json_list(reader, _own_case, ())
+
+
+_FIELDS = (
+    "prompt", "subject", "target_new", "ground_truth", "rephrase_prompt", "locality", "portability", "case_id",
+)  # fmt: skip
+
+
+def _own_case(case_id: int | str, record: dict[str, Any]) -> BenchCase:
+    """A user's own record; a key that is nearly one of ours is told of: it would not be measured."""
+    for key in record:
+        hint = did_you_mean(str(key), _FIELDS)
+        if key not in _FIELDS and hint != ".":
+            logging.getLogger(__name__).warning("record %s: %r is not read%s", case_id, key, hint)
+    return _request_case(case_id, record)
 
 
 def _kamel(reader: Reader, split: str) -> None:

@@ -376,7 +376,9 @@ def _prepare(path: Path, header: Header, resume: bool) -> int:
     lines = _records(whole, path)
     written = _as_now(lines[0], header)
     if written != header:
-        changed = [key for key, value in header.items() if written.get(key) != value]
+        changed = [
+            _which(key, written.get(key), now) for key, now in header.items() if written.get(key) != now
+        ]
         raise DataError(
             f"{path} is a run of something else ({', '.join(changed)} differ): give another --out, or the"
             " settings it was begun with"
@@ -386,6 +388,14 @@ def _prepare(path: Path, header: Header, resume: bool) -> int:
             stream.truncate(len(whole))
             os.fsync(stream.fileno())
     return len(lines) - 1
+
+
+def _which(key: str, before: Any, now: Any) -> str:
+    """What differs under a key of the header: the fields in it, where there are any."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return key
+    fields = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return f"{key}: {', '.join(fields)}"
 
 
 def _records(data: bytes, path: Path) -> list[dict[str, Any]]:

@@ -157,6 +157,11 @@ def check_known(
     Raises:
         DataError: if none is known, naming some and what was written instead.
     """
+    if not facts:
+        raise DataError(
+            "there are no facts to trace: each needs a prompt, its subject and the answer as it is"
+            " (ground_truth)"
+        )
     checked = Checked(known={adapter.name: 0 for adapter in adapters})
     bar = tqdm(total=len(facts), desc="asking what is known", unit="fact", disable=not progress, leave=False)
     with bar:
