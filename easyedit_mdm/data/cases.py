@@ -482,7 +482,8 @@ def _requests(reader: Reader) -> None:
 
 
 _FIELDS = (
-    "prompt", "subject", "target_new", "ground_truth", "rephrase_prompt", "locality", "portability", "case_id",
+    "prompt", "subject", "target_new", "ground_truth", "rephrase_prompt", "locality", "portability",
+    "case_id",
 )  # fmt: skip
 
 
