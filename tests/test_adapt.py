@@ -18,7 +18,7 @@ import torch
 from easyedit_mdm.cli import main
 from easyedit_mdm.errors import CheckpointError, DataError, MissingPackageError, ModelError
 from easyedit_mdm.models import load_adapter
-from easyedit_mdm.training.adapting import Recipe, Run, train
+from easyedit_mdm.training.adapting import Run, train
 from easyedit_mdm.training.blocks import (
     Block,
     Noised,
@@ -44,6 +44,7 @@ from easyedit_mdm.training.loop import (
 from easyedit_mdm.training.lora import CARD, WEIGHTS, mask_token_of, read_adapter, student_of, write_adapter
 from easyedit_mdm.training.merging import write_merged
 from easyedit_mdm.training.objective import clean_part, losses, next_token
+from easyedit_mdm.training.recipe import Recipe
 from easyedit_mdm.training.splits import HELD_OUT_FILES, Mentions, held_out_subjects, same_name
 
 MASK = 5

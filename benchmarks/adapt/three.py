@@ -14,8 +14,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from easyedit_mdm.training.adapting import Recipe
 from easyedit_mdm.training.commands import AdaptJob, adapt_model
+from easyedit_mdm.training.recipe import Recipe
 
 NAMES = {"smollm2-block": "block", "smollm2-mdm": "full", "smollm2-control": "causal"}
 KEPT = ("adapter", "curve.jsonl", "log.jsonl")

@@ -625,8 +625,8 @@ def adapt(
         return _gates(gates, model, data_dir, file, limit, device)
     if model is None or out is None:
         raise HyperParameterError("adapt needs --model and --out (or --gates DIR)")
-    from easyedit_mdm.training.adapting import Recipe
     from easyedit_mdm.training.commands import AdaptJob, adapt_model
+    from easyedit_mdm.training.recipe import Recipe
 
     recipe = Recipe(attention, block_size, lora_rank, lr, rows, seed=seed, precision=precision)
     sources = (data_dir, text, samples, start_from, mask_token, merged)

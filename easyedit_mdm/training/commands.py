@@ -15,13 +15,14 @@ from easyedit_mdm.api import load_model, model_folder
 from easyedit_mdm.common.files import read_json, write_json
 from easyedit_mdm.errors import CheckpointError, DataError, HyperParameterError
 from easyedit_mdm.models import Adapter
-from easyedit_mdm.training.adapting import Recipe, Run, train
+from easyedit_mdm.training.adapting import Run, train
 from easyedit_mdm.training.corpus import Corpus, corpus_of, samples_of, text_of
 from easyedit_mdm.training.gates import NEEDED, measure_gates
 from easyedit_mdm.training.heldout import HeldOut
 from easyedit_mdm.training.loop import CHECKPOINT
 from easyedit_mdm.training.lora import CONFIG, adapter_digest, load_lora, mask_token_of, student_of
 from easyedit_mdm.training.merging import write_merged
+from easyedit_mdm.training.recipe import Recipe
 from easyedit_mdm.training.samples import write_samples
 
 SAMPLE_TOKENS = 60

@@ -5,16 +5,13 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
 from easyedit_mdm.training.blocks import Noised, Rows, noise_opened, opening, pack
 from easyedit_mdm.training.corpus import Corpus
 from easyedit_mdm.training.loop import random_of
-
-if TYPE_CHECKING:
-    from easyedit_mdm.training.adapting import Recipe
+from easyedit_mdm.training.recipe import Recipe
 
 AHEAD = 4  # steps that each process draws ahead
 
