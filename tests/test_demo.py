@@ -42,6 +42,8 @@ def test_demo(tmp_path):
     assert "tokens in 4 steps" in " ".join(page.texts["yes"])
     if installed():
         assert page.texts["becomes"] == ["New York City"] and report["real"]["wrote"] == "New York City"
+        assert len(report["real"]["near"]) == 3
+        assert all(near["before"] and near["after"] for near in report["real"]["near"])
     assert set(written) <= set(page.texts["cell kept"] + page.texts["cell new"])
     assert {p.name for p in tmp_path.iterdir()} == {"out"}, "EasyEdit's logs stay out of the user's folder"
     assert "step 0" in done.stdout and report["shown"]["target"].split()[0] in done.stdout

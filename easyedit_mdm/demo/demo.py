@@ -225,6 +225,9 @@ def _print_demo(console: Console, report: dict, folder: Path) -> None:
     if report["real"] is not None:
         console.print(f"\n[bold]A fact about the real world[/bold], in {report['real']['model']}")
         _print_shown(console, report["real"])
+        console.print("Other buildings (shown, not claimed)")
+        for near in report["real"]["near"]:
+            console.print(Text(f"  {near['prompt']} … {near['before']}  →  {near['after']}"))
     else:
         console.print(f"\nA fact about the real world, in {real.MODEL}: {real.INSTALL}, then the demo again")
     for name, claim in report["claims"].items():
