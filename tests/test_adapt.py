@@ -872,3 +872,24 @@ def test_smollm2_without_its_package(monkeypatch, tmp_path):
     monkeypatch.setattr(places, "ADAPTERS", tmp_path)
     with pytest.raises(CheckpointError, match="does not ship"):
         load_model("smollm2-mdm")
+
+
+@pytest.mark.parametrize("name", ["twin_llama", "twin_llada"])
+def test_gates_of_both_paradigms(name, request, monkeypatch, capsys, tmp_path):
+    """A model against itself; an autoregressive one has no one step, and no such gate."""
+    from easyedit_mdm.training import commands, gates
+
+    model = request.getfixturevalue(name)
+    fact = gates.GateFact("world", "Tamos Latre was born in", "Zoter", (7,))
+    monkeypatch.setattr(gates, "gate_facts", lambda *a: [fact])
+    monkeypatch.setattr(gates, "codes", lambda *a: (["Tamos Latre was born in"], ["Zoter"]))
+    report = gates.measure_gates(model, model, "nowhere", 1)
+    assert report["first_slot"]["value"] == 0 and report["first_slot"]["passed"]
+    assert ("steps" in report) == model.denoises == ("tokens_one_step" in report["codes"])
+    assert report["codes"]["exact"] == report["codes"]["teacher"] and len(report["samples"]) == 12
+    monkeypatch.setattr(commands, "measure_gates", lambda *a: report)
+    monkeypatch.setattr(commands, "load_model", lambda *a, **k: None)
+    assert (
+        commands.gates("model", "base", "nowhere", tmp_path / "gates.json") is False
+    )  # no known fact at all
+    assert ("steps" in capsys.readouterr().out) == model.denoises

@@ -368,8 +368,10 @@ def test_a_rebased_group_that_fails_leaves_the_ones_before(model, requests, monk
     session.guard = SimpleNamespace(apply=refuse)
     with pytest.raises(CollapseError):
         session.edit(requests[2:], mode="rebase", batch_size=2)
+    with pytest.raises(CollapseError):
+        list(session.steps(requests[2:], mode="rebase", batch_size=2))
     session.guard = None
-    assert same(weights(model), kept)
+    assert same(weights(model), kept) and session.edits == stack
     session.undo_fact(requests[0])
     assert len(session.edits[0].card["facts"]) == 1
     session.undo_all()

@@ -122,7 +122,7 @@ def measure_gates(
 
     Returns:
         `{gate: {"value": v, "needed": w, "passed": bool, "n": n, ...}}`, and the page of samples as
-        `samples`.
+        `samples`. An autoregressive model has no one step, and no gate `steps`.
 
     Raises:
         DataError: for files that are missing or broken.
@@ -138,8 +138,7 @@ def measure_gates(
     prompts, answers = codes(teacher, max(1, limit // 2), seed)
     copied, copied_by_teacher = _written(model, prompts, answers), _written(teacher, prompts, answers)
     spoken = _written(model, [f.prompt for f in longer], [f.answer for f in longer])
-    steps = _mean([r["token_acc"] for r in copied + spoken]) - _mean([r["one_step"] for r in copied + spoken])
-    return {
+    report = {
         "first_slot": _gate(
             "first_slot",
             gap,
@@ -155,11 +154,14 @@ def measure_gates(
             **_scores(copied),
             teacher=_mean([r["exact"] for r in copied_by_teacher]),
         ),
-        "steps": _gate(
-            "steps", steps, len(copied) + len(spoken), longer_facts={"n": len(spoken), **_scores(spoken)}
-        ),
         "samples": page(model),
     }
+    if model.denoises:
+        both = copied + spoken
+        steps = _mean([r["token_acc"] for r in both]) - _mean([r["one_step"] for r in both])
+        more = {"n": len(spoken), **_scores(spoken)}
+        report["steps"] = _gate("steps", steps, len(both), longer_facts=more)
+    return report
 
 
 def _gate(name: str, value: float, n: int, **more: Any) -> dict[str, Any]:
@@ -180,11 +182,12 @@ def _written(adapter: Adapter, prompts: Sequence[str], answers: Sequence[str]) -
 
 
 def _scores(records: Sequence[Score]) -> dict[str, float]:
-    """Exact after N steps; share of tokens after N steps, and after one."""
+    """Exact after N steps; share of tokens after N steps, and, where there is such a thing, after one."""
+    one_step = [r["one_step"] for r in records if "one_step" in r]
     return {
         "exact": _mean([r["exact"] for r in records]),
         "tokens_n_steps": _mean([r["token_acc"] for r in records]),
-        "tokens_one_step": _mean([r["one_step"] for r in records]),
+        **({"tokens_one_step": _mean(one_step)} if len(one_step) == len(records) else {}),
     }
 
 
