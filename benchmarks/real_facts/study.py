@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -182,7 +183,7 @@ def tables(args: argparse.Namespace) -> None:
     shown = [{k: v for k, v in line.items() if k not in private} for some in rows.values() for line in some]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", {"facts": len(next(iter(rows.values()))), "lines": shown})
-    write_text(folder / "results.md", page(rows))
+    write_text(folder / "results.md", page(rows, folder))
     if folder == HERE:
         readme = HERE.parent.parent / "README.md"
         text = re.sub(
@@ -219,12 +220,13 @@ def model_of(name: str) -> str:
     return name.partition(", ")[2]
 
 
-def page(rows: Rows) -> str:
-    """results.md."""
+def page(rows: Rows, folder: Path) -> str:
+    """results.md, to stand in a folder."""
+    protocol = Path(os.path.relpath(HERE / "PROTOCOL.md", folder)).as_posix()
     out = [
         "# Edits of real facts: results",
         "",
-        "Made by `study.py tables`. [What was run](PROTOCOL.md).",
+        f"Made by `study.py tables`. [What was run]({protocol}).",
         "",
     ]
     for title, lengths in (("Targets of one token", (1,)), ("Targets of two to four tokens", (2, 3, 4))):
