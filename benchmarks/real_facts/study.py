@@ -5,10 +5,11 @@
         --masked ROME_MDM/smollm2-mdm --causal none --control none
     python benchmarks/real_facts/study.py tables --out runs/block runs/mdm
 
-`run` goes on where it was stopped: it edits fact after fact, each in every arm. `tables` writes results.json
-and results.md from the lines of all runs: facts that are finished in every arm. The lines hold the data sets'
-prompts, so they stay out of the repository; results.json holds every fact's outcome without them. Other
-models: `--masked`, `--causal` and `--control` name their hyperparameter files (../llada_8b.sh).
+`run` goes on where it was stopped: it edits fact after fact, each in every arm. With `--chosen`, layer and
+clamp of each arm are those that search.py found. `tables` writes results.json and results.md from the lines
+of all runs: facts that are finished in every arm. The lines hold the data sets' prompts, so they stay out of
+the repository; results.json holds every fact's outcome without them. Other models: `--masked`, `--causal` and
+`--control` name their hyperparameter files (../llada_8b.sh).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import re
 import time
 from collections.abc import Sequence
@@ -48,7 +50,9 @@ ARMS: dict[str, tuple[int, dict[str, Any] | None]] = {
     "autoregressive": (1, None),
     "autoregressive x4": (4, None),
     "control x4": (4, None),
+    "plain for N steps x4": (4, {"state_schedule": "full_mask"}),
 }
+FOR_N_STEPS = "plain for N steps x4"  # plain at the try that was best in N steps; "plain x4": in one step
 RUN = (
     "plain x4",
     "spread x4",
@@ -57,30 +61,53 @@ RUN = (
 )  # the arms since the second run (PROTOCOL.md)
 LATER = "aware x4"  # added after three facts of the first run; a fact counts without it
 LENGTHS = (1, 2, 3, 4)
-FACTS_OF_THE_PILOTS = HERE / "pilots"
+# by seed: the runs whose facts are not drawn again
+SEEN = {0: (), 1: ("pilots",), 2: ("pilots", "third"), 3: ("pilots", "third", "search")}
+IN_README = "third"  # the run whose table README shows
+NEIGHBOURS = 2  # of a KAMEL fact: other facts of its relation
 Rows = dict[str, list[dict[str, Any]]]
 
 
 def chosen(model: Adapter, data_dir: Path, each: int, seed: int) -> list[BenchCase]:
-    """`each` facts of every length, in turn; none of the pilots' unless the seed is theirs, 0."""
-    seen = {line["case_id"] for file in FACTS_OF_THE_PILOTS.rglob("results.json") for line in lines_of(file)}
-    seen = seen if seed else set()
+    """`each` facts of every length, in turn; none that an earlier run had (`SEEN`)."""
+    folders = SEEN.get(seed, SEEN[max(SEEN)])
+    seen = {
+        line["case_id"]
+        for name in folders
+        for file in (HERE / name).rglob("results.json")
+        for line in lines_of(file)
+    }
     found: dict[int, list[BenchCase]] = {n: [] for n in LENGTHS}
     held_out = data_dir / "counterfact" / "counterfact_rome_700.json"  # not in the adapter's training text
     drawn = load_cases("counterfact", data_file=held_out, limit=4 * each, seed=seed).cases
-    drawn += load_cases("kamel", data_dir, limit=40 * each, seed=seed, tokenizer=model.tokenizer).cases
+    limit = 40 * (max(each, 15) if seed > 1 else each)
+    kamel = load_cases("kamel", data_dir, limit=limit, seed=seed, tokenizer=model.tokenizer)
+    drawn += kamel.cases
+    if seed > 1:  # until the third run, KAMEL's first relations alone: load_cases keeps the files' order
+        random.Random(seed).shuffle(drawn)
     for case in (case for case in drawn if case.case_id not in seen):
         n = len(target_ids(model, case.prompt, case.target_new))
         if n in found and (n == 1) == isinstance(case.case_id, int):
-            found[n].append(case)
+            found[n].append(case if n == 1 else with_neighbours(case, kamel.cases))
     short = {n: len(cases) for n, cases in found.items() if len(cases) < each}
     if short:
         raise SystemExit(f"too few facts of some lengths: {short}; ask for fewer with --each")
     return [found[n][i] for i in range(each) for n in LENGTHS]
 
 
+def with_neighbours(case: BenchCase, others: Sequence[BenchCase]) -> BenchCase:
+    """A KAMEL fact with prompts about other subjects of its relation: what an edit should leave alone."""
+    relation = str(case.case_id).split("/")[0]
+    near = [o for o in others if str(o.case_id).split("/")[0] == relation and o.subject != case.subject]
+    near = random.Random(str(case.case_id)).sample(near, min(NEIGHBOURS, len(near)))
+    return replace(
+        case, locality={"relation": tuple((o.prompt, o.ground_truth) for o in near)} if near else {}
+    )
+
+
 def arms_of(args: argparse.Namespace) -> dict[str, tuple[Adapter, ROMEMDMHyperParams]]:
     """Each arm's model and settings; every model is loaded once."""
+    tries = json.loads(Path(args.chosen).read_text(encoding="utf-8"))["chosen"] if args.chosen else None
     files = {"masked": args.masked, "causal": args.causal, "control": args.control}
     found, loaded = {}, {}
     for arm in args.arms:
@@ -92,6 +119,13 @@ def arms_of(args: argparse.Namespace) -> dict[str, tuple[Adapter, ROMEMDMHyperPa
         own, hparams = loaded[role]
         steps = times * hparams.v_num_grad_steps
         found[arm] = (own, replace(hparams, v_num_grad_steps=steps, **(states or {})))
+        if tries is not None:
+            name = f"{arm}, {Path(hparams.model_name).name}"
+            if name not in tries:
+                raise SystemExit(f"{args.chosen} has no choice for {name!r}, only for {sorted(tries)}")
+            found[arm] = (own, replace(found[arm][1], **tries[name]))
+    if FOR_N_STEPS in found and "plain x4" in found and found[FOR_N_STEPS][1] == found["plain x4"][1]:
+        del found[FOR_N_STEPS]  # the same edit
     return found
 
 
@@ -152,6 +186,7 @@ def outcome(judged: Judgement) -> dict[str, float | None]:
         "exact": float(rewrite["exact"]),
         "tokens": rewrite["token_acc"],
         "one_step": float(rewrite["one_step_exact"]) if "one_step_exact" in rewrite else None,
+        "one_step_tokens": rewrite.get("one_step"),
         "paraphrase": sum(float(s["exact"]) for s in paraphrases) / len(paraphrases) if paraphrases else None,
         "locality": sum(stay) / len(stay) if stay else None,
     }
@@ -184,7 +219,7 @@ def tables(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", {"facts": len(next(iter(rows.values()))), "lines": shown})
     write_text(folder / "results.md", page(rows, folder))
-    if folder == HERE:
+    if folder.resolve() == HERE / IN_README:
         readme = HERE.parent.parent / "README.md"
         text = re.sub(
             r"(<!-- real-facts -->\n).*?(<!-- /real-facts -->)",
@@ -330,7 +365,7 @@ def short(rows: Rows) -> str:
                 leads = [mean(differences(longer, others, key)) for key in ("exact", "one_step")]
                 leads[0] = "-" if arm_of(arm) == "plain x4" else leads[0]
             passes = sum(line["layer_passes"] for line in longer) / max(1, len(longer))
-            near = mean([line[when]["locality"] for line in lines if line["n_tokens"] == 1]) or "-"
+            near = mean([line["after"]["locality"] for line in lines]) if when == "after" else "-"
             name = (
                 f"none, `{model_of(arm)}`" if when == "before" else words[arm_of(arm)].format(model_of(arm))
             )
@@ -389,10 +424,18 @@ def main() -> None:
     parser.add_argument("--causal", default="ROME_MDM/smollm2", help="the same, or none")
     parser.add_argument("--control", default="ROME_MDM/smollm2-control", help="the same, or none")
     parser.add_argument("--device")
-    parser.add_argument("--results", default=str(HERE), help="folder for results.json and results.md")
+    parser.add_argument(
+        "--results", default=str(HERE / IN_README), help="folder for results.json and results.md"
+    )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(RUN))
     parser.add_argument("--each", type=int, default=15, help="facts of each length")
-    parser.add_argument("--seed", type=int, default=1, help="of the facts; 0: the pilots'")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1,
+        help="of the facts; 0: the pilots', 1: the third run's, 3: the fourth's",
+    )
+    parser.add_argument("--chosen", help="layer and clamp of each arm: search.py's chosen.json")
     parser.add_argument("--committed", action="store_true", help="tables from results.json, not from a run")
     args = parser.parse_args()
     {"run": run, "tables": tables}[args.what](args)
