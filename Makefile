@@ -23,7 +23,7 @@ OTHER        := $(if $(filter locked,$(TRANSFORMERS)),,EASYEDIT_MDM_OTHER_VERSIO
 # shapes and types of our own calls are checked at run time under the lock alone: that takes half of the time
 CHECKS       := $(if $(filter locked,$(TRANSFORMERS)),,-o addopts=-ra)
 
-.PHONY: demo test test-all lint lock matrix smollm2 docs clean wheel app-test lm-eval-test
+.PHONY: demo test test-all lint lock matrix smollm2 docs clean wheel app-test lm-eval-test ike-test
 
 demo: $(VENV)/.installed
 	$(BIN)/easyedit-mdm demo --out demo
@@ -76,6 +76,13 @@ lm-eval-test: # the tests that need lm-evaluation-harness
 	test -d build/env-lmeval || $(PYTHON) -m venv build/env-lmeval
 	build/env-lmeval/bin/python -m pip -q install "$(TORCH)" -e ".[lm-eval]" pytest
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 build/env-lmeval/bin/python -m pytest -o addopts= -o filterwarnings=default tests/test_lm_eval.py
+
+ike-test: # the tests that need sentence-transformers; with EASYEDIT_HOME set, against EasyEdit's own choice too
+	test -d build/env-ike || $(PYTHON) -m venv build/env-ike
+	build/env-ike/bin/python -m pip -q install "$(TORCH)"
+	build/env-ike/bin/python -m pip -q install -c constraints.txt -e ".[ike]" pytest
+	build/env-ike/bin/python -m pip -q install --no-deps easyeditor==0.0.1.dev0
+	HF_HUB_OFFLINE=1 $(if $(EASYEDIT_HOME),ORACLE_FORM=head) build/env-ike/bin/python -m pytest -o addopts= -o filterwarnings=default tests/test_demonstrations.py
 
 # torch first and by itself: whatever else asks for torch then finds it there
 $(VENV)/.installed: pyproject.toml Makefile constraints.txt

@@ -3,14 +3,14 @@ prompt, after some demonstrations. No weight changes, and nothing is optimised: 
 
     New Fact: {prompt} {target}\\nPrompt: ...
 
-The text is EasyEdit's IKE's. EasyEdit picks the demonstrations with a model of sentence embeddings; here
-they are those that the hyperparameters name, in their order, or none. What the edit costs is `context_tokens`
-in its card: so many tokens more in every row that the model reads.
+The text is EasyEdit's IKE's. The demonstrations are those that the hyperparameters name, in their order; or
+the `k` nearest of a pool, by sentence embeddings, as in EasyEdit (`editing.demonstrations`); or none. What
+the edit costs is `context_tokens` in its card: so many tokens more in every row that the model reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from easyedit_mdm.editing.demonstrations import nearest, said
 from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.editing.edit.attached import Context
 from easyedit_mdm.editing.facts import Fact
@@ -41,6 +42,9 @@ class IKEMDMHyperParams(MethodHyperParams):
         lead: what stands between the last fact and the prompt.
         demonstrations: facts with `prompt` and `target_new` that stand before, each said by `demonstration`.
         demonstration: how each of them is said.
+        demonstration_pool: a file of facts to choose demonstrations from (`demonstrations.pool_texts`).
+        sentence_model_name: the model of sentence-transformers that chooses: a folder, or a name on the Hub.
+        k: how many texts of the pool are shown at most.
         batch_size: requests a batch, for EasyEdit's `batch_edit`.
     """
 
@@ -49,6 +53,9 @@ class IKEMDMHyperParams(MethodHyperParams):
     lead: str = "Prompt: "
     demonstrations: list[dict[str, str]] = field(default_factory=list)
     demonstration: str = "New Fact: {prompt} {target}\nPrompt: {prompt} {target}\n\n"
+    demonstration_pool: str | None = None
+    sentence_model_name: str | None = None
+    k: int = 16
     batch_size: int = 1
 
     ALG_NAME: ClassVar[str] = "IKE_MDM"
@@ -57,7 +64,7 @@ class IKEMDMHyperParams(MethodHyperParams):
     def validate(self) -> None:
         """As `MethodHyperParams.validate`."""
         super().validate()
-        self.check_numbers(batch_size=1, whole=True)
+        self.check_numbers(batch_size=1, k=1, whole=True)
         if self.layers:
             raise HyperParameterError(f"layers={self.layers!r}: IKE_MDM edits no layer; leave it out")
         for name in ("fact", "demonstration"):
@@ -70,6 +77,17 @@ class IKEMDMHyperParams(MethodHyperParams):
                     f"demonstrations: {one!r} needs a prompt and a target_new that are text"
                 )
 
+        if (self.demonstration_pool is None) != (self.sentence_model_name is None):
+            raise HyperParameterError(
+                f"demonstration_pool={self.demonstration_pool!r} and sentence_model_name="
+                f"{self.sentence_model_name!r} go together: give both, or neither"
+            )
+        if self.demonstrations and self.demonstration_pool:
+            raise HyperParameterError(
+                "demonstrations and demonstration_pool are both given: name the demonstrations, or let them"
+                " be chosen"
+            )
+
     def advice(self, loss: float) -> str:
         """As `MethodHyperParams.advice`."""
         return "Try demonstrations, or another wording (fact, lead)"
@@ -81,29 +99,47 @@ def ike(adapter: Adapter, requests: Sequence[EditRequest], hparams: IKEMDMHyperP
     Raises:
         RequestError: for a request that cannot be carried out.
         ModelError: for a model whose canvas is read apart from its prompt.
+        HyperParameterError: for a pool or a sentence model that cannot be read.
+        MissingPackageError: if a pool is given and sentence-transformers is not installed.
     """
     check_requests(requests)
     if adapter.spec.noised:
         raise ModelError(
             f"IKE_MDM is not offered for {adapter.name or adapter.spec.name}: it reads its canvas apart"
         )
-    shown = "".join(_said(hparams.demonstration, one) for one in hparams.demonstrations)
+    shown = "".join(_demonstrations(adapter, requests, hparams))
     before, lead = _ids(adapter, shown), _ids(adapter, hparams.lead)
     facts, parts = [], []
     for request in requests:
         target = target_ids(adapter, request.prompt, request.target_new)
         prompt = locate(adapter, request)
         facts.append(Fact([prompt], target, prompt))
-        text = _said(hparams.fact, {"prompt": request.prompt, "target_new": request.target_new})
+        text = said(hparams.fact, {"prompt": request.prompt, "target_new": request.target_new})
         parts.append(Context("", {"demonstrations": before, "fact": _ids(adapter, text), "lead": lead}))
     tokens = len(before) + len(lead) + sum(len(part.tensors["fact"]) for part in parts)
     outcomes = [Outcome() for _ in requests]
     return Edit([], card(requests, facts, hparams, outcomes, {"context_tokens": tokens}), parts)
 
 
-def _said(template: str, fact: Mapping[str, str]) -> str:
-    prompt, target = fact["prompt"].strip(), fact["target_new"].strip()
-    return template.replace("{prompt}", prompt).replace("{target}", target)
+def _demonstrations(
+    adapter: Adapter, requests: Sequence[EditRequest], hparams: IKEMDMHyperParams
+) -> list[str]:
+    """What is shown before the new facts. Of several facts, each text counts by the fact nearest to it."""
+    if hparams.demonstration_pool is None:
+        return [said(hparams.demonstration, one) for one in hparams.demonstrations]
+    queries = [
+        f"{said(hparams.fact, {'prompt': r.prompt, 'target_new': r.target_new})}{hparams.lead}{r.prompt}\n\n"
+        for r in requests
+    ]
+    return nearest(
+        queries,
+        hparams.demonstration_pool,
+        str(hparams.sentence_model_name),
+        hparams.k,
+        hparams.fact,
+        hparams.lead,
+        str(adapter.device),
+    )
 
 
 def _ids(adapter: Adapter, text: str) -> Int[Tensor, " tokens"]:
@@ -113,5 +149,5 @@ def _ids(adapter: Adapter, text: str) -> Int[Tensor, " tokens"]:
     return torch.tensor(ids, dtype=torch.long)
 
 
-# for EasyEdit's IKE its runners prepare a model of sentence embeddings, which has no part here
+# for EasyEdit's IKE its runners prepare embeddings of their own training set, which have no part here
 METHODS.register("IKE_MDM")(Method("IKE_MDM", IKEMDMHyperParams, ike, stands_for="ROME", batchable=True))
