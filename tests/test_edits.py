@@ -188,6 +188,14 @@ def test_diff(tiny):
         )
 
 
+def test_an_edit_says_what_it_is_in_one_line(tiny):
+    """Method, facts and weight; not thousands of numbers."""
+    edit = make_edit(tiny("llada"), REQUEST, hparams(**QUICK))
+    said = repr(edit)
+    assert said.startswith("<Edit ROME_MDM: ") and repr(REQUEST["prompt"]) in said
+    assert edit.changes[0].name in said and f"{edit.bytes:,} bytes>" in said and len(said) < 300
+
+
 def test_compose(tiny):
     """The sum of the changes, low rank as long as all are; what is at odds is named."""
     model = tiny("llada")

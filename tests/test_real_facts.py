@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -50,12 +50,42 @@ def test_the_script_for_8b_models(tiny, tokenizer, data_dir, tmp_path):
     assert not {"subject", "text"} & set(kept["lines"][0])
 
 
+def script(name: str):
+    """A script of benchmarks/real_facts as a module."""
+    sys.path.insert(0, str(ROOT / "benchmarks" / "real_facts"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
+def test_the_search_keeps_the_better_tries():
+    """Each round keeps the tries that score best on the facts so far, for each way of decoding by itself.
+    Nothing is said before a round is finished.
+    """
+    search = script("search")
+    ranked = {"N steps": [3, 1, 4, 0, 5, 2, 6, 7], "one step": [7, 6, 5, 4, 3, 2, 1, 0]}  # the best first
+
+    def line(tried: int, fact: int) -> dict:
+        tokens, once = (1 - ranked[way].index(tried) / 10 for way in ("N steps", "one step"))
+        after = {"tokens": tokens, "one_step_tokens": once, "locality": 1.0 if fact else None}
+        return {"try": tried, "fact": fact, "loss": 0.1, "after": after}
+
+    first = [line(tried, fact) for tried in range(8) for fact in range(3)]
+    assert search.left(first[:-1], "N steps") == [list(range(8))]
+    assert search.left(first, "N steps") == [list(range(8)), [3, 1, 4, 0]]
+    more = first + [line(tried, fact) for tried in (7, 6, 5, 4) for fact in range(3, 9)]
+    assert search.left(more, "one step") == [list(range(8)), [7, 6, 5, 4], [7, 6]]
+    worse = [{**one, "after": {**one["after"], "locality": 0.1}} if one["try"] == 3 else one for one in first]
+    assert search.left(worse, "N steps")[1] == [1, 4, 0, 5], "what is right counts by what is kept"
+    alike = [{**one, "after": line(0, 1)["after"], "loss": 1 - one["try"] / 10} for one in first]
+    assert search.left(alike, "N steps")[1] == [7, 6, 5, 4], "of two alike, the lower loss"
+
+
 def test_the_tables_of_real_facts_come_from_their_files():
     """results.md of every run, and the table in README, from results.json; no fact of a pilot came again."""
     folder = ROOT / "benchmarks" / "real_facts"
-    spec = importlib.util.spec_from_file_location("study", folder / "study.py")
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
+    study = script("study")
     seen: dict[Path, set] = {}
     for place in (p.parent for p in sorted(folder.rglob("results.json")) if p.parent.name != "search"):
         lines = study.lines_of(place / "results.json")

@@ -54,6 +54,19 @@ class PlainEdit:
                     f"the update of {change.name} holds NaN or infinity; no weight was changed"
                 )
 
+    def __repr__(self) -> str:
+        """One line: the method, its facts (three at most), the weights, and the size."""
+        facts = self.card.get("facts", [])
+        said = [f"{fact['prompt']!r} -> {fact['target_new']!r}" for fact in facts[:3]]
+        said += [f"{len(facts) - 3} more"] if len(facts) > 3 else []
+        places = [change.name for change in self.changes] + [
+            part.module or part.KIND for part in self.attached
+        ]
+        method = self.card.get("method", "of no method")
+        return (
+            f"<Edit {method}: {'; '.join(said)} at {', '.join(places) or 'no weight'}, {self.bytes:,} bytes>"
+        )
+
     @property
     def bytes(self) -> int:
         """What its tensors take in a file: factors, exact changes and attachments."""
