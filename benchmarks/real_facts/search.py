@@ -33,7 +33,7 @@ LENGTHS, EACH, SEED, STEPS_TIMES = (2, 3, 4), 5, 2, 2
 # by arm: the ways of decoding that a try is chosen for, and the arm that it is then run as
 WAYS = {
     "plain x4": {"one step": "plain x4", "N steps": study.FOR_N_STEPS},
-    "spread x4": {"N steps": "spread x4"},
+    "spread x4": {"N steps": "spread x4"},  # cycle x4 gets the same
     "autoregressive x4": {"N steps": "autoregressive x4"},
     "control x4": {"N steps": "control x4"},
 }
@@ -135,6 +135,8 @@ def choose(args: argparse.Namespace) -> None:
             first = best(mine, way, ROUNDS[-1][1], rounds[-1])[0]
             layer, clamp = TRIES[first]
             found[f"{runs_as}, {model}"] = {"layers": [layer], "clamp_norm_factor": float(clamp)}
+            if arm == "spread x4":
+                found[f"cycle x4, {model}"] = found[f"{runs_as}, {model}"]
             for number in range(len(TRIES)):
                 text.append(row(name, way, number, mine, rounds, number == first))
     folder = HERE / "search"

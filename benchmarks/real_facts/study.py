@@ -30,7 +30,7 @@ from easyedit_mdm.common.files import append_line, write_json, write_text
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.data.cases import BenchCase, load_cases
 from easyedit_mdm.denoising import DecodeConfig
-from easyedit_mdm.editing import ROMEMDMHyperParams
+from easyedit_mdm.editing import METHODS, MethodHyperParams
 from easyedit_mdm.editing.request import target_ids
 from easyedit_mdm.evaluation.records import Judgement, scores
 from easyedit_mdm.models import Adapter
@@ -51,6 +51,9 @@ ARMS: dict[str, tuple[int, dict[str, Any] | None]] = {
     "autoregressive x4": (4, None),
     "control x4": (4, None),
     "plain for N steps x4": (4, {"state_schedule": "full_mask"}),
+    "cycle x4": (4, {"state_schedule": "cycle"}),
+    "in context": (1, {}),
+    "autoregressive in context": (1, None),
 }
 FOR_N_STEPS = "plain for N steps x4"  # plain at the try that was best in N steps; "plain x4": in one step
 RUN = (
@@ -59,7 +62,9 @@ RUN = (
     "autoregressive x4",
     "control x4",
 )  # the arms since the second run (PROTOCOL.md)
-LATER = "aware x4"  # added after three facts of the first run; a fact counts without it
+# a fact counts without these: the first was added after three facts of the first run, the second runs last
+LATER = ("aware x4", "cycle x4")
+IN_CONTEXT = "in context"  # nothing is optimised: IKE_MDM, its new fact before every prompt
 LENGTHS = (1, 2, 3, 4)
 # by seed: the runs whose facts are not drawn again
 SEEN = {0: (), 1: ("pilots",), 2: ("pilots", "third"), 3: ("pilots", "third", "search")}
@@ -105,7 +110,7 @@ def with_neighbours(case: BenchCase, others: Sequence[BenchCase]) -> BenchCase:
     )
 
 
-def arms_of(args: argparse.Namespace) -> dict[str, tuple[Adapter, ROMEMDMHyperParams]]:
+def arms_of(args: argparse.Namespace) -> dict[str, tuple[Adapter, MethodHyperParams]]:
     """Each arm's model and settings; every model is loaded once."""
     tries = json.loads(Path(args.chosen).read_text(encoding="utf-8"))["chosen"] if args.chosen else None
     files = {"masked": args.masked, "causal": args.causal, "control": args.control}
@@ -117,6 +122,10 @@ def arms_of(args: argparse.Namespace) -> dict[str, tuple[Adapter, ROMEMDMHyperPa
             continue
         loaded[role] = loaded.get(role) or load_ours("ROME_MDM", files[role], args.device)
         own, hparams = loaded[role]
+        if IN_CONTEXT in arm:
+            named = {"alg_name": "IKE_MDM", "model_name": hparams.model_name}
+            found[arm] = (own, METHODS["IKE_MDM"].hparams(**named))
+            continue
         steps = times * hparams.v_num_grad_steps
         found[arm] = (own, replace(hparams, v_num_grad_steps=steps, **(states or {})))
         if tries is not None:
@@ -170,7 +179,7 @@ def one(model: Adapter, hparams: Any, case: BenchCase, judge: Judge, before: Jud
         "after": outcome(after),
         "steps": fact["steps"],
         "layer_passes": fact["layer_passes"],
-        "loss": fact["losses"][-1],
+        "loss": fact["losses"][-1] if fact["losses"] else None,
         "seconds": seconds,
         "text": scores(after["multi_step"]["rewrite"])[0]["text"],
     }
@@ -181,6 +190,7 @@ def outcome(judged: Judgement) -> dict[str, float | None]:
     sections = judged["multi_step"]
     (rewrite,) = scores(sections["rewrite"])
     paraphrases = scores(sections.get("rephrase"))
+    once = [float(s["one_step_exact"]) for s in paraphrases if "one_step_exact" in s]
     stay = list(judged.get("locality_kept", {}).values())
     return {
         "exact": float(rewrite["exact"]),
@@ -188,6 +198,7 @@ def outcome(judged: Judgement) -> dict[str, float | None]:
         "one_step": float(rewrite["one_step_exact"]) if "one_step_exact" in rewrite else None,
         "one_step_tokens": rewrite.get("one_step"),
         "paraphrase": sum(float(s["exact"]) for s in paraphrases) / len(paraphrases) if paraphrases else None,
+        "one_step_paraphrase": sum(once) / len(once) if once else None,
         "locality": sum(stay) / len(stay) if stay else None,
     }
 
@@ -239,9 +250,12 @@ def finished(lines: Sequence[dict[str, Any]]) -> Rows:
         by_arm.setdefault(name, {})[line["case_id"]] = line
     order = list(ARMS)
     names = sorted(
-        by_arm, key=lambda name: (order.index(arm_of(name)) >= 5, model_of(name), order.index(arm_of(name)))
+        by_arm,
+        key=lambda name: (ARMS[arm_of(name)][1] is None, model_of(name), order.index(arm_of(name))),
     )
-    whole = [c for c in by_arm[names[0]] if all(c in by_arm[name] for name in names if arm_of(name) != LATER)]
+    whole = [
+        c for c in by_arm[names[0]] if all(c in by_arm[name] for name in names if arm_of(name) not in LATER)
+    ]
     return {name: [by_arm[name][c] for c in whole if c in by_arm[name]] for name in names}
 
 
@@ -286,8 +300,9 @@ def page(rows: Rows, folder: Path) -> str:
     out += ["| in N steps | minus | difference | n |", "| --- | --- | --- | --- |"]
     pairs = (
         ("aware", ("plain", "plain x4", "autoregressive")),
-        (LATER, ("plain x4", "autoregressive")),
-        ("spread x4", ("plain x4", "autoregressive x4", "control x4")),
+        ("aware x4", ("plain x4", "autoregressive")),
+        ("spread x4", ("plain x4", FOR_N_STEPS, IN_CONTEXT, "autoregressive x4", "control x4")),
+        ("cycle x4", ("plain x4", FOR_N_STEPS, "spread x4")),
         ("plain x4", ("autoregressive x4", "control x4")),
         ("autoregressive x4", ("control x4",)),
     )
