@@ -296,6 +296,13 @@ def page(rows: Rows, folder: Path) -> str:
     if any(model_of(arm) for arm in rows):
         out += by_length(rows)
     longer = {arm: [r for r in found if r["n_tokens"] > 1] for arm, found in rows.items()}
+    if any(line["after"].get("one_step_paraphrase") is not None for some in longer.values() for line in some):
+        out += ["## Two to four tokens: paraphrases", "", "| arm | n | N steps | one step |"]
+        out += ["| --- | --- | --- | --- |"]
+        for arm, found in longer.items():
+            ways = [mean([r["after"][k] for r in found]) for k in ("paraphrase", "one_step_paraphrase")]
+            out.append("| " + " | ".join([arm, str(len(found)), *ways]) + " |")
+        out.append("")
     out += ["## Two to four tokens: differences, paired by fact", ""]
     out += ["| in N steps | minus | difference | n |", "| --- | --- | --- | --- |"]
     pairs = (
@@ -363,8 +370,11 @@ def short(rows: Rows) -> str:
     )  # fmt: skip
     out = ["| edit | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
     words = {
-        "plain x4": "plain, `{}`", "spread x4": "denoising-aware, `{}`",
-        "autoregressive x4": "`smollm2`, autoregressive", "control x4": "`smollm2-control`, autoregressive",
+        "plain x4": "plain, `{}`", FOR_N_STEPS: "plain, tuned for N steps, `{}`",
+        "spread x4": "denoising-aware, `{}`", "cycle x4": "the paper's schedule, `{}`",
+        IN_CONTEXT: "in context, `{}`", "autoregressive x4": "`smollm2`, autoregressive",
+        "autoregressive in context": "in context, `smollm2`, autoregressive",
+        "control x4": "`smollm2-control`, autoregressive",
     }  # fmt: skip
     for arm, lines in rows.items():
         plain = rows.get(f"plain x4, {model_of(arm)}", [])

@@ -4,24 +4,29 @@
         --hparams benchmarks/thousand/smollm2-memit.yaml --out runs/thousand/smollm2-rebase
     python benchmarks/thousand/run.py tables --out runs/thousand/*
 
-CounterFact's facts (EasyEdit's split), one a subject, in random order (seed), targets of one token or more. Modes:
-`rebase` (one edit of all facts so far, solved from the weights as they were, in place of the one before) and
-`sequential` (each batch edited in the model that the earlier ones left), which EasyEdit's own methods run in, too.
+CounterFact's facts (EasyEdit's split), one a subject, in random order (seed), targets of one token or more.
+Modes: `rebase`, one edit of all facts so far, solved from the weights as they were, in place of the one
+before; and `sequential`, each batch edited in the model that the earlier ones left, in which EasyEdit's own
+methods run, too.
 
 After every batch: the share of all facts so far that are written whole (N steps; greedy on an autoregressive
-model), of the first and the latest batch; tokens that stay after prompts of facts that are never edited; perplexity
-of held-out text over that of the unedited model; ||dW|| / ||W||.
+model), of the first and the latest batch; tokens that stay after prompts of facts that are never edited, and
+of these facts the share, among those that the unedited model writes right, that it still writes right;
+perplexity of held-out text over that of the unedited model; ||dW|| / ||W||.
 
-`rebase` keeps the values of each batch in the folder, so it goes on where it was stopped. `sequential` begins anew.
+`rebase` keeps the values of each batch in the folder, so it goes on where it was stopped. `sequential` begins
+anew. A `mom2_dataset` of enwiki_articles.txt is the one in DATA_DIR/text.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +44,8 @@ from easyedit_mdm.models import Adapter
 from easyedit_mdm.runs.methods import load_ours
 
 HERE = Path(__file__).parent
-UNTOUCHED, TEXTS = 200, 40
+UNTOUCHED, TEXTS = 400, 40
+TEXT = Path("text") / "enwiki_articles.txt"
 Step = Callable[[list[BenchCase]], None]
 
 
@@ -58,7 +64,7 @@ def drawn(data_dir: Path, facts: int, seed: int) -> tuple[list[BenchCase], list[
 
 def held_out(data_dir: Path) -> list[str]:
     """Passages of the last articles: the second moments are made of the first ones."""
-    lines = (data_dir / "text" / "enwiki_articles.txt").read_text(encoding="utf-8").splitlines()
+    lines = (data_dir / TEXT).read_text(encoding="utf-8").splitlines()
     return [line for line in lines if len(line.split()) > 60][-TEXTS:]
 
 
@@ -87,6 +93,7 @@ class Measured:
             sum(a == b for a, b in zip(x["tokens"], y["tokens"])) / x["n_tokens"]
             for x, y in zip(self.before, after)
         ]
+        known = [float(y["exact"]) for x, y in zip(self.before, after) if x["exact"]]
         now = dict(self.model.native.named_parameters())
         moved = {n: float((now[n].detach() - w).norm() / w.norm()) for n, w in self.weights.items()}
         return {
@@ -95,27 +102,36 @@ class Measured:
             "first": sum(exact[:batch]) / len(exact[:batch]),
             "latest": sum(exact[-batch:]) / len(exact[-batch:]),
             "untouched": sum(stay) / len(stay),
+            "known": sum(known) / len(known) if known else None,
+            "known_n": len(known),
             "perplexity_ratio": perplexity(self.model, self.texts)["value"] / self.perplexity,
             "norm_ratio": moved,
         }
 
 
 def rebase(model: Adapter, method: Any, hparams: Any, folder: Path) -> Step:
-    """One edit of all facts so far; the values of every batch are kept in the folder."""
+    """One edit of all facts so far; the values of every batch are kept in the folder, whatever the lambda."""
     known: list[tuple[EditRequest, Optimised]] = []
     edits: list[Edit] = []
+    number = itertools.count()
+    settings = json.dumps(
+        {k: v for k, v in hparams.to_dict().items() if k != "mom2_update_weight"}, default=str
+    )
 
     def step(batch: list[BenchCase]) -> None:
         requests = [EditRequest.of(case.request()) for case in batch]
+        belongs = {"settings": settings, "facts": [[r.prompt, r.target_new] for r in requests]}
         if edits:
             edits.pop().undo(model)
-        file = folder / f"values-{len(known) // len(batch):03}.pt"
+        file = folder / f"values-{next(number):03}.pt"
         if not file.exists():
             values = method.values(model, requests, hparams)
-            torch.save([vars(value) for value in values], file.with_suffix(".part"))
+            torch.save({**belongs, "values": [vars(value) for value in values]}, file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
-        kept = [Optimised(**value) for value in torch.load(file, weights_only=True)]
-        known.extend(zip(requests, kept, strict=True))
+        kept = torch.load(file, weights_only=True)
+        if any(kept[key] != belongs[key] for key in belongs):
+            raise SystemExit(f"{file} holds the values of other facts or settings: give another folder")
+        known.extend(zip(requests, (Optimised(**value) for value in kept["values"]), strict=True))
         facts, values = [fact for fact, _ in known], [value for _, value in known]
         edits.append(method.edit(model, facts, hparams, values=values))
         edits[0].apply(model)
@@ -135,16 +151,26 @@ def sequential(model: Adapter, method: Any, hparams: Any) -> Step:
     return step
 
 
-def prepared(args: argparse.Namespace, folder: Path) -> tuple[Adapter, dict[str, Any], Step]:
+def prepared(args: argparse.Namespace, values: Path) -> tuple[Adapter, dict[str, Any], Step]:
     """The model, the settings, and what edits a batch."""
     if args.alg in METHODS:
         method, (model, hparams) = METHODS[args.alg], load_ours(args.alg, args.hparams, args.device)
+        if getattr(hparams, "mom2_dataset", None) == TEXT.name:
+            hparams = replace(hparams, mom2_dataset=str(Path(args.data_dir) / TEXT))
+        if args.weight is not None:
+            hparams = replace(hparams, mom2_update_weight=args.weight)
         if args.mode == "rebase" and method.values is None:
             raise SystemExit(f"--mode rebase: {args.alg} optimises no values; use --mode sequential")
-        step = rebase(model, method, hparams, folder) if args.mode == "rebase" else None
+        if args.mode != "rebase" and args.values:
+            raise SystemExit(
+                "--values is for --mode rebase: in a sequence values belong to the model as it is"
+            )
+        step = rebase(model, method, hparams, values) if args.mode == "rebase" else None
         return model, hparams.to_dict(), step or sequential(model, method, hparams)
-    if args.mode == "rebase":
-        raise SystemExit(f"--mode rebase is for our methods, {args.alg} is EasyEdit's: use --mode sequential")
+    if args.mode == "rebase" or args.weight is not None or args.values:
+        raise SystemExit(
+            f"--mode rebase, --weight and --values are for our methods, {args.alg} is EasyEdit's"
+        )
     model, settings, apply = easyedits_method(args.alg, args.hparams)
 
     def step(batch: list[BenchCase]) -> None:
@@ -153,6 +179,11 @@ def prepared(args: argparse.Namespace, folder: Path) -> tuple[Adapter, dict[str,
         ])  # fmt: skip
 
     return model, settings, step
+
+
+def text_name(dataset: str | None) -> str | None:
+    """The text of the second moments, without this machine's folder."""
+    return dataset if dataset is None or not Path(dataset).is_absolute() else Path(dataset).name
 
 
 def batches(cases: list[BenchCase], size: int) -> Iterator[list[BenchCase]]:
@@ -167,11 +198,13 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit("run needs --data-dir: the folder that holds counterfact/ and text/")
     folder = Path(args.out[0])
     folder.mkdir(parents=True, exist_ok=True)
+    values = Path(args.values or folder)
+    values.mkdir(parents=True, exist_ok=True)
     cases, alone = drawn(Path(args.data_dir), args.facts, args.seed)
-    model, settings, step = prepared(args, folder)
+    model, settings, step = prepared(args, values)
     header = {
         "alg": args.alg, "mode": args.mode, "batch": args.batch, "seed": args.seed, "facts": args.facts,
-        "hyperparameters": settings,
+        "hyperparameters": {**settings, "mom2_dataset": text_name(settings.get("mom2_dataset"))},
     }  # fmt: skip
     file = folder / "curve.json"
     if file.exists() and {k: json.loads(file.read_text())[k] for k in header} != json.loads(
@@ -238,6 +271,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--every", type=int, default=1, help="batches between two reports")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weight", type=float, help="mom2_update_weight (lambda), if not the file's")
+    parser.add_argument("--values", help="rebase: the folder with the values, if not the run's own")
     parser.add_argument("--device")
     parser.add_argument(
         "--out", nargs="+", default=["runs/thousand"], help="the run's folder; tables: folders"
