@@ -299,16 +299,8 @@ def front(runs: Runs) -> str:
                 "1",
             )
         )
-    rows += _front_batches(runs) + _front_reports() + BY_HAND
+    rows += _front_batches(runs) + _front_reports()
     return table(["edits", "N steps", "one step", "N steps - plain in one", "kept", "port.", "limits"], rows)
-
-
-# of trials whose run files are not in the repository, so that no command here makes them again
-BY_HAND = [
-    ["10 zsRE, `twin-llada` aware", "0.95 of the tokens", "-", "-", "0.43", "0.125", "1, 7"],
-    ["20 CounterFact, `twin-llada`", "0.30 to 0.35", "-", "-", "0.10", "-", "1, 8"],
-    ["20 CounterFact, `twin-llama`", "0.10 to 0.40", "-", "-", "0.15 to 0.75", "-", "1, 8"],
-]
 
 
 def _front(name: str, rows: Sequence[Line], plain: Sequence[Line], limits: str) -> list[str]:
@@ -355,7 +347,7 @@ def _front_many() -> list[list[str]]:
             once, kept = (found["scores"].get(name) for name in ("one_step", "neighbours"))
             shares = ["-" if some is None else f"{sum(some) / len(some):.2f}" for some in (once, kept)]
             rows.append(
-                [f"64 test facts at once, `{model}` {name}", exact, shares[0], "-", shares[1], "-", "1, 12"]
+                [f"64 test facts at once, `{model}` {name}", exact, shares[0], "-", shares[1], "-", "1, 10"]
             )
     return rows
 
@@ -366,8 +358,8 @@ def _front_reports() -> list[list[str]]:
     rows = []
     for folder, what, limits in (
         ("multi_token/zsre", "200 zsRE", "1, 6"),
-        ("side_by_side/zsre", "50 zsRE", "1, 9"),
-        ("side_by_side/twins", "100 edits", "1, 10"),
+        ("side_by_side/zsre", "50 zsRE", "1, 7"),
+        ("side_by_side/twins", "100 edits", "1, 8"),
     ):
         for run in reports.report_of(folder)["runs"]:
             if run["name"] in names:
@@ -395,7 +387,7 @@ def _front_reports() -> list[list[str]]:
                 "-",
                 plain_number(found["locality_kept"]["mean"]),
                 plain_number(found.get("portability_exact", {}).get("mean")),
-                "11",
+                "9",
             ]
         )
     return rows

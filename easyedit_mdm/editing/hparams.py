@@ -303,7 +303,14 @@ class MethodHyperParams(LoadingHyperParams, MainHyperParams):
                 raise HyperParameterError(
                     f"{cls.__name__} is {cls.ALG_NAME}'s, but {whose(given['alg_name'])}"
                 )
-            return cls(**checked(cls, given))
+            made = cls(**checked(cls, given))
+            unsaid = "mom2_adjustment" not in given  # EasyEdit's files name a text beside `false`
+            if given.get("mom2_dataset") and unsaid and not getattr(made, "mom2_adjustment", True):
+                raise HyperParameterError(
+                    f"mom2_dataset={given['mom2_dataset']!r}, but mom2_adjustment is not given, and without"
+                    " it no second moments are used: say true, or false to leave them out"
+                )
+            return made
         except (HyperParameterError, UnknownNameError) as error:
             where = values.where(str(error)) if isinstance(values, YamlFile) else source
             raise type(error)(f"{where}: {error}" if where else str(error)) from error
