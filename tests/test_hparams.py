@@ -191,6 +191,20 @@ def test_errors_name_file_and_line(tmp_path, line, message):
     assert str(tmp_path / "x.yaml") in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("said", ["", "mom2_adjustment: false", "mom2_adjustment: true"])
+def test_a_text_of_second_moments_is_not_ignored(tmp_path, said):
+    """A text that would not be read is an error, unless the file says so, as EasyEdit's ROME files do."""
+    file = tmp_path / "some.yaml"
+    file.write_text(f"alg_name: ROME_MDM\nmodel_name: twin-llada\nlayers: [1]\nmom2_dataset: twins\n{said}\n")
+    if said:
+        assert load_hparams(file).mom2_adjustment is ("true" in said)
+        return
+    with pytest.raises(HyperParameterError, match="mom2_dataset='twins', but mom2_adjustment is not given"):
+        load_hparams(file)
+    file.write_text(file.read_text().replace("ROME_MDM", "MEMIT_MDM"))
+    assert load_hparams(file).mom2_adjustment, "on by default"
+
+
 @pytest.mark.parametrize("method", list(METHODS))
 def test_one_function_loads_every_method(method):
     """`load_hparams` gives the class of the method that the file names, which copies and replaces as EasyEdit

@@ -217,13 +217,13 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 
 def tables(args: argparse.Namespace) -> None:
     """Facts that are finished in every arm, as tables."""
-    folder = Path(args.results)
+    folder = Path(args.results or (HERE / IN_README if args.committed else args.out[0]))
     if args.committed:
         lines = lines_of(folder / "results.json")
     else:
         lines = [line for out in args.out for line in read(Path(out) / "lines.jsonl")]
     if not lines:
-        raise SystemExit(f"{args.results if args.committed else args.out} holds no finished edits: run first")
+        raise SystemExit(f"{folder if args.committed else args.out} holds no finished edits: run first")
     rows = finished(lines)
     private = ("subject", "text")  # the data sets'
     shown = [{k: v for k, v in line.items() if k not in private} for some in rows.values() for line in some]
@@ -450,7 +450,9 @@ def main() -> None:
     parser.add_argument("--control", default="ROME_MDM/smollm2-control", help="the same, or none")
     parser.add_argument("--device")
     parser.add_argument(
-        "--results", default=str(HERE / IN_README), help="folder for results.json and results.md"
+        "--results",
+        help="folder for results.json and results.md: the first run's by default, with --committed the one"
+        f" whose table README shows ({IN_README})",
     )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(RUN))
     parser.add_argument("--each", type=int, default=15, help="facts of each length")
