@@ -246,13 +246,15 @@ def tables(args: argparse.Namespace) -> None:
 
 def page(curves: dict[str, Any]) -> str:
     """A row for each run and number of facts."""
-    names = ("run", "facts", "exact, all so far", "first batch", "latest batch", "untouched", "perplexity")
+    names = ("run", "facts", "exact", "first batch", "latest batch", "untouched", "known", "perplexity")
     out = ["| " + " | ".join([*names, "norm of dW / W, largest"]) + " |", "| --- |" + " --- |" * len(names)]
     for name, curve in curves.items():
         for report in curve["reports"]:
-            figures = [report[key] for key in ("exact", "first", "latest", "untouched", "perplexity_ratio")]
+            figures = [f"{report[key]:.2f}" for key in ("exact", "first", "latest", "untouched")]
+            known = "-" if report["known"] is None else f"{report['known']:.2f} of {report['known_n']}"
             moved = max(report["norm_ratio"].values())
-            cells = [name, f"{report['facts']:,}", *(f"{f:.2f}" for f in figures), f"{moved:.2f}"]
+            figures += [known, f"{report['perplexity_ratio']:.2f}", f"{moved:.2f}"]
+            cells = [name, f"{report['facts']:,}", *figures]
             out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out) + "\n"
 
