@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,7 +83,7 @@ def test_the_search_keeps_the_better_tries():
     assert search.left(alike, "N steps")[1] == [7, 6, 5, 4], "of two alike, the lower loss"
 
 
-def test_the_tables_of_real_facts_come_from_their_files():
+def test_the_tables_of_real_facts_come_from_their_files(tmp_path):
     """results.md of every run, and the table in README, from results.json; no fact of a pilot came again."""
     folder = ROOT / "benchmarks" / "real_facts"
     study = script("study")
@@ -98,3 +99,8 @@ def test_the_tables_of_real_facts_come_from_their_files():
             assert table in (ROOT / "README.md").read_text()
     pilots = seen[folder / "pilots/first"] | seen[folder / "pilots/second"]
     assert not pilots & seen[folder / "third"]
+    search = {line["case_id"] for line in study.lines_of(folder / "search" / "results.json")}
+    assert search and not seen[folder / "fourth"] & (search | pilots | seen[folder / "third"])
+    kept = [(folder / "search" / name).read_text() for name in ("chosen.json", "results.md")]
+    script("search").choose(SimpleNamespace(committed=True, out=[], folder=tmp_path))
+    assert [(tmp_path / name).read_text() for name in ("chosen.json", "results.md")] == kept

@@ -139,7 +139,7 @@ def choose(args: argparse.Namespace) -> None:
                 found[f"cycle x4, {model}"] = found[f"{runs_as}, {model}"]
             for number in range(len(TRIES)):
                 text.append(row(name, way, number, mine, rounds, number == first))
-    folder = HERE / "search"
+    folder = Path(args.folder)
     folder.mkdir(exist_ok=True)
     shown = [{k: v for k, v in line.items() if k not in ("subject", "text")} for line in lines]
     write_json(folder / "chosen.json", {"chosen": found})
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--causal", default="ROME_MDM/smollm2", help="the same")
     parser.add_argument("--control", default="ROME_MDM/smollm2-control", help="the same")
     parser.add_argument("--device")
+    parser.add_argument("--folder", default=str(HERE / "search"), help="where `choose` writes")
     parser.add_argument("--committed", action="store_true", help="choose from search/results.json")
     args = parser.parse_args()
     {"run": run, "choose": choose}[args.what](args)
