@@ -333,8 +333,9 @@ def test_wrong_calls(arguments, says, tmp_path, capsys):
 
 def hparams(alg: str, **changes):
     """A twin's hyperparameters of a method."""
+    own = {"mom2_dataset": "twins", "mom2_adjustment": True}
     return METHODS[alg].hparams.from_dict(
-        {"alg_name": alg, "model_name": "m", "layers": [0], "mom2_dataset": "twins", **changes}
+        {"alg_name": alg, "model_name": "m", "layers": [0], **own, **changes}
     )
 
 

@@ -250,7 +250,7 @@ def _cure(own: str, needs: dict[str, dict[str, int]], fits: dict[str, list[str]]
         f" {(least['weights'] + least['activations']) / GIB:.0f} GiB in half precision and"
         f" {least['statistics'] / GIB:.0f} GiB of main memory for statistics (ROME_MDM without them: none)."
         f" Lower max_rows (activations shrink with it; the weights alone are {least['weights'] / GIB:.0f}"
-        " GiB), or spread it in Python: load_model(..., device_map='auto')"
+        " GiB), or spread it over several GPUs, in Python: load_model(..., device_map='auto')"
     )
 
 
