@@ -86,6 +86,13 @@ def test_bad_pools(tmp_path, text, says):
         (
             {
                 "demonstration_pool": "a.json", "sentence_model_name": "a",
+                "demonstration": "{prompt} {target}",
+            },
+            "said by fact and",
+        ),
+        (
+            {
+                "demonstration_pool": "a.json", "sentence_model_name": "a",
                 "demonstrations": [{"prompt": "a", "target_new": "b"}],
             },
             "both given",

@@ -58,6 +58,8 @@ def script(name: str):
         return importlib.import_module(name)
     finally:
         sys.path.pop(0)
+        for module in ("study", "search"):  # other folders have scripts of these names
+            sys.modules.pop(module, None)
 
 
 def test_the_search_keeps_the_better_tries():

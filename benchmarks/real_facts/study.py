@@ -300,7 +300,7 @@ def page(rows: Rows, folder: Path) -> str:
         out += ["## Two to four tokens: paraphrases", "", "| arm | n | N steps | one step |"]
         out += ["| --- | --- | --- | --- |"]
         for arm, found in longer.items():
-            ways = [mean([r["after"][k] for r in found]) for k in ("paraphrase", "one_step_paraphrase")]
+            ways = [mean([r["after"].get(k) for r in found]) for k in ("paraphrase", "one_step_paraphrase")]
             out.append("| " + " | ".join([arm, str(len(found)), *ways]) + " |")
         out.append("")
     out += ["## Two to four tokens: differences, paired by fact", ""]
@@ -363,7 +363,7 @@ def primary(longer: Rows) -> list[str]:
 
 
 def short(rows: Rows) -> str:
-    """README's table: targets of two to four tokens; what is kept, of the facts of one token."""
+    """README's table: targets of two to four tokens; what is kept, of all facts."""
     names = (
         "facts", "N steps", "less plain, N steps", "less plain, one step", "one step", "paraphrase",
         "layer-passes", "kept",
@@ -451,7 +451,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument(
         "--results",
-        help="folder for results.json and results.md: the first run's by default, with --committed the one"
+        help="folder for results.json and results.md: the first of --out by default, with --committed the one"
         f" whose table README shows ({IN_README})",
     )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(RUN))

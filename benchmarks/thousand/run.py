@@ -159,8 +159,12 @@ def prepared(args: argparse.Namespace, values: Path) -> tuple[Adapter, dict[str,
             hparams = replace(hparams, mom2_dataset=str(Path(args.data_dir) / TEXT))
         if args.weight is not None:
             hparams = replace(hparams, mom2_update_weight=args.weight)
-        if args.mode == "rebase" and method.values is None:
-            raise SystemExit(f"--mode rebase: {args.alg} optimises no values; use --mode sequential")
+        if args.mode == "rebase" and not (method.batchable and method.values):
+            raise SystemExit(f"--mode rebase: {args.alg} does not write several facts from their values")
+        if args.mode == "rebase" and getattr(hparams, "optimise_through", "") == "weights":
+            raise SystemExit(
+                "--mode rebase: values optimised through the weights belong to one lambda and batch"
+            )
         if args.mode != "rebase" and args.values:
             raise SystemExit(
                 "--values is for --mode rebase: in a sequence values belong to the model as it is"

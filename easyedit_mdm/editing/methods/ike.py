@@ -82,6 +82,11 @@ class IKEMDMHyperParams(MethodHyperParams):
                 f"demonstration_pool={self.demonstration_pool!r} and sentence_model_name="
                 f"{self.sentence_model_name!r} go together: give both, or neither"
             )
+        if self.demonstration_pool and self.demonstration != type(self).demonstration:
+            raise HyperParameterError(
+                "demonstration and demonstration_pool are both given: the texts of a pool are said by fact and"
+                " lead"
+            )
         if self.demonstrations and self.demonstration_pool:
             raise HyperParameterError(
                 "demonstrations and demonstration_pool are both given: name the demonstrations, or let them"
