@@ -84,7 +84,7 @@ class IKEMDMHyperParams(MethodHyperParams):
             )
         if self.demonstration_pool and self.demonstration != type(self).demonstration:
             raise HyperParameterError(
-                "demonstration and demonstration_pool are both given: the texts of a pool are said by fact and"
+                "demonstration and demonstration_pool are both given: a pool's texts are said by fact and"
                 " lead"
             )
         if self.demonstrations and self.demonstration_pool:
