@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from easyedit_mdm.common.fingerprints import model_fingerprint
+from easyedit_mdm.denoising import log_likelihood
 from easyedit_mdm.editing import Edit, LowRank
 from easyedit_mdm.editing.edit import SideMemory, carried, revert_all
 from easyedit_mdm.editing.edit.attached import Codebook, Context, ResidualMemory, radii, solved
@@ -189,14 +190,27 @@ def test_a_context_stands_before_every_row(tiny, family):
     assert torch.equal(logits(model), plain)
 
 
-@pytest.mark.parametrize("family", ["llama", "llada"])
+@pytest.mark.parametrize("family", ["llama", "llada", "sdar", "llada2"])
 def test_generation_sees_the_context(tiny, family):
-    """What is written is what would be written after both, with the model's own cache as well."""
+    """What is written is what would be written after both, with the model's own cache as well, and where
+    blocks are counted from the row's first token.
+    """
     model = tiny(family)
     ids, before = rows(model), torch.tensor([[11, 12, 13]] * 2)
     wanted = model.generate(torch.cat([before, ids], 1), max_new_tokens=4)[:, 3:]
     Edit([], {}, [context(11, 12, 13)]).apply(model)
     assert torch.equal(model.generate(ids, max_new_tokens=4), wanted)
+
+
+@pytest.mark.parametrize("family", ["llada", "sdar"])
+def test_likelihoods_see_the_context(tiny, family):
+    """A target is as likely as after both, where blocks are counted from the row's first token, too."""
+    model = tiny(family)
+    before, prompt, target = torch.tensor([11, 12, 13]), rows(model)[0], torch.tensor([5, 6, 7, 8])
+    (wanted,) = log_likelihood(model, [torch.cat([before, prompt])], [target])
+    Edit([], {}, [context(11, 12, 13)]).apply(model)
+    (found,) = log_likelihood(model, [prompt], [target])
+    assert found == pytest.approx(wanted, abs=1e-4)
 
 
 def test_fifty_times_in_random_order(tiny):

@@ -23,8 +23,9 @@ POOL = [
         "rephrase_prompt": "Anna has a river:", "locality_prompt": "The song of Ben is",
         "locality_ground_truth": "old",
     },
-    {"src": "What is the song of Ben?", "alt": "new", "rephrase": "Ben's song is what?", "loc": "the sea is",
-     "loc_ans": "deep"},
+    {"src": "What is the  song of Ben? ", "alt": "new", "rephrase": "Ben's song is what?",
+     "loc": "the sea is", "loc_ans": "deep"},
+    {"src": "What is empty?", "alt": "", "rephrase": "Empty is what?", "loc": "a is", "loc_ans": "b"},
     {"prompt": "The mother tongue of Leonora is", "target_new": "French",
      "rephrase_prompt": ["Leonora speaks"]},
 ]  # fmt: skip
@@ -45,14 +46,16 @@ def settings(**changes):
 
 
 def test_the_texts_of_a_pool(pool):
-    """Each record's fact, paraphrase and neighbour, under EasyEdit's names and zsRE's."""
+    """Each record's fact, paraphrase and neighbour, under EasyEdit's names and zsRE's, spaces as they are;
+    none of a record without a target.
+    """
     texts = pool_texts(pool, FACT, LEAD)
     assert len(texts) == 8
     assert texts[0] == (
         "New Fact: The river of Anna is the red river\nPrompt: The river of Anna is the red river\n\n"
     )
     assert texts[2] == "New Fact: The river of Anna is the red river\nPrompt: The song of Ben is old\n\n"
-    assert texts[4] == "New Fact: What is the song of Ben? new\nPrompt: Ben's song is what? new\n\n"
+    assert texts[4] == "New Fact: What is the  song of Ben?  new\nPrompt: Ben's song is what? new\n\n"
     assert texts[7].endswith("Prompt: Leonora speaks French\n\n")
 
 

@@ -201,6 +201,8 @@ def test_a_text_of_second_moments_is_not_ignored(tmp_path, said):
         return
     with pytest.raises(HyperParameterError, match="mom2_dataset='twins', but mom2_adjustment is not given"):
         load_hparams(file)
+    with pytest.raises(HyperParameterError, match="mom2_adjustment is not given"):
+        ROMEMDMHyperParams(alg_name="ROME_MDM", model_name="m", layers=[1], mom2_dataset="twins")
     file.write_text(file.read_text().replace("ROME_MDM", "MEMIT_MDM"))
     assert load_hparams(file).mom2_adjustment, "on by default"
 

@@ -85,6 +85,23 @@ def test_the_search_keeps_the_better_tries():
     assert search.left(alike, "N steps")[1] == [7, 6, 5, 4], "of two alike, the lower loss"
 
 
+def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
+    """A line that was not finished is cut off; other settings, and lines without settings, are refused."""
+    study, out = script("study"), tmp_path / "run"
+    out.mkdir()
+    file = study.begun(out, {"seed": 3, "arms": {"plain": {"layers": [5]}}})
+    file.write_text('{"arm": "plain", "after": {"a": 1}}\n{"arm": "aware", "after": {"a": 1}')
+    assert study.read(file) == [{"arm": "plain", "after": {"a": 1}}]
+    assert study.begun(out, {"seed": 3, "arms": {"plain": {"layers": [5]}}}) == file
+    assert file.read_text() == '{"arm": "plain", "after": {"a": 1}}\n'
+    for settings in ({"seed": 1, "arms": {"plain": {"layers": [5]}}}, {"seed": 3, "arms": {}}):
+        with pytest.raises(SystemExit, match="other settings"):
+            study.begun(out, settings)
+    (out / "settings.json").unlink()
+    with pytest.raises(SystemExit, match="not their settings"):
+        study.begun(out, {"seed": 3})
+
+
 def test_the_tables_of_real_facts_come_from_their_files(tmp_path):
     """results.md of every run, and the table in README, from results.json; no fact of a pilot came again."""
     folder = ROOT / "benchmarks" / "real_facts"

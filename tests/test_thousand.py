@@ -46,7 +46,7 @@ def test_a_few_facts_in_batches(tiny, tokenizer, data_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     reports = json.loads((tmp_path / "one" / "curve.json").read_text())["reports"]
     assert [report["facts"] for report in reports] == [2, 4]
-    assert all(0 <= report["untouched"] <= 1 and report["perplexity_ratio"] > 0 for report in reports)
+    assert all(report["perplexity_ratio"] != 1 for report in reports), "the model is another one now"
     values = {file.name: file.read_bytes() for file in (tmp_path / "values").iterdir()}
     assert len(values) == 2
     again = run("two", weight="100000")

@@ -77,10 +77,11 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit("run needs --data-dir and one folder as --out")
     out = Path(args.out[0])
     out.mkdir(parents=True, exist_ok=True)
-    file = out / "lines.jsonl"
     args.arms, args.chosen = list(WAYS), None
     judge, study.LENGTHS = Judge(DecodeConfig(), rungs=False, fluency=False), LENGTHS
     arms = study.arms_of(args)
+    settings = {"tries": [*map(list, TRIES)], "rounds": [*map(list, ROUNDS)], "arms": study.told(arms)}
+    file = study.begun(out, settings)
     facts = study.chosen(next(iter(arms.values()))[0], Path(args.data_dir), EACH, SEED)
     for arm, (model, hparams) in arms.items():
         name = f"{arm}, {Path(hparams.model_name).name}"

@@ -20,7 +20,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,10 @@ LATER = ("aware x4", "cycle x4")
 IN_CONTEXT = "in context"  # nothing is optimised: IKE_MDM, its new fact before every prompt
 LENGTHS = (1, 2, 3, 4)
 # by seed: the runs whose facts are not drawn again
-SEEN = {0: (), 1: ("pilots",), 2: ("pilots", "third"), 3: ("pilots", "third", "search")}
+SEEN: dict[int, tuple[str, ...]] = {0: (), 1: ("pilots/first", "pilots/second")}
+SEEN[2] = (*SEEN[1], "third")
+SEEN[3] = (*SEEN[2], "search")
+SEEN[4] = (*SEEN[3], "fourth")
 IN_README = "fourth"  # the run whose table README shows
 NEIGHBOURS = 2  # of a KAMEL fact: other facts of its relation
 Rows = dict[str, list[dict[str, Any]]]
@@ -75,13 +78,9 @@ Rows = dict[str, list[dict[str, Any]]]
 
 def chosen(model: Adapter, data_dir: Path, each: int, seed: int) -> list[BenchCase]:
     """`each` facts of every length, in turn; none that an earlier run had (`SEEN`)."""
-    folders = SEEN.get(seed, SEEN[max(SEEN)])
-    seen = {
-        line["case_id"]
-        for name in folders
-        for file in (HERE / name).rglob("results.json")
-        for line in lines_of(file)
-    }
+    if seed not in SEEN:
+        raise SystemExit(f"--seed {seed}: a run has a seed of its own, one of {sorted(SEEN)}; add it to SEEN")
+    seen = {case for name in SEEN[seed] for case in edited(HERE / name / "results.json")}
     found: dict[int, list[BenchCase]] = {n: [] for n in LENGTHS}
     held_out = data_dir / "counterfact" / "counterfact_rome_700.json"  # not in the adapter's training text
     drawn = load_cases("counterfact", data_file=held_out, limit=4 * each, seed=seed).cases
@@ -93,11 +92,17 @@ def chosen(model: Adapter, data_dir: Path, each: int, seed: int) -> list[BenchCa
     for case in (case for case in drawn if case.case_id not in seen):
         n = len(target_ids(model, case.prompt, case.target_new))
         if n in found and (n == 1) == isinstance(case.case_id, int):
-            found[n].append(case if n == 1 else with_neighbours(case, kamel.cases))
+            found[n].append(case if n == 1 or seed < 2 else with_neighbours(case, kamel.cases))
     short = {n: len(cases) for n, cases in found.items() if len(cases) < each}
     if short:
         raise SystemExit(f"too few facts of some lengths: {short}; ask for fewer with --each")
     return [found[n][i] for i in range(each) for n in LENGTHS]
+
+
+def edited(file: Path) -> set[int | str]:
+    """All facts that a run edited, also those that it did not finish in every arm."""
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    return {line["case_id"] for line in kept["lines"]} | set(kept.get("unfinished", []))
 
 
 def with_neighbours(case: BenchCase, others: Sequence[BenchCase]) -> BenchCase:
@@ -148,7 +153,8 @@ def run(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     arms, judge = arms_of(args), Judge(DecodeConfig(), rungs=False, fluency=False)
     before = {arm: Kept(model_fingerprint(model.native), judge) for arm, (model, _) in arms.items()}
-    file = out / "lines.jsonl"
+    settings = {"seed": args.seed, "each": args.each, "arms": told(arms)}
+    file = begun(out, settings)
     done = {(line["arm"], line["case_id"]) for line in read(file)}
     first = next(iter(arms.values()))[0]
     for case in chosen(first, Path(args.data_dir), args.each, args.seed):
@@ -157,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
                 continue
             line = one(model, hparams, case, judge, before[arm].get(model, case))
             with file.open("a", encoding="utf-8") as stream:
-                named = {"arm": arm, "model": Path(hparams.model_name).name, **line}
+                named = {"arm": arm, "model": Path(hparams.model_name).name, "layers": hparams.layers, **line}
                 append_line(stream, file, json.dumps(named, sort_keys=True))
             print(arm, case.case_id, line["n_tokens"], line["after"], f"{line['seconds']:.0f} s", flush=True)
 
@@ -203,11 +209,36 @@ def outcome(judged: Judgement) -> dict[str, float | None]:
     }
 
 
+def told(arms: Mapping[str, tuple[Adapter, MethodHyperParams]]) -> dict[str, Any]:
+    """The settings of each arm, as they stand in a file."""
+    return {arm: json.loads(json.dumps(hparams.to_dict(), default=str)) for arm, (_, hparams) in arms.items()}
+
+
+def begun(out: Path, settings: dict[str, Any]) -> Path:
+    """The file of a run's lines, ready for more; a last line that was not finished is cut off.
+
+    Raises:
+        SystemExit: if the folder holds a run with other settings.
+    """
+    card, file = out / "settings.json", out / "lines.jsonl"
+    if card.exists() and (known := json.loads(card.read_text(encoding="utf-8"))) != settings:
+        other = sorted(key for key in settings if known.get(key) != settings[key])
+        raise SystemExit(f"{out} holds a run with other settings ({', '.join(other)}): give another --out")
+    if file.exists() and not card.exists():
+        raise SystemExit(f"{out} holds lines, but not their settings: give another --out")
+    write_json(card, settings)
+    if file.exists():
+        whole = file.read_bytes()
+        write_text(file, whole[: whole.rfind(b"\n") + 1].decode("utf-8"))
+    return file
+
+
 def read(file: Path) -> list[dict[str, Any]]:
     """The finished lines."""
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    whole = file.read_text(encoding="utf-8")
+    return [json.loads(line) for line in whole[: whole.rfind("\n") + 1].splitlines()]
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
@@ -228,7 +259,17 @@ def tables(args: argparse.Namespace) -> None:
     private = ("subject", "text")  # the data sets'
     shown = [{k: v for k, v in line.items() if k not in private} for some in rows.values() for line in some]
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", {"facts": len(next(iter(rows.values()))), "lines": shown})
+    known = {line["case_id"] for line in shown}
+    if args.committed:
+        unfinished = edited(folder / "results.json") - known
+    else:
+        unfinished = {line["case_id"] for line in lines} - known
+    kept = {
+        "facts": len(next(iter(rows.values()))),
+        "unfinished": sorted(unfinished, key=str),
+        "lines": shown,
+    }
+    write_json(folder / "results.json", kept)
     write_text(folder / "results.md", page(rows, folder))
     if folder.resolve() == HERE / IN_README:
         readme = HERE.parent.parent / "README.md"
@@ -287,7 +328,7 @@ def page(rows: Rows, folder: Path) -> str:
         seen = set()
         for arm, found in some.items():
             alone = ARMS[arm_of(arm)][1] is None
-            group = model_of(arm) or (arm if alone else "masked")
+            group = model_of(arm) or (arm.replace(f" {IN_CONTEXT}", " x4") if alone else "masked")
             if found and group not in seen:
                 out.append(row(f"no edit ({group})", found, "before"))
             seen.add(group)
@@ -392,7 +433,9 @@ def short(rows: Rows) -> str:
             passes = sum(line["layer_passes"] for line in longer) / max(1, len(longer))
             near = mean([line["after"]["locality"] for line in lines]) if when == "after" else "-"
             name = (
-                f"none, `{model_of(arm)}`" if when == "before" else words[arm_of(arm)].format(model_of(arm))
+                f"none, `{model_of(arm)}`"
+                if when == "before"
+                else words.get(arm_of(arm), arm).format(model_of(arm))
             )
             cost = ["-" if when == "before" else f"{passes:,.0f}", near]
             out.append(

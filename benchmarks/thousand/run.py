@@ -2,7 +2,7 @@
 
     python benchmarks/thousand/run.py run --data-dir DATA_DIR --alg MEMIT_MDM --mode rebase \
         --hparams benchmarks/thousand/smollm2-memit.yaml --out runs/thousand/smollm2-rebase
-    python benchmarks/thousand/run.py tables --out runs/thousand/*
+    python benchmarks/thousand/run.py tables --out runs/thousand/smollm2-rebase
 
 CounterFact's facts (EasyEdit's split), one a subject, in random order (seed), targets of one token or more.
 Modes: `rebase`, one edit of all facts so far, solved from the weights as they were, in place of the one
@@ -34,6 +34,7 @@ import torch
 
 from easyedit_mdm import score_prompts
 from easyedit_mdm.common.files import write_json, write_text
+from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.data.cases import BenchCase, load_cases
 from easyedit_mdm.editing import METHODS, EditRequest, History
 from easyedit_mdm.editing.edit import Edit
@@ -46,6 +47,7 @@ from easyedit_mdm.runs.methods import load_ours
 HERE = Path(__file__).parent
 UNTOUCHED, TEXTS = 400, 40
 TEXT = Path("text") / "enwiki_articles.txt"
+NO_PART = ("mom2_update_weight", "device", "batch_size", "model_parallel", "guard")  # in a value
 Step = Callable[[list[BenchCase]], None]
 
 
@@ -83,7 +85,7 @@ class Measured:
         self.weights = {name: weights[name].detach().clone() for name in names}
 
     def report(self, done: Sequence[BenchCase], batch: int) -> dict[str, Any]:
-        """All figures after a batch."""
+        """All figures after a batch of so many facts."""
         exact = [
             float(score["exact"])
             for score in score_prompts(self.model, [c.prompt for c in done], [c.target_new for c in done])
@@ -114,9 +116,8 @@ def rebase(model: Adapter, method: Any, hparams: Any, folder: Path) -> Step:
     known: list[tuple[EditRequest, Optimised]] = []
     edits: list[Edit] = []
     number = itertools.count()
-    settings = json.dumps(
-        {k: v for k, v in hparams.to_dict().items() if k != "mom2_update_weight"}, default=str
-    )
+    own = {k: v for k, v in shown(hparams.to_dict()).items() if k not in NO_PART}
+    settings = json.dumps({**own, "model": model_fingerprint(model.native)}, default=str)
 
     def step(batch: list[BenchCase]) -> None:
         requests = [EditRequest.of(case.request()) for case in batch]
@@ -185,9 +186,10 @@ def prepared(args: argparse.Namespace, values: Path) -> tuple[Adapter, dict[str,
     return model, settings, step
 
 
-def text_name(dataset: str | None) -> str | None:
-    """The text of the second moments, without this machine's folder."""
-    return dataset if dataset is None or not Path(dataset).is_absolute() else Path(dataset).name
+def shown(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they stand in a file: the text of the second moments without its folder."""
+    dataset = settings.get("mom2_dataset")
+    return {**settings, "mom2_dataset": None if dataset is None else Path(dataset).name}
 
 
 def batches(cases: list[BenchCase], size: int) -> Iterator[list[BenchCase]]:
@@ -208,7 +210,7 @@ def run(args: argparse.Namespace) -> None:
     model, settings, step = prepared(args, values)
     header = {
         "alg": args.alg, "mode": args.mode, "batch": args.batch, "seed": args.seed, "facts": args.facts,
-        "hyperparameters": {**settings, "mom2_dataset": text_name(settings.get("mom2_dataset"))},
+        "hyperparameters": shown(settings),
     }  # fmt: skip
     file = folder / "curve.json"
     if file.exists() and {k: json.loads(file.read_text())[k] for k in header} != json.loads(
@@ -219,13 +221,14 @@ def run(args: argparse.Namespace) -> None:
     measured = Measured(model, alone, held_out(Path(args.data_dir)), names)
     reports: list[dict[str, Any]] = []
     done: list[BenchCase] = []
-    for batch in batches(cases, args.batch):
+    took = 0.0
+    for number, batch in enumerate(batches(cases, args.batch), 1):
         began = time.process_time()
         step(batch)
-        took = time.process_time() - began
+        took += time.process_time() - began
         done += batch
-        if len(done) % (args.batch * args.every) == 0 or len(done) == len(cases):
-            reports.append({**measured.report(done, args.batch), "cpu_seconds": round(took, 1)})
+        if number % args.every == 0 or len(done) == len(cases):
+            reports.append({**measured.report(done, len(batch)), "cpu_seconds": round(took, 1)})
             write_json(file, {**header, "reports": reports})
             print(json.dumps(reports[-1]), flush=True)
 
@@ -256,7 +259,7 @@ def page(curves: dict[str, Any]) -> str:
         for report in curve["reports"]:
             figures = [f"{report[key]:.2f}" for key in ("exact", "first", "latest", "untouched")]
             known = "-" if report["known"] is None else f"{report['known']:.2f} of {report['known_n']}"
-            moved = max(report["norm_ratio"].values())
+            moved = max(report["norm_ratio"].values(), default=0.0)
             figures += [known, f"{report['perplexity_ratio']:.2f}", f"{moved:.2f}"]
             cells = [name, f"{report['facts']:,}", *figures]
             out.append("| " + " | ".join(cells) + " |")

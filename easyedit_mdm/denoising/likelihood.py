@@ -63,7 +63,7 @@ def log_likelihood(
     """
     rows, right, weights, owner = [], [], [], []
     for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
-        slots = Slots(adapter.attention.blocks(len(prompt), len(target)))
+        slots = Slots(adapter.blocks(len(prompt), len(target)))
         how, drawn = method or default_method(adapter, slots), number if draws is None else draws[number]
         revealed, share = _plan(
             adapter, slots, how, samples, torch.Generator().manual_seed(seed * 1_000_003 + drawn)

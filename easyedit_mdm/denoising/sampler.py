@@ -365,7 +365,9 @@ def decode(
     shown = (
         [None] * len(prompts) if given is None else [[token >= 0 for token in row.tolist()] for row in given]
     )
-    plans = [config.plan(n, sight, len(p), known) for p, n, known in zip(prompts, lengths, shown)]
+    plans = [
+        config.plan(n, sight, adapter.before + len(p), known) for p, n, known in zip(prompts, lengths, shown)
+    ]
     state = _lay_out(adapter, prompts, plans)
     if given is not None:
         _reveal(adapter, state, given)
@@ -620,7 +622,7 @@ def generate(
     config = DecodeConfig(None, steps, block_length, order, pace, threshold, heat, top_k=top_k)
     shown = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     prompts = [row[keep].cpu() for row, keep in zip(input_ids, shown)]
-    lengths = [_whole(adapter.attention, len(prompt), max_new_tokens) for prompt in prompts]
+    lengths = [_whole(adapter.attention, adapter.before + len(prompt), max_new_tokens) for prompt in prompts]
     done = decode(adapter, prompts, lengths, config, generator)
     new = torch.stack([t.tokens[:max_new_tokens] for t in done]).to(input_ids.device)
     if eos_token_id is not None:

@@ -31,13 +31,13 @@ _NAMES = {
 
 
 def said(template: str, fact: Mapping[str, str]) -> str:
-    """A template with `{prompt}` and `{target}` filled in."""
-    prompt, target = fact["prompt"].strip(), fact["target_new"].strip()
-    return template.replace("{prompt}", prompt).replace("{target}", target)
+    """A template with `{prompt}` and `{target}` filled in, as they are."""
+    return template.replace("{prompt}", fact["prompt"]).replace("{target}", fact["target_new"])
 
 
 def pool_texts(file: str, fact: str, lead: str) -> list[str]:
-    """All texts of a pool.
+    """All texts of a pool, spaces as they are. A record whose target is empty has none: zsRE has some, and
+    EasyEdit passes over them.
 
     Args:
         file: a JSON list of records with `prompt` and `target_new`, and, if they have them,
@@ -59,6 +59,8 @@ def pool_texts(file: str, fact: str, lead: str) -> list[str]:
     found = []
     for number, record in enumerate(records):
         one = _fields(record) if isinstance(record, dict) else {}
+        if isinstance(record, dict) and "" in (record.get("target_new"), record.get("alt")):
+            continue
         if "prompt" not in one or "target_new" not in one:
             raise HyperParameterError(
                 f"demonstration_pool={file!r}, record {number}: it needs a prompt and a target_new that are"
@@ -80,7 +82,7 @@ def _fields(record: Mapping[str, Any]) -> dict[str, str]:
         value = next((record[key] for key in theirs if record.get(key)), None)
         value = value[0] if isinstance(value, list) and value else value
         if isinstance(value, str) and value.strip():
-            found[name] = value.strip()
+            found[name] = value
     return found
 
 

@@ -88,7 +88,8 @@ class StatisticsHyperParams:
     Attributes:
         mom2_dataset: the text of the second moments: a file, JSON lines, `datasets:NAME:CONFIG:SPLIT`, or
             `twins` (`easyedit_mdm.statistics.text_source`).
-        mom2_adjustment: whether they are used; without them C is the identity.
+        mom2_adjustment: whether they are used; without them C is the identity. None becomes false, but not
+            beside a text, which would then be ignored.
         mom2_n_tokens: tokens of the text that are used; None means 10 times the key's dimension.
         mom2_mask_ratio: 0: plain text; a number or `uniform`: masked text, keys at unmasked positions (masked
             models).
@@ -99,7 +100,7 @@ class StatisticsHyperParams:
     """
 
     mom2_dataset: str | None = None
-    mom2_adjustment: bool = False
+    mom2_adjustment: bool | None = None
     mom2_n_tokens: int | None = None
     mom2_mask_ratio: int | float | str = 0
     mom2_settled: float | None = None
@@ -303,14 +304,7 @@ class MethodHyperParams(LoadingHyperParams, MainHyperParams):
                 raise HyperParameterError(
                     f"{cls.__name__} is {cls.ALG_NAME}'s, but {whose(given['alg_name'])}"
                 )
-            made = cls(**checked(cls, given))
-            unsaid = "mom2_adjustment" not in given  # EasyEdit's files name a text beside `false`
-            if given.get("mom2_dataset") and unsaid and not getattr(made, "mom2_adjustment", True):
-                raise HyperParameterError(
-                    f"mom2_dataset={given['mom2_dataset']!r}, but mom2_adjustment is not given, and without"
-                    " it no second moments are used: say true, or false to leave them out"
-                )
-            return made
+            return cls(**checked(cls, given))
         except (HyperParameterError, UnknownNameError) as error:
             where = values.where(str(error)) if isinstance(values, YamlFile) else source
             raise type(error)(f"{where}: {error}" if where else str(error)) from error
@@ -387,6 +381,12 @@ class ROMEMDMHyperParams(
         )  # fmt: skip
         self.check_numbers(v_num_grad_steps=1, facts_per_batch=1, whole=True)
         self.check_numbers(v_lr=0, v_weight_decay=0, clamp_norm_factor=0, kl_factor=0, mom2_eps=0)
+        if self.mom2_adjustment is None and self.mom2_dataset:  # EasyEdit's files say false beside a text
+            raise HyperParameterError(
+                f"mom2_dataset={self.mom2_dataset!r}, but mom2_adjustment is not given, and without it no"
+                " second moments are used: say true (where the method has any), or false to leave them out"
+            )
+        self.mom2_adjustment = bool(self.mom2_adjustment)
         if self.mom2_adjustment and not self.mom2_dataset:
             raise HyperParameterError(
                 "mom2_adjustment is on, but mom2_dataset names no text file: give one, or turn it off"

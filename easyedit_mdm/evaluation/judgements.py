@@ -40,7 +40,7 @@ class Preference:
     ):
         ids = [torch.tensor(encode(adapter, p.rstrip())) for p in prompts]
         new, true = ([target_ids(adapter, p, text) for p in prompts] for text in (target_new, target_true))
-        blocks = [adapter.attention.blocks(len(p), len(t)) for p, *both in zip(ids, new, true) for t in both]
+        blocks = [adapter.blocks(len(p), len(t)) for p, *both in zip(ids, new, true) for t in both]
         methods = {default_method(adapter, Slots(sizes)) for sizes in blocks}
         self.likelihood = methods.pop() if len(methods) == 1 else "llada"
         self.new, self.true = (

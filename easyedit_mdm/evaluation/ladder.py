@@ -140,7 +140,7 @@ def _teacher_forced(
 
 def any_order(adapter: Adapter, prompt: Int[Tensor, " _"], target: Int[Tensor, " _"]) -> Rung:
     """The share of masked slots whose best token is right, over states as `enumerate` weighs them."""
-    blocks = adapter.attention.blocks(len(prompt), len(target))
+    blocks = adapter.blocks(len(prompt), len(target))
     states = schedule("enumerate", blocks, _MAX_STATES).draw(0, torch.Generator().manual_seed(0))
     right = right_in(adapter, prompt, target, states.revealed)
     shares = (right & states.scored).sum(1) / states.scored.sum(1)
@@ -153,7 +153,7 @@ def given_k(adapter: Adapter, prompt: str, answer: str, seed: int = 0) -> list[b
     target = target_ids(adapter, prompt, answer)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor(encode(adapter, prompt.rstrip()))
-    slots = Slots(adapter.attention.blocks(len(ids), len(target)))
+    slots = Slots(adapter.blocks(len(ids), len(target)))
     states = [random_state(slots, k, generator)[0] for k in range(len(target))]
     given = [torch.where(torch.tensor(shown), target, -1) for shown in states]
     paths = decode(adapter, [ids] * len(given), [len(target)] * len(given), DecodeConfig(), given=given)

@@ -103,7 +103,7 @@ def _score(
     n, canvas = len(target), len(path.tokens)
     written = path.tokens[:n]
     first = path.first_committed()
-    plan = config.plan(canvas, adapter.attention, prompt) if adapter.denoises else None
+    plan = config.plan(canvas, adapter.attention, adapter.before + prompt) if adapter.denoises else None
     steps, block = (plan.steps, plan.block) if plan else (canvas, None)
     settings = replace(config, canvas=canvas, steps=steps, block_length=block).record()
     return {

@@ -145,7 +145,7 @@ def likelihoods(
 def _method(adapter: Adapter, pair: tuple[Tensor, Tensor], scoring: Scoring) -> str:
     if scoring.likelihood != "auto":
         return scoring.likelihood
-    return default_method(adapter, Slots(adapter.attention.blocks(len(pair[0]), len(pair[1]))))
+    return default_method(adapter, Slots(adapter.blocks(len(pair[0]), len(pair[1]))))
 
 
 def _sums(

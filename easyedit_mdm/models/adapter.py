@@ -159,7 +159,13 @@ class Adapter(nn.Module):
         """Sizes of the parts of a target that are predicted one after the other, after a prompt of so many
         tokens; one row of an autoregressive model predicts all slots.
         """
-        return self.attention.blocks(prompt, slots) if self.denoises else (slots,)
+        return self.attention.blocks(self.before + prompt, slots) if self.denoises else (slots,)
+
+    @property
+    def before(self) -> int:
+        """How many tokens an in-context edit puts before every row; blocks may be counted from the first."""
+        context = context_of(self.native)
+        return 0 if context is None else len(context)
 
     @property
     def stack(self) -> Stack:

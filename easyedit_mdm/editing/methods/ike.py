@@ -10,7 +10,7 @@ the edit costs is `context_tokens` in its card: so many tokens more in every row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -119,7 +119,7 @@ def ike(adapter: Adapter, requests: Sequence[EditRequest], hparams: IKEMDMHyperP
         target = target_ids(adapter, request.prompt, request.target_new)
         prompt = locate(adapter, request)
         facts.append(Fact([prompt], target, prompt))
-        text = said(hparams.fact, {"prompt": request.prompt, "target_new": request.target_new})
+        text = said(hparams.fact, _stripped(_fact(request)))
         parts.append(Context("", {"demonstrations": before, "fact": _ids(adapter, text), "lead": lead}))
     tokens = len(before) + len(lead) + sum(len(part.tensors["fact"]) for part in parts)
     outcomes = [Outcome() for _ in requests]
@@ -131,11 +131,8 @@ def _demonstrations(
 ) -> list[str]:
     """What is shown before the new facts. Of several facts, each text counts by the fact nearest to it."""
     if hparams.demonstration_pool is None:
-        return [said(hparams.demonstration, one) for one in hparams.demonstrations]
-    queries = [
-        f"{said(hparams.fact, {'prompt': r.prompt, 'target_new': r.target_new})}{hparams.lead}{r.prompt}\n\n"
-        for r in requests
-    ]
+        return [said(hparams.demonstration, _stripped(one)) for one in hparams.demonstrations]
+    queries = [f"{said(hparams.fact, _fact(r))}{hparams.lead}{r.prompt}\n\n" for r in requests]
     return nearest(
         queries,
         hparams.demonstration_pool,
@@ -145,6 +142,14 @@ def _demonstrations(
         hparams.lead,
         str(adapter.device),
     )
+
+
+def _fact(request: EditRequest) -> dict[str, str]:
+    return {"prompt": request.prompt, "target_new": request.target_new}
+
+
+def _stripped(fact: Mapping[str, str]) -> dict[str, str]:
+    return {key: fact[key].strip() for key in ("prompt", "target_new")}
 
 
 def _ids(adapter: Adapter, text: str) -> Int[Tensor, " tokens"]:
