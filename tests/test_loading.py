@@ -114,7 +114,8 @@ def test_layers_on_the_disk(tmp_path, tokenizer, method):
     fact = {"prompt": "Tamos Latre was born in", "subject": "Tamos Latre", "target_new": "Zopago Zemo"}
     settings = {
         "alg_name": method, "model_name": "tiny", "layers": [0], "context_templates": ["{}", "Now. {}"],
-        "v_num_grad_steps": 4, "mom2_dataset": "twins", "mom2_n_tokens": 200, "mom2_eps": 1e-2,
+        "v_num_grad_steps": 4, "mom2_adjustment": True,
+        "mom2_dataset": "twins", "mom2_n_tokens": 200, "mom2_eps": 1e-2,
         "stats_dir": str(tmp_path / "mom2"),
     }  # fmt: skip
     hparams = METHODS[method].hparams(**settings)
@@ -159,7 +160,8 @@ def test_an_edited_layer_that_is_offloaded(tmp_path, tokenizer, method, way):
     ]
     settings = {
         "alg_name": method, "model_name": "tiny", "layers": layers, "context_templates": ["{}", "Now. {}"],
-        "v_num_grad_steps": 4, "mom2_dataset": "twins", "mom2_n_tokens": 200, "mom2_eps": 1e-2,
+        "v_num_grad_steps": 4, "mom2_adjustment": True,
+        "mom2_dataset": "twins", "mom2_n_tokens": 200, "mom2_eps": 1e-2,
         "stats_dir": str(tmp_path / "mom2"),
     }  # fmt: skip
     hparams, ids = METHODS[method].hparams(**settings), torch.arange(2, 12)[None]
