@@ -9,10 +9,11 @@ Modes: `rebase`, one edit of all facts so far, solved from the weights as they w
 before; and `sequential`, each batch edited in the model that the earlier ones left, in which EasyEdit's own
 methods run, too.
 
-After every batch: the share of all facts so far that are written whole (N steps; greedy on an autoregressive
-model), of the first and the latest batch; tokens that stay after prompts of facts that are never edited, and
-of these facts the share, among those that the unedited model writes right, that it still writes right;
-perplexity of held-out text over that of the unedited model; ||dW|| / ||W||.
+After every batch (`--every`): the share of all facts so far that are written whole (N steps; greedy on an
+autoregressive model), of the first and the latest batch, and after paraphrases; tokens that stay after
+prompts of facts that are never edited, and of these facts the share, among those that the unedited model
+writes right, that it still writes right; perplexity of held-out text over that of the unedited model;
+||dW|| / ||W||. At the end one fact can be taken back (`--undo`).
 
 `rebase` keeps the values of each batch in the folder, so it goes on where it was stopped. `sequential` begins
 anew. A `mom2_dataset` of enwiki_articles.txt is the one in DATA_DIR/text.
@@ -23,14 +24,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import yaml
 
 from easyedit_mdm import score_prompts
 from easyedit_mdm.common.files import write_json, write_text
@@ -38,30 +42,46 @@ from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.data.cases import BenchCase, load_cases
 from easyedit_mdm.editing import METHODS, EditRequest, History
 from easyedit_mdm.editing.edit import Edit
+from easyedit_mdm.editing.facts import tokenise
+from easyedit_mdm.editing.solve.batch import outputs
 from easyedit_mdm.editing.solve.value import Optimised
 from easyedit_mdm.evaluation import perplexity
+from easyedit_mdm.evaluation.multi_step import teacher_forced
 from easyedit_mdm.host.methods import easyedits_method
 from easyedit_mdm.models import Adapter
+from easyedit_mdm.models.prompts import encode, target_ids
 from easyedit_mdm.runs.methods import load_ours
+from easyedit_mdm.smollm2 import smollm2_folder
 
 HERE = Path(__file__).parent
-UNTOUCHED, TEXTS = 400, 40
+UNTOUCHED, TEXTS, PARAPHRASED = 400, 40, 200
 TEXT = Path("text") / "enwiki_articles.txt"
-NO_PART = ("mom2_update_weight", "device", "batch_size", "model_parallel", "guard")  # in a value
-Step = Callable[[list[BenchCase]], None]
+NO_PART = (  # what the value of one fact does not depend on
+    "alg_name", "device", "batch_size", "model_parallel", "guard", "keep_edits", "L2", "emmet_lambda",
+    "mom2_update_weight", "mom2_dataset", "mom2_n_tokens", "mom2_eps", "nullspace_threshold",
+    "nullspace_scale",
+)  # fmt: skip
+ATTACHED = {name: name in ("GRACE_MDM", "IKE_MDM") for name in METHODS}  # each fact adds its own part
 
 
-def drawn(data_dir: Path, facts: int, seed: int) -> tuple[list[BenchCase], list[BenchCase]]:
+def drawn(
+    data_dir: Path, facts: int, seed: int, alone: int = UNTOUCHED
+) -> tuple[list[BenchCase], list[BenchCase]]:
     """The facts that are edited, and those that are left alone; no subject comes twice."""
+    chosen = pool(data_dir, seed)
+    if len(chosen) < facts + alone:
+        raise SystemExit(f"--facts {facts}: the file has {len(chosen)} subjects, {alone} are left alone")
+    return chosen[:facts], chosen[facts : facts + alone]
+
+
+def pool(data_dir: Path, seed: int) -> list[BenchCase]:
+    """All facts in random order, the first of each subject."""
     cases = load_cases("counterfact", data_file=data_dir / "counterfact" / "counterfact-edit.json").cases
     random.Random(seed).shuffle(cases)
     found: dict[str, BenchCase] = {}
     for case in cases:
         found.setdefault(case.subject, case)
-    if len(found) < facts + UNTOUCHED:
-        raise SystemExit(f"--facts {facts}: the file has {len(found)} subjects, {UNTOUCHED} are left alone")
-    chosen = list(found.values())
-    return chosen[:facts], chosen[facts : facts + UNTOUCHED]
+    return list(found.values())
 
 
 def held_out(data_dir: Path) -> list[str]:
@@ -84,12 +104,17 @@ class Measured:
         weights = dict(model.native.named_parameters())
         self.weights = {name: weights[name].detach().clone() for name in names}
 
+    def written(self, cases: Sequence[BenchCase], paraphrased: bool = False) -> list[float]:
+        """For each fact 1.0 if its whole target is written, else 0.0; after its first paraphrase, if so
+        asked, of those that have one.
+        """
+        asked = [case for case in cases if case.rephrase_prompts or not paraphrased]
+        prompts = [case.rephrase_prompts[0] if paraphrased else case.prompt for case in asked]
+        return written(self.model, prompts, [case.target_new for case in asked])
+
     def report(self, done: Sequence[BenchCase], batch: int) -> dict[str, Any]:
         """All figures after a batch of so many facts."""
-        exact = [
-            float(score["exact"])
-            for score in score_prompts(self.model, [c.prompt for c in done], [c.target_new for c in done])
-        ]
+        exact, paraphrase = self.written(done), self.written(done[:PARAPHRASED], paraphrased=True)
         after = score_prompts(self.model, self.prompts, self.answers)
         stay = [
             sum(a == b for a, b in zip(x["tokens"], y["tokens"])) / x["n_tokens"]
@@ -100,64 +125,164 @@ class Measured:
         moved = {n: float((now[n].detach() - w).norm() / w.norm()) for n, w in self.weights.items()}
         return {
             "facts": len(done),
-            "exact": sum(exact) / len(exact),
-            "first": sum(exact[:batch]) / len(exact[:batch]),
-            "latest": sum(exact[-batch:]) / len(exact[-batch:]),
-            "untouched": sum(stay) / len(stay),
-            "known": sum(known) / len(known) if known else None,
+            "exact": mean(exact),
+            "exact_interval": interval(exact),
+            "first": mean(exact[:batch]),
+            "latest": mean(exact[-batch:]),
+            "paraphrase": mean(paraphrase),
+            "untouched": mean(stay),
+            "untouched_interval": interval(stay),
+            "known": mean(known) if known else None,
             "known_n": len(known),
             "perplexity_ratio": perplexity(self.model, self.texts)["value"] / self.perplexity,
             "norm_ratio": moved,
         }
 
 
-def rebase(model: Adapter, method: Any, hparams: Any, folder: Path) -> Step:
-    """One edit of all facts so far; the values of every batch are kept in the folder, whatever the lambda."""
-    known: list[tuple[EditRequest, Optimised]] = []
-    edits: list[Edit] = []
-    number = itertools.count()
-    own = {k: v for k, v in shown(hparams.to_dict()).items() if k not in NO_PART}
-    settings = json.dumps({**own, "model": model_fingerprint(model.native)}, default=str)
+def written(model: Adapter, prompts: Sequence[str], targets: Sequence[str]) -> list[float]:
+    """1.0 for each target that is written whole, else 0.0.
 
-    def step(batch: list[BenchCase]) -> None:
+    An autoregressive model writes a target greedily just where each token is its best one after the right
+    ones: one pass for all tokens.
+    """
+    if model.denoises:
+        return [float(score["exact"]) for score in score_prompts(model, prompts, targets)]
+    ids = [torch.tensor(encode(model, prompt.rstrip())) for prompt in prompts]
+    wanted = [target_ids(model, p, t) for p, t in zip(prompts, targets, strict=True)]
+    return [float(right.all()) for right in teacher_forced(model, ids, wanted)]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of at least one."""
+    return sum(values) / len(values)
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """95 %, percentile bootstrap over facts, seed 0."""
+    draws = np.random.default_rng(0).choice(np.array(values), (2000, len(values)))
+    return [float(x) for x in np.percentile(draws.mean(axis=1), (2.5, 97.5))]
+
+
+class Rebase:
+    """One edit of all facts so far; the values of every batch are kept in the folder, whatever the lambda.
+
+    With `rounds`, facts that the edit does not write are optimised again in the edited model, and all are
+    solved again; these later values are not kept.
+    """
+
+    def __init__(self, model: Adapter, method: Any, hparams: Any, folder: Path, rounds: int):
+        self.model, self.method, self.hparams, self.folder = model, method, hparams, folder
+        self.rounds = rounds
+        self.known: list[tuple[EditRequest, Optimised]] = []
+        self.edit: Edit | None = None
+        own = {k: v for k, v in shown(hparams.to_dict()).items() if k not in NO_PART}
+        own["layers"] = hparams.layers[-1:]  # values are made at the last
+        self.settings = json.dumps({**own, "model": model_fingerprint(model.native)}, default=str)
+        self.number = itertools.count()
+
+    def __call__(self, batch: list[BenchCase]) -> None:
+        """Edit one batch more."""
         requests = [EditRequest.of(case.request()) for case in batch]
-        belongs = {"settings": settings, "facts": [[r.prompt, r.target_new] for r in requests]}
-        if edits:
-            edits.pop().undo(model)
-        file = folder / f"values-{next(number):03}.pt"
+        self._put(None)
+        self.known.extend(zip(requests, self._values(requests), strict=True))
+        self._solve()
+        for _ in range(self.rounds):
+            self._again()
+
+    def without(self, number: int) -> None:
+        """Take one fact back: the others are solved again."""
+        del self.known[number]
+        self._solve()
+
+    def _values(self, requests: list[EditRequest]) -> list[Optimised]:
+        belongs = {"settings": self.settings, "facts": [[r.prompt, r.target_new] for r in requests]}
+        file = self.folder / f"values-{next(self.number):03}.pt"
         if not file.exists():
-            values = method.values(model, requests, hparams)
+            values = self.method.values(self.model, requests, self.hparams)
             torch.save({**belongs, "values": [vars(value) for value in values]}, file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
         kept = torch.load(file, weights_only=True)
         if any(kept[key] != belongs[key] for key in belongs):
             raise SystemExit(f"{file} holds the values of other facts or settings: give another folder")
-        known.extend(zip(requests, (Optimised(**value) for value in kept["values"]), strict=True))
-        facts, values = [fact for fact, _ in known], [value for _, value in known]
-        edits.append(method.edit(model, facts, hparams, values=values))
-        edits[0].apply(model)
+        return [Optimised(**value) for value in kept["values"]]
 
-    return step
+    def _again(self) -> None:
+        """The facts that are not written get what is still missing of their values, as the model is now."""
+        facts = [fact for fact, _ in self.known]
+        there = written(self.model, [f.prompt for f in facts], [f.target_new for f in facts])
+        missed = [i for i, exact in enumerate(there) if not exact]
+        if not missed:
+            return
+        asked = [facts[i] for i in missed]
+        reached = self._reached(asked)
+        more = self.method.values(self.model, asked, self.hparams)
+        self._put(None)
+        moved = reached - self._reached(asked)
+        for i, value, by in zip(missed, more, moved, strict=True):
+            self.known[i] = (facts[i], replace(value, delta=value.delta + by.to(value.delta)))
+        self._solve()
+
+    def _reached(self, requests: list[EditRequest]) -> torch.Tensor:
+        """What the last edited layer gives at the facts' subjects."""
+        facts = [tokenise(self.model, request, self.hparams) for request in requests]
+        site = self.model.site(self.hparams.layers[-1], self.hparams.rewrite_module_tmp)
+        return outputs(self.model, site, facts, self.hparams)
+
+    def _solve(self) -> None:
+        self._put(None)
+        facts, values = [fact for fact, _ in self.known], [value for _, value in self.known]
+        self._put(self.method.edit(self.model, facts, self.hparams, values=values))
+
+    def _put(self, edit: Edit | None) -> None:
+        if self.edit is not None:
+            self.edit.undo(self.model)
+        if edit is not None:
+            edit.apply(self.model)
+        self.edit = edit
 
 
-def sequential(model: Adapter, method: Any, hparams: Any) -> Step:
+class InSequence:
     """Each batch in the model that the earlier ones left."""
-    history = History()
 
-    def step(batch: list[BenchCase]) -> None:
-        made = method.edit(model, [EditRequest.of(case.request()) for case in batch], hparams, history)
-        made.apply(model)
-        history.claim(made)
+    def __init__(self, model: Adapter, method: Any, hparams: Any):
+        self.model, self.method, self.hparams = model, method, hparams
+        self.history = History()
+        self.edits: list[tuple[list[EditRequest], Edit]] = []
 
-    return step
+    def __call__(self, batch: list[BenchCase]) -> None:
+        """Edit one batch more."""
+        self._make([EditRequest.of(case.request()) for case in batch])
+
+    def _make(self, requests: list[EditRequest]) -> None:
+        made = self.method.edit(self.model, requests, self.hparams, self.history)
+        made.apply(self.model)
+        self.history.claim(made)
+        self.edits.append((requests, made))
+
+    def without(self, number: int) -> None:
+        """Take one fact back, of a method that adds something of its own for each fact: the edit of its batch
+        goes, and one without it comes.
+        """
+        for place, (requests, edit) in enumerate(self.edits):
+            if number < len(requests):
+                edit.undo(self.model)
+                del self.edits[place]
+                self._make(requests[:number] + requests[number + 1 :])
+                return
+            number -= len(requests)
 
 
-def prepared(args: argparse.Namespace, values: Path) -> tuple[Adapter, dict[str, Any], Step]:
+def prepared(args: argparse.Namespace, values: Path) -> tuple[Adapter, dict[str, Any], Any]:
     """The model, the settings, and what edits a batch."""
     if args.alg in METHODS:
         method, (model, hparams) = METHODS[args.alg], load_ours(args.alg, args.hparams, args.device)
         if getattr(hparams, "mom2_dataset", None) == TEXT.name:
-            hparams = replace(hparams, mom2_dataset=str(Path(args.data_dir) / TEXT))
+            text = Path(args.data_dir) / TEXT
+            if args.protect:
+                text = protected(args, values)
+            hparams = replace(hparams, mom2_dataset=str(text))
+        elif args.protect:
+            raise SystemExit(f"--protect: {args.hparams} takes no second moments of {TEXT.name}")
         if args.weight is not None:
             hparams = replace(hparams, mom2_update_weight=args.weight)
         if args.mode == "rebase" and not (method.batchable and method.values):
@@ -166,17 +291,23 @@ def prepared(args: argparse.Namespace, values: Path) -> tuple[Adapter, dict[str,
             raise SystemExit(
                 "--mode rebase: values optimised through the weights belong to one lambda and batch"
             )
-        if args.mode != "rebase" and args.values:
+        if args.mode != "rebase" and (args.values or args.rounds):
             raise SystemExit(
-                "--values is for --mode rebase: in a sequence values belong to the model as it is"
+                "--values and --rounds are for --mode rebase: in a sequence values belong to the model as it"
+                " is"
             )
-        step = rebase(model, method, hparams, values) if args.mode == "rebase" else None
-        return model, hparams.to_dict(), step or sequential(model, method, hparams)
-    if args.mode == "rebase" or args.weight is not None or args.values:
+        if args.undo is not None and args.mode != "rebase" and not ATTACHED[args.alg]:
+            raise SystemExit(f"--undo: {args.alg} in a sequence writes all facts of a batch by one update")
+        rebase = args.mode == "rebase"
+        step = Rebase(model, method, hparams, values, args.rounds) if rebase else None
+        return model, hparams.to_dict(), step or InSequence(model, method, hparams)
+    given = [args.weight, args.values, args.protect, args.rounds, args.undo]
+    if args.mode == "rebase" or any(value not in (None, 0) for value in given):
         raise SystemExit(
-            f"--mode rebase, --weight and --values are for our methods, {args.alg} is EasyEdit's"
+            "--mode rebase, --weight, --values, --protect, --rounds and --undo are for our methods,"
+            f" {args.alg} is EasyEdit's"
         )
-    model, settings, apply = easyedits_method(args.alg, args.hparams)
+    model, settings, apply = easyedits_method(args.alg, theirs(args))
 
     def step(batch: list[BenchCase]) -> None:
         apply([
@@ -186,10 +317,56 @@ def prepared(args: argparse.Namespace, values: Path) -> tuple[Adapter, dict[str,
     return model, settings, step
 
 
+def theirs(args: argparse.Namespace) -> str:
+    """EasyEdit's file with the model's folder in it, under a name that tells EasyEdit what kind it is.
+
+    AlphaEdit and UltraEdit look for `llama` in the name. AlphaEdit writes its projection into the folder that
+    it is called in, and that one is made the run's.
+    """
+    folder, given = Path(args.out[0]).absolute(), yaml.safe_load(Path(args.hparams).read_text())
+    model = folder / "llama"
+    if not model.exists():
+        model.symlink_to(smollm2_folder(given["model_name"]), target_is_directory=True)
+    given["model_name"] = str(model)
+    if "tokenizer_name" in given:
+        given["tokenizer_name"] = str(model)
+    if given.get("mom2_dataset") == TEXT.name:
+        given["mom2_dataset"] = str((Path(args.data_dir) / TEXT).absolute())
+    file = folder / "settings.yaml"
+    write_text(file, yaml.safe_dump(given, sort_keys=False))
+    os.chdir(folder)
+    return str(file)
+
+
+def protected(args: argparse.Namespace, folder: Path) -> Path:
+    """A text for the second moments: prompts of so many facts that are neither edited nor measured, each
+    with the answer that it has, and as many words of the encyclopedia, in turn.
+    """
+    edited, alone = drawn(Path(args.data_dir), args.facts, args.seed, args.untouched)
+    taken = {case.subject for case in edited + alone}
+    others = [case for case in pool(Path(args.data_dir), args.seed) if case.subject not in taken]
+    if len(others) < args.protect:
+        raise SystemExit(f"--protect {args.protect}: the file has {len(others)} other subjects")
+    lines = [f"{case.prompt} {case.ground_truth}" for case in others[: args.protect]]
+    articles = (line for line in (Path(args.data_dir) / TEXT).read_text(encoding="utf-8").splitlines())
+    parts, ahead = [], 0
+    for line in lines:
+        parts.append(line)
+        ahead += len(line.split())
+        while ahead > 0 and (more := next(articles, None)) is not None:
+            parts.append(more)
+            ahead -= len(more.split())
+    file = folder / f"protect-{args.protect}.txt"
+    write_text(file, "\n".join(parts) + "\n")
+    return file
+
+
 def shown(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as they stand in a file: the text of the second moments without its folder."""
     dataset = settings.get("mom2_dataset")
-    return {**settings, "mom2_dataset": None if dataset is None else Path(dataset).name}
+    names = ("model_name", "tokenizer_name")
+    plain = {name: Path(str(settings[name])).name for name in names if name in settings}
+    return {**settings, **plain, "mom2_dataset": None if dataset is None else Path(dataset).name}
 
 
 def batches(cases: list[BenchCase], size: int) -> Iterator[list[BenchCase]]:
@@ -202,22 +379,28 @@ def run(args: argparse.Namespace) -> None:
     """Edit, measure, write, batch after batch."""
     if not args.data_dir:
         raise SystemExit("run needs --data-dir: the folder that holds counterfact/ and text/")
-    folder = Path(args.out[0])
+    folder = Path(args.out[0]).absolute()
+    args.data_dir = str(Path(args.data_dir).absolute())
     folder.mkdir(parents=True, exist_ok=True)
     values = Path(args.values or folder)
     values.mkdir(parents=True, exist_ok=True)
-    cases, alone = drawn(Path(args.data_dir), args.facts, args.seed)
+    cases, alone = drawn(Path(args.data_dir), args.facts, args.seed, args.untouched)
+    cases = cases[: args.first]
+    if args.undo is not None and not 0 <= args.undo < len(cases):
+        raise SystemExit(f"--undo {args.undo}: there are facts 0 to {len(cases) - 1}")
     model, settings, step = prepared(args, values)
     header = {
         "alg": args.alg, "mode": args.mode, "batch": args.batch, "seed": args.seed, "facts": args.facts,
+        "untouched": args.untouched, "protect": args.protect, "rounds": args.rounds,
         "hyperparameters": shown(settings),
     }  # fmt: skip
     file = folder / "curve.json"
-    if file.exists() and {k: json.loads(file.read_text())[k] for k in header} != json.loads(
+    if file.exists() and {k: json.loads(file.read_text()).get(k) for k in header} != json.loads(
         json.dumps(header)
     ):
         raise SystemExit(f"{file} is of other settings: give another folder as --out")
-    names = [model.site(layer).weight for layer in settings["layers"]]
+    names = settings.get("inner_params") or [model.site(layer).weight for layer in settings["layers"]]
+    names = [name if name.endswith(".weight") else f"{name}.weight" for name in names]
     measured = Measured(model, alone, held_out(Path(args.data_dir)), names)
     reports: list[dict[str, Any]] = []
     done: list[BenchCase] = []
@@ -231,6 +414,29 @@ def run(args: argparse.Namespace) -> None:
             reports.append({**measured.report(done, len(batch)), "cpu_seconds": round(took, 1)})
             write_json(file, {**header, "reports": reports})
             print(json.dumps(reports[-1]), flush=True)
+    if args.undo is not None:
+        undone = taken_back(measured, done, step, args.undo)
+        write_json(file, {**header, "reports": reports, "undone": undone})
+        print(json.dumps(undone), flush=True)
+
+
+def taken_back(measured: Measured, done: list[BenchCase], step: Any, number: int) -> dict[str, Any]:
+    """One fact of all is taken back: what becomes of it and of the others."""
+    before = measured.written(done)
+    step.without(number)
+    after = measured.written(done)
+    others = [i for i in range(len(done)) if i != number]
+    answer = score_prompts(measured.model, [done[number].prompt], [done[number].ground_truth])[0]
+    return {
+        "fact": number,
+        "written_before": before[number],
+        "written_after": after[number],
+        "old_answer_after": float(answer["exact"]),
+        "others_before": sum(before[i] for i in others),
+        "others_after": sum(after[i] for i in others),
+        "others_changed": sum(before[i] != after[i] for i in others),
+        "others": len(others),
+    }
 
 
 def tables(args: argparse.Namespace) -> None:
@@ -253,16 +459,36 @@ def tables(args: argparse.Namespace) -> None:
 
 def page(curves: dict[str, Any]) -> str:
     """A row for each run and number of facts."""
-    names = ("run", "facts", "exact", "first batch", "latest batch", "untouched", "known", "perplexity")
-    out = ["| " + " | ".join([*names, "norm of dW / W, largest"]) + " |", "| --- |" + " --- |" * len(names)]
+    names = (
+        "run", "facts", "exact", "first batch", "latest batch", "paraphrase", "untouched", "known",
+        "perplexity", "norm of dW / W, largest",
+    )  # fmt: skip
+    out = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     for name, curve in curves.items():
         for report in curve["reports"]:
-            figures = [f"{report[key]:.2f}" for key in ("exact", "first", "latest", "untouched")]
+            low, high = report["exact_interval"]
             known = "-" if report["known"] is None else f"{report['known']:.2f} of {report['known_n']}"
-            moved = max(report["norm_ratio"].values(), default=0.0)
-            figures += [known, f"{report['perplexity_ratio']:.2f}", f"{moved:.2f}"]
-            cells = [name, f"{report['facts']:,}", *figures]
+            cells = [
+                name, f"{report['facts']:,}", f"{report['exact']:.2f} [{low:.2f}, {high:.2f}]",
+                *(f"{report[key]:.2f}" for key in ("first", "latest", "paraphrase", "untouched")), known,
+                f"{report['perplexity_ratio']:.2f}", f"{max(report['norm_ratio'].values(), default=0.0):.2f}",
+            ]  # fmt: skip
             out.append("| " + " | ".join(cells) + " |")
+    undone = {name: curve["undone"] for name, curve in curves.items() if "undone" in curve}
+    if undone:
+        out += [
+            "",
+            "| one fact taken back | which | written, before and after | others written, before and after |"
+            " others changed |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+    for name, one in undone.items():
+        whole, others = (
+            [f"{one[f'{what}_{when}']:,.0f}" for when in ("before", "after")]
+            for what in ("written", "others")
+        )
+        cells = [name, str(one["fact"] + 1), ", ".join(whole), ", ".join(others)]
+        out.append("| " + " | ".join([*cells, f"{one['others_changed']} of {one['others']}"]) + " |")
     return "\n".join(out) + "\n"
 
 
@@ -278,9 +504,18 @@ def main() -> None:
     parser.add_argument("--mode", choices=("rebase", "sequential"), default="rebase")
     parser.add_argument("--facts", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--untouched", type=int, default=UNTOUCHED, help="facts that are left alone")
     parser.add_argument("--every", type=int, default=1, help="batches between two reports")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weight", type=float, help="mom2_update_weight (lambda), if not the file's")
+    parser.add_argument("--first", type=int, help="edit these of the facts alone; what is measured stays")
+    parser.add_argument(
+        "--protect", type=int, default=0, help="second moments also of prompts of so many other facts"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=0, help="rebase: optimise what is not written again, so often"
+    )
+    parser.add_argument("--undo", type=int, help="at the end take this fact back, counted from 0")
     parser.add_argument("--values", help="rebase: the folder with the values, if not the run's own")
     parser.add_argument("--device")
     parser.add_argument(

@@ -37,7 +37,9 @@ def easyedits_method(
     """
     joined = register(home)
     table = host_module("util.alg_dict").ALG_DICT
-    cls = getattr(host_module("models"), f"{alg_name.replace('-', '_')}HyperParams", None)
+    # EasyEdit's ULTRAEDIT has UltraEditHyperParams
+    classes = {name.lower(): cls for name, cls in vars(host_module("models")).items()}
+    cls = classes.get(f"{alg_name.replace('-', '_')}HyperParams".lower())
     if alg_name not in table or cls is None:
         raise HyperParameterError(
             f"method {alg_name!r} is known neither here ({', '.join(METHODS)}) nor to EasyEdit at"

@@ -213,23 +213,21 @@ def radii(parts: Sequence[Attached]) -> Float[Tensor, " keys"]:
     facts have different targets, both reach half the distance between them. (Where the targets are the same
     EasyEdit widens the old key and adds none; here the new key stands beside it, with its own value.)
     """
-    keys: list[Tensor] = []
-    owners: list[int] = []
+    keys = torch.cat([part.tensors["keys"] for part in parts]).double()
+    owners = [number for number, part in enumerate(parts) for _ in part.tensors["keys"]]
     reaches: list[float] = []
     for number, part in enumerate(parts):
         target, radius = part.tensors["target"], float(part.settings["radius"])
+        earlier = len(reaches)  # keys of other facts
         for key in part.tensors["keys"].double():
-            others = [i for i, owner in enumerate(owners) if owner != number]
             reach = radius
-            if others:
-                distances = torch.stack([keys[i] for i in others]).sub(key).norm(dim=1)
-                nearest = others[int(distances.argmin())]
-                distance = float(distances.min())
+            if earlier:
+                distances = (keys[:earlier] - key).norm(dim=1)
+                nearest = int(distances.argmin())
+                distance = float(distances[nearest])
                 same = torch.equal(parts[owners[nearest]].tensors["target"], target)
                 if distance <= radius + reaches[nearest] and not same:
                     reaches[nearest], reach = distance / 2 - 1e-5, distance / 2
-            keys.append(key)
-            owners.append(number)
             reaches.append(reach)
     return torch.tensor(reaches)
 
