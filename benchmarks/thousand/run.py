@@ -466,12 +466,15 @@ def page(curves: dict[str, Any]) -> str:
     out = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     for name, curve in curves.items():
         for report in curve["reports"]:
-            low, high = report["exact_interval"]
             known = "-" if report["known"] is None else f"{report['known']:.2f} of {report['known_n']}"
+            within = report.get("exact_interval")  # the first runs had neither interval nor paraphrases
             cells = [
-                name, f"{report['facts']:,}", f"{report['exact']:.2f} [{low:.2f}, {high:.2f}]",
-                *(f"{report[key]:.2f}" for key in ("first", "latest", "paraphrase", "untouched")), known,
-                f"{report['perplexity_ratio']:.2f}", f"{max(report['norm_ratio'].values(), default=0.0):.2f}",
+                name, f"{report['facts']:,}",
+                f"{report['exact']:.2f}" + (f" [{within[0]:.2f}, {within[1]:.2f}]" if within else ""),
+                *(f"{report[key]:.2f}" if key in report else "-"
+                  for key in ("first", "latest", "paraphrase", "untouched")),
+                known, f"{report['perplexity_ratio']:.2f}",
+                f"{max(report['norm_ratio'].values(), default=0.0):.2f}",
             ]  # fmt: skip
             out.append("| " + " | ".join(cells) + " |")
     undone = {name: curve["undone"] for name, curve in curves.items() if "undone" in curve}

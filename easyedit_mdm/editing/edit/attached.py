@@ -24,6 +24,7 @@ from easyedit_mdm.models.native import PutBefore
 # (input of the module, its output) -> its output
 Answer = Callable[[Tensor, Tensor], Tensor]
 _HANDLES = "_easyedit_mdm_hooks"
+_KEYS = 256  # whose distances are taken at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,14 +217,16 @@ def radii(parts: Sequence[Attached]) -> Float[Tensor, " keys"]:
     keys = torch.cat([part.tensors["keys"] for part in parts]).double()
     owners = [number for number, part in enumerate(parts) for _ in part.tensors["keys"]]
     reaches: list[float] = []
-    for number, part in enumerate(parts):
-        target, radius = part.tensors["target"], float(part.settings["radius"])
-        earlier = len(reaches)  # keys of other facts
-        for key in part.tensors["keys"].double():
+    for begin in range(0, len(keys), _KEYS):  # some at a time: memory grows with the keys, not their square
+        apart = torch.cdist(
+            keys[begin : begin + _KEYS], keys[: begin + _KEYS], compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        for distances, owner in zip(apart, owners[begin : begin + _KEYS]):
+            target, radius = parts[owner].tensors["target"], float(parts[owner].settings["radius"])
+            earlier = owners.index(owner)  # keys of other facts
             reach = radius
             if earlier:
-                distances = (keys[:earlier] - key).norm(dim=1)
-                nearest = int(distances.argmin())
+                nearest = int(distances[:earlier].argmin())
                 distance = float(distances[nearest])
                 same = torch.equal(parts[owners[nearest]].tensors["target"], target)
                 if distance <= radius + reaches[nearest] and not same:

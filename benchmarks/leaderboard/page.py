@@ -1,0 +1,97 @@
+"""README's table from the published board.
+
+easyedit-mdm leaderboard --suite small --data-dir DATA_DIR --out board
+python benchmarks/leaderboard/page.py --board board    # copies the board here, and remakes the table
+python benchmarks/leaderboard/page.py                  # remakes the table from what is here
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from easyedit_mdm.common.files import write_text
+
+HERE = Path(__file__).parent
+FILES = ("leaderboard.json", "leaderboard.md", "leaderboard.csv", "leaderboard.svg", "suite.yaml")
+HEADS = ("method", "one fact", "interval", "one step", "16 at once", "20 in a row", "CounterFact", "s")
+COLUMNS = (("twins", "single"), ("twins", "batch"), ("twins", "sequence"), ("counterfact", "single"))
+
+
+def cell(entries: list[dict[str, Any]]) -> str:
+    """Success and what is kept of one run, as `0.95 / 0.98`."""
+    if not entries:
+        return "–"
+    measures = entries[0]["measures"]
+    means = [measures[name]["mean"] if name in measures else None for name in ("success", "locality_kept")]
+    return " / ".join("–" if mean is None else f"{mean:.2f}" for mean in means)
+
+
+def mean_interval(entries: list[dict[str, Any]]) -> str:
+    """The 95 % interval of success."""
+    if not entries or entries[0]["measures"].get("success", {}).get("mean") is None:
+        return "–"
+    success = entries[0]["measures"]["success"]
+    return f"[{success['low']:.2f}, {success['high']:.2f}]"
+
+
+def seconds(entries: list[dict[str, Any]]) -> str:
+    """Median seconds of an edit."""
+    median = entries[0]["cost"].get("edit_seconds", {}).get("median") if entries else None
+    return "–" if median is None else f"{median:.1f}"
+
+
+def page(board: dict[str, Any]) -> str:
+    """A table for each model: success / locality of every method."""
+    entries = board["entries"]
+    out = []
+    for model in dict.fromkeys(entry["model"] for entry in entries):
+        heads = [
+            "method",
+            "one fact",
+            "interval",
+            "one step",
+            "16 at once",
+            "20 in a row",
+            "CounterFact",
+            "s",
+        ]
+        out += [f"**`{model}`**", "", "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+        for method in dict.fromkeys(entry["method"] for entry in entries):
+            runs = {
+                place: [e for e in entries if (e["model"], e["method"]) == (model, method)
+                        and (e["dataset"], e["mode"]) == place]
+                for place in COLUMNS
+            }  # fmt: skip
+            single = runs[COLUMNS[0]]
+            once = single[0]["measures"].get("success_one_step", {}).get("mean") if single else None
+            cells = [
+                method, cell(single), mean_interval(single), "–" if once is None else f"{once:.2f}",
+                *(cell(runs[place]) for place in COLUMNS[1:]), seconds(single),
+            ]  # fmt: skip
+            out.append("| " + " | ".join(cells) + " |")
+        out.append("")
+    return "\n".join(out)
+
+
+def main() -> None:
+    """Copy and remake."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--board", type=Path, help="the folder that leaderboard wrote")
+    args = parser.parse_args()
+    for name in FILES if args.board else ():
+        shutil.copy(args.board / name, HERE / name)
+    readme = HERE / "README.md"
+    begin, end = "<!-- board -->\n", "<!-- /board -->"
+    head, rest = readme.read_text(encoding="utf-8").split(begin)
+    board = json.loads((HERE / "leaderboard.json").read_text(encoding="utf-8"))
+    write_text(readme, head + begin + page(board) + end + rest.split(end)[1])
+
+
+if __name__ == "__main__":
+    main()
