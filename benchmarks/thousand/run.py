@@ -454,7 +454,11 @@ def tables(args: argparse.Namespace) -> None:
     text = readme.read_text(encoding="utf-8")
     begin, end = "<!-- curves -->\n", "<!-- /curves -->"
     head, rest = text.split(begin)
-    write_text(readme, head + begin + page(curves) + end + rest.split(end)[1])
+    text = head + begin + page(curves) + end + rest.split(end)[1]
+    begin, end = "<!-- bound -->\n", "<!-- /bound -->"
+    head, rest = text.split(begin)
+    bound = json.loads((HERE / "bound.json").read_text(encoding="utf-8"))
+    write_text(readme, head + begin + bound_page(bound) + end + rest.split(end)[1])
 
 
 def page(curves: dict[str, Any]) -> str:
@@ -492,6 +496,15 @@ def page(curves: dict[str, Any]) -> str:
         )
         cells = [name, str(one["fact"] + 1), ", ".join(whole), ", ".join(others)]
         out.append("| " + " | ".join([*cells, f"{one['others_changed']} of {one['others']}"]) + " |")
+    return "\n".join(out) + "\n"
+
+
+def bound_page(bound: dict[str, Any]) -> str:
+    """A row for each layer."""
+    out = ["| layer | facts | rank of their keys | width of a key | spanned |", "|" + " --- |" * 5]
+    for layer, one in bound["layers"].items():
+        cells = [layer, f"{bound['facts']:,}", f"{one['above_0.01']:,}", f"{one['inner']:,}"]
+        out.append("| " + " | ".join([*cells, f"{one['spanned_of_others']:.2f}"]) + " |")
     return "\n".join(out) + "\n"
 
 
