@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 import transformers
 from conftest import wheel_edits_batches
 
@@ -298,6 +299,42 @@ def test_easyedits_memit_on_our_statistics(joined, world, monkeypatch, tmp_path)
     (record,), _, _ = editor.edit(**arguments, keep_original_weight=True, verbose=False)
     assert record["pre"]["rewrite_acc"] == [0.0] and record["post"]["rewrite_acc"] == [1.0]
     assert list((tmp_path / "cache").glob("mom2-model.layers.*.safetensors"))
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # its own hooks
+@pytest.mark.skipif(not HEAD, reason="UltraEdit is in the repository only")
+def test_easyedits_ultraedit_is_found_and_taken_back(joined, world, tmp_path):
+    """Its class is called otherwise than its method, and it gives no weights back: they are kept for it."""
+    from easyedit_mdm.host.methods import easyedits_method
+
+    file = tmp_path / "ultra.yaml"
+    file.write_text(yaml.safe_dump({
+        "alg_name": "ULTRAEDIT", "model_name": "twin-llama", "class_name": "AutoModelForCausalLM",
+        "tokenizer_class": "AutoTokenizer", "tokenizer_name": "twin-llama", "device": "cpu",
+        "inner_params": ["model.layers.3.mlp.down_proj"], "dropout": 0.0, "no_grad_layers": None, "lr": 1e-3,
+        "token": "mask", "batch_size": 1, "batch_size_once": 1, "editor_batch_size": 64, "silent": False,
+        "half": False, "model_parallel": False, "results_dir": "results",
+    }))  # fmt: skip
+    model, _, edit = easyedits_method("ULTRAEDIT", file)
+    before = {name: weight.clone() for name, weight in model.native.state_dict().items()}
+    asked = call(world)
+    undo = edit([{
+        "prompt": asked["prompts"][0], "subject": asked["subject"][0], "target_new": asked["target_new"][0],
+        "case_id": 0, "ground_truth": "",
+    }])  # fmt: skip
+    changed = [n for n, weight in model.native.state_dict().items() if not torch.equal(weight, before[n])]
+    assert changed == ["model.layers.3.mlp.down_proj.weight"]
+    undo()
+    assert all(torch.equal(weight, before[n]) for n, weight in model.native.state_dict().items())
+
+
+def test_a_method_that_gives_no_weights_back_says_so():
+    """Its edit would stay in the model in silence."""
+    from easyedit_mdm.errors import EditError
+    from easyedit_mdm.host.methods import _put_back
+
+    with pytest.raises(EditError, match="EasyEdit's GRACE gives no weights back"):
+        _put_back(torch.nn.Linear(2, 2), {}, "GRACE")
 
 
 def easyedit_hparams(method: str, file: str):

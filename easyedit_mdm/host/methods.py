@@ -14,7 +14,7 @@ from easyedit_mdm.api import wrap_model
 from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.editing.hparams import find_hparams
-from easyedit_mdm.errors import HyperParameterError
+from easyedit_mdm.errors import EditError, HyperParameterError
 from easyedit_mdm.host.importing import host_module
 from easyedit_mdm.host.joining import register
 from easyedit_mdm.models import Adapter
@@ -33,6 +33,7 @@ def easyedits_method(
 
     Raises:
         HyperParameterError: if EasyEdit does not know the method.
+        EditError: what takes an edit back raises it for a method that gives no weights back.
         HostNotFoundError: where there is no EasyEdit.
     """
     joined = register(home)
@@ -52,6 +53,9 @@ def easyedits_method(
 
     def edit(requests: Sequence[Mapping[str, Any]]) -> Undo:
         """EasyEdit's function, as its editor calls it."""
+        # ULTRAEDIT is to give its weights back, and looks for them under other names than it keeps
+        inner = {f"{name.removesuffix('.weight')}.weight" for name in getattr(hparams, "inner_params", ())}
+        kept = {n: p.detach().clone() for n, p in editor.model.named_parameters() if n in inner}
         with contextlib.redirect_stdout(io.StringIO()):
             _, originals = table[alg_name](
                 editor.model,
@@ -62,7 +66,7 @@ def easyedits_method(
                 return_orig_weights=True,
                 keep_original_weight=True,
             )
-        return lambda: _put_back(editor.model, originals)
+        return lambda: _put_back(editor.model, originals or kept, alg_name)
 
     settings = {
         k: v for k, v in vars(hparams).items() if isinstance(v, (str, int, float, bool, list, type(None)))
@@ -71,7 +75,12 @@ def easyedits_method(
 
 
 @torch.no_grad()
-def _put_back(model: torch.nn.Module, originals: dict[str, torch.Tensor]) -> None:
+def _put_back(model: torch.nn.Module, originals: dict[str, torch.Tensor], alg_name: str) -> None:
+    if not originals:
+        raise EditError(
+            f"EasyEdit's {alg_name} gives no weights back, so its edit stays in the model, and what would be"
+            " edited next is no longer the model that was loaded: edit one fact a run, or use mode sequential"
+        )
     weights = dict(model.named_parameters())
     for name, value in originals.items():
         weights[name].copy_(value)
