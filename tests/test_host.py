@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 import transformers
+import yaml
 from conftest import wheel_edits_batches
 
 from easyedit_mdm import ROMEMDMHyperParams, load_model, score_prompts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from statistics import harmonic_mean
 
@@ -68,6 +69,28 @@ def test_every_method_is_in_the_table(board):
     assert all(e["cost"]["edit_seconds"]["median"] > 0 for e in told["entries"])
     grace = next(e for e in masked if e["method"] == "GRACE_MDM")
     assert grace["cost"]["stored_bytes"]["median"] > 4 * (512 + 128), "a key and a value at least"
+
+
+@pytest.mark.end_to_end
+def test_the_board_so_far(board, tmp_path, monkeypatch):
+    """Nothing is run: what is finished is in the table, a run that is missing or cut off is listed."""
+    folder, whole = board
+    shutil.copytree(folder, tmp_path / "out")
+    runs = tmp_path / "out" / "runs"
+    (runs / "twin-llada--IKE_MDM--twins--single.jsonl").unlink()
+    cut = runs / "twin-llada--GRACE_MDM--twins--batch.jsonl"
+    cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:-1]))
+    monkeypatch.setattr(module, "bench", None)  # a run would fail
+    leaderboard(written(tmp_path), tmp_path / "out", so_far=True)
+    told = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
+    assert {(one["method"], one["what"], one["why"]) for one in told["left_out"]} == {
+        ("R-ROME_MDM", "twins, batch", "it writes one fact at a time"),
+        ("IKE_MDM", "twins, single", "not finished"),
+        ("GRACE_MDM", "twins, batch", "not finished"),
+    }
+    rows = {(e["mode"], e["method"]): e for e in whole["entries"]}
+    assert len(told["entries"]) == len(rows) - 2
+    assert all(rows[e["mode"], e["method"]] == e for e in told["entries"])
 
 
 @pytest.mark.end_to_end

@@ -518,6 +518,7 @@ def leaderboard(
     suite: Annotated[str, Option(help="quick, small, full, or a YAML file")] = "small",
     data_dir: DataDir = None,
     device: Device = None,
+    so_far: Annotated[bool, Option("--so-far", help="run nothing; write what is finished")] = False,
 ) -> None:
     """Every method on a suite of models, in one table.
 
@@ -525,7 +526,7 @@ def leaderboard(
     """
     from easyedit_mdm.runs.leaderboard import leaderboard as run
 
-    print(run(suite, out, data_dir, device))
+    print(run(suite, out, data_dir, device, so_far))
 
 
 app.add_typer(twins, name="twins")

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,12 @@ def leaderboard(
     out: str | Path,
     data_dir: str | None = None,
     device: str | None = None,
+    so_far: bool = False,
 ) -> Path:
     """Run a suite, or go on with it; writes leaderboard.html, .md, .csv and .json.
+
+    Args:
+        so_far: run nothing; write what is finished, and list what is not.
 
     Raises:
         HyperParameterError: for a suite that cannot be run.
@@ -140,6 +145,9 @@ def leaderboard(
     suite, place = Suite.read(named), Place(Path(out), data_dir, device)
     _note(suite, place.folder)
     left: list[Left] = []
+    about = {"suite": suite.name, "seed": suite.seed}
+    if so_far:
+        return write_board(list(_entries(suite, place, left)), left, about, place.folder)
     work = [(model, method) for model in suite.models for method in suite.methods]
     while work:
         waiting = [pair for pair in work if not _done(suite, place, *pair, left)]
@@ -147,9 +155,7 @@ def leaderboard(
             time.sleep(PAUSE)  # other processes are at all of them
         work = waiting
     once = [one for i, one in enumerate(left) if one not in left[:i]]  # some pairs were come back to
-    return write_board(
-        list(_entries(suite, place)), once, {"suite": suite.name, "seed": suite.seed}, place.folder
-    )
+    return write_board(list(_entries(suite, place)), once, about, place.folder)
 
 
 def _note(suite: Suite, folder: Path) -> None:
@@ -232,11 +238,8 @@ def _run(
     model: str,
     left: list[Left],
 ) -> None:
-    if mode.mode == "batch" and not METHODS[method].batchable:
-        left.append({
-            "model": model, "method": method, "what": f"{dataset}, {name}",
-            "why": "it writes one fact at a time",
-        })  # fmt: skip
+    if why := _never(method, mode):
+        left.append({"model": model, "method": method, "what": f"{dataset}, {name}", "why": why})
         return
     config = BenchConfig(
         method, str(hparams), dataset, place.data_dir, limit=mode.facts, seed=suite.seed,
@@ -249,23 +252,23 @@ def _run(
         left.append({"model": model, "method": method, "what": f"{dataset}, {name}", "why": str(error)})
 
 
-def _entries(suite: Suite, place: Place) -> Iterator[Entry]:
-    """The rows of the table: what is there."""
-    for model in suite.models:
-        for dataset in suite.datasets:
-            for name in suite.modes:
-                for method in suite.methods:
-                    path = place.file(model, method, dataset, name)
-                    if path.exists():
-                        run = read_run(path)
-                        yield Entry(
-                            model,
-                            dataset,
-                            name,
-                            method,
-                            summary(run, suite.seed),
-                            _setting(suite, run.header),
-                        )
+def _entries(suite: Suite, place: Place, left: list[Left] | None = None) -> Iterator[Entry]:
+    """The rows of the table: what is there. With `left`, only what is finished, and the rest is noted."""
+    for model, dataset, name, method in product(suite.models, suite.datasets, suite.modes, suite.methods):
+        path = place.file(model, method, dataset, name)
+        run = read_run(path) if path.exists() else None
+        if left is not None and (run is None or len(run.cases) < run.header["dataset"]["cases"]):
+            why = _never(method, Mode(**suite.modes[name])) or "not finished"
+            left.append({"model": model, "method": method, "what": f"{dataset}, {name}", "why": why})
+        elif run is not None:
+            found = summary(run, suite.seed)
+            yield Entry(model, dataset, name, method, found, _setting(suite, run.header))
+
+
+def _never(method: str, mode: Mode) -> str:
+    """Why a method cannot be run in a mode; empty if it can."""
+    one_only = mode.mode == "batch" and not METHODS[method].batchable
+    return "it writes one fact at a time" if one_only else ""
 
 
 def _setting(suite: Suite, header: Mapping[str, Any]) -> dict[str, Any]:
