@@ -114,6 +114,25 @@ def test_several_facts_are_written_together(tiny, family):
                 assert (value - theirs.tensors[name]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("family", ["llada", "llama"])
+def test_grace_stops_where_the_loss_is_low_enough(tiny, family):
+    """Each fact of an edit ends at its own step, with the value that it has alone after so many steps."""
+    model = tiny(family)
+    whole = make_edit(model, REQUESTS, hparams("GRACE_MDM", n_iter=30))
+    enough = max(sum(fact["losses"][-10:]) / 10 for fact in whole.card["facts"])
+    ended = make_edit(model, REQUESTS, hparams("GRACE_MDM", n_iter=30, early_stop_loss=enough))
+    steps = [fact["steps"] for fact in ended.card["facts"]]
+    assert len(set(steps)) > 1 and max(steps) < 30, "at different steps, and all of them"
+    for request, part, n, told in zip(REQUESTS, ended.attached, steps, ended.card["facts"], strict=True):
+        assert len(told["losses"]) == n + 1
+        alone = make_edit(model, request, hparams("GRACE_MDM", n_iter=n))
+        for name, value in part.tensors.items():
+            assert (value - alone.attached[0].tensors[name]).abs().max() < 1e-4
+        assert sum(told["layer_passes"] for told in ended.card["facts"]) < sum(
+            fact["layer_passes"] for fact in whole.card["facts"]
+        )
+
+
 def test_grace_gives_the_value_in_place_of_the_output(tiny):
     """The losses are those of the model with the value in place; they fall; the last one is what the edited
     model has.

@@ -1,11 +1,11 @@
-"""What no update of these layers can better, for the facts and values of a run of `rebase`.
+"""Why an edit of many facts falls short, from the values and keys of a run of `rebase`, with no edit made.
 
     python benchmarks/thousand/bound.py --data-dir DATA_DIR --values runs/thousand/values
 
-Two bounds, written into bound.json. Values put in as activations, with no weight changed: the share of facts
-that they write. And the rank of the facts' keys in each layer: as many facts as that can be written without
-one deciding over another. For as many other facts' keys beside them, how much of each key the edited facts'
-keys span: what the closed form writes reaches that share of it, if nothing holds it back (lambda 0).
+Into bound.json: the share of facts that their values write when they are put in as activations, which is the
+most that any update that writes these values can reach. In each layer the rank of the facts' keys. And for
+the keys of the facts that are never edited, the share of their squared length that lies in the span of the
+edited ones.
 """
 
 from __future__ import annotations
@@ -84,6 +84,9 @@ def main() -> None:
     named = [fact for part in kept for fact in part["facts"]]
     if named != [[case.prompt, case.target_new] for case in cases]:
         raise SystemExit(f"{args.values} holds {len(named)} values, not those of these {len(cases)} facts")
+    layer = json.loads(kept[0]["settings"])["layers"]
+    if layer != hparams.layers[-1:]:
+        raise SystemExit(f"{args.values} holds values of layer {layer}, {args.hparams} ends at another")
     deltas = [value["delta"] for part in kept for value in part["values"]]
 
     def tokenised(chosen: list[BenchCase]) -> list[Fact]:

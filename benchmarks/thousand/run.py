@@ -15,8 +15,9 @@ prompts of facts that are never edited, and of these facts the share, among thos
 writes right, that it still writes right; perplexity of held-out text over that of the unedited model;
 ||dW|| / ||W||. At the end one fact can be taken back (`--undo`).
 
-`rebase` keeps the values of each batch in the folder, so it goes on where it was stopped. `sequential` begins
-anew. A `mom2_dataset` of enwiki_articles.txt is the one in DATA_DIR/text.
+A run of our methods goes on where it was stopped: `rebase` keeps the values of each batch in the folder,
+`sequential` the edits. One of EasyEdit's begins anew. A `mom2_dataset` of enwiki_articles.txt is the one in
+DATA_DIR/text.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from easyedit_mdm import score_prompts
-from easyedit_mdm.common.files import write_json, write_text
+from easyedit_mdm.common.files import new_folder, write_json, write_tensors, write_text
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.data.cases import BenchCase, load_cases
-from easyedit_mdm.editing import METHODS, EditRequest, History
+from easyedit_mdm.editing import METHODS, EditRequest, History, StateHyperParams
+from easyedit_mdm.editing.context import prefixes_of
 from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.editing.facts import tokenise
 from easyedit_mdm.editing.solve.batch import outputs
@@ -52,16 +55,18 @@ from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.prompts import encode, target_ids
 from easyedit_mdm.runs.methods import load_ours
 from easyedit_mdm.smollm2 import smollm2_folder
+from easyedit_mdm.statistics import note_base
 
 HERE = Path(__file__).parent
 UNTOUCHED, TEXTS, PARAPHRASED = 400, 40, 200
+NONE = "none"  # no edit: the cheapest baseline
 TEXT = Path("text") / "enwiki_articles.txt"
 NO_PART = (  # what the value of one fact does not depend on
     "alg_name", "device", "batch_size", "model_parallel", "guard", "keep_edits", "L2", "emmet_lambda",
     "mom2_update_weight", "mom2_dataset", "mom2_n_tokens", "mom2_eps", "nullspace_threshold",
     "nullspace_scale",
 )  # fmt: skip
-ATTACHED = {name: name in ("GRACE_MDM", "IKE_MDM") for name in METHODS}  # each fact adds its own part
+ATTACHED = ("GRACE_MDM", "IKE_MDM")  # each fact of a batch adds its own part
 
 
 def drawn(
@@ -242,21 +247,44 @@ class Rebase:
 
 
 class InSequence:
-    """Each batch in the model that the earlier ones left."""
+    """Each batch in the model that the earlier ones left; the edits are kept in the folder."""
 
-    def __init__(self, model: Adapter, method: Any, hparams: Any):
-        self.model, self.method, self.hparams = model, method, hparams
+    def __init__(self, model: Adapter, method: Any, hparams: Any, folder: Path):
+        self.model, self.method, self.hparams, self.folder = model, method, hparams, folder
         self.history = History()
         self.edits: list[tuple[list[EditRequest], Edit]] = []
 
     def __call__(self, batch: list[BenchCase]) -> None:
         """Edit one batch more."""
-        self._make([EditRequest.of(case.request()) for case in batch])
+        requests = [EditRequest.of(case.request()) for case in batch]
+        part = self.folder / f"{len(self.edits):05d}"
+        if part.is_dir():
+            self._again(requests, part)
+            return
+        made = self._make(requests)
+        with new_folder(part) as new:
+            made.save(new / "edit", self.model)
+            write_tensors(new / "keys.safetensors", self.history.latest())
 
-    def _make(self, requests: list[EditRequest]) -> None:
+    def _make(self, requests: list[EditRequest]) -> Edit:
         made = self.method.edit(self.model, requests, self.hparams, self.history)
         made.apply(self.model)
         self.history.claim(made)
+        self.edits.append((requests, made))
+        return made
+
+    def _again(self, requests: list[EditRequest], part: Path) -> None:
+        made, keys = Edit.load(part / "edit"), load_file(part / "keys.safetensors")
+        if not self.edits and isinstance(self.hparams, StateHyperParams):
+            prefixes_of(self.model, self.hparams)  # the unedited model's, as its second moments
+            note_base(self.model)
+        names = self.hparams.layers if keys else []
+        names = [name for layer in names for name in self.model.site(layer).weights]
+        self.history.carried(self.model, names)  # what the weights were, before the first
+        made.apply(self.model)
+        if keys:
+            self.history.add(self.model, names, keys)
+            self.history.claim(made)
         self.edits.append((requests, made))
 
     def without(self, number: int) -> None:
@@ -274,6 +302,13 @@ class InSequence:
 
 def prepared(args: argparse.Namespace, values: Path) -> tuple[Adapter, dict[str, Any], Any]:
     """The model, the settings, and what edits a batch."""
+    if args.alg == NONE:
+        if args.mode == "rebase" or unused(args):
+            raise SystemExit(
+                f"--alg {NONE} edits nothing: give --mode sequential, and --hparams for the model"
+            )
+        model, hparams = load_ours("MEMIT_MDM", args.hparams, args.device)
+        return model, {"layers": [], "model_name": hparams.model_name}, lambda batch: None
     if args.alg in METHODS:
         method, (model, hparams) = METHODS[args.alg], load_ours(args.alg, args.hparams, args.device)
         if getattr(hparams, "mom2_dataset", None) == TEXT.name:
@@ -296,13 +331,12 @@ def prepared(args: argparse.Namespace, values: Path) -> tuple[Adapter, dict[str,
                 "--values and --rounds are for --mode rebase: in a sequence values belong to the model as it"
                 " is"
             )
-        if args.undo is not None and args.mode != "rebase" and not ATTACHED[args.alg]:
+        if args.undo is not None and args.mode != "rebase" and args.alg not in ATTACHED:
             raise SystemExit(f"--undo: {args.alg} in a sequence writes all facts of a batch by one update")
         rebase = args.mode == "rebase"
         step = Rebase(model, method, hparams, values, args.rounds) if rebase else None
-        return model, hparams.to_dict(), step or InSequence(model, method, hparams)
-    given = [args.weight, args.values, args.protect, args.rounds, args.undo]
-    if args.mode == "rebase" or any(value not in (None, 0) for value in given):
+        return model, hparams.to_dict(), step or InSequence(model, method, hparams, values / "edits")
+    if args.mode == "rebase" or unused(args):
         raise SystemExit(
             "--mode rebase, --weight, --values, --protect, --rounds and --undo are for our methods,"
             f" {args.alg} is EasyEdit's"
@@ -324,6 +358,9 @@ def theirs(args: argparse.Namespace) -> str:
     it is called in, and that one is made the run's.
     """
     folder, given = Path(args.out[0]).absolute(), yaml.safe_load(Path(args.hparams).read_text())
+    size = given.get("batch_size", args.batch)
+    if size != args.batch:  # UltraEdit passes over the requests that are too many
+        raise SystemExit(f"{args.hparams} says batch_size: {size}, --batch is {args.batch}: give the same")
     model = folder / "llama"
     if not model.exists():
         model.symlink_to(smollm2_folder(given["model_name"]), target_is_directory=True)
@@ -336,6 +373,12 @@ def theirs(args: argparse.Namespace) -> str:
     write_text(file, yaml.safe_dump(given, sort_keys=False))
     os.chdir(folder)
     return str(file)
+
+
+def unused(args: argparse.Namespace) -> bool:
+    """Whether options are given that only our methods can follow."""
+    numbers = (args.weight, args.values, args.protect or None, args.rounds or None, args.undo)
+    return any(value is not None for value in numbers)
 
 
 def protected(args: argparse.Namespace, folder: Path) -> Path:
@@ -391,18 +434,20 @@ def run(args: argparse.Namespace) -> None:
     model, settings, step = prepared(args, values)
     header = {
         "alg": args.alg, "mode": args.mode, "batch": args.batch, "seed": args.seed, "facts": args.facts,
-        "untouched": args.untouched, "protect": args.protect, "rounds": args.rounds,
+        "first": args.first, "untouched": args.untouched, "protect": args.protect, "rounds": args.rounds,
         "hyperparameters": shown(settings),
     }  # fmt: skip
+    header = json.loads(json.dumps(header))
     file = folder / "curve.json"
-    if file.exists() and {k: json.loads(file.read_text()).get(k) for k in header} != json.loads(
-        json.dumps(header)
-    ):
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {**header, "reports": []}
+    if {key: kept.get(key) for key in header} != header:
         raise SystemExit(f"{file} is of other settings: give another folder as --out")
+    reports: list[dict[str, Any]] = kept["reports"]
+    known = {report["facts"]: report["cpu_seconds"] for report in reports}
+    write_json(file, {**header, "reports": reports})
     names = settings.get("inner_params") or [model.site(layer).weight for layer in settings["layers"]]
     names = [name if name.endswith(".weight") else f"{name}.weight" for name in names]
     measured = Measured(model, alone, held_out(Path(args.data_dir)), names)
-    reports: list[dict[str, Any]] = []
     done: list[BenchCase] = []
     took = 0.0
     for number, batch in enumerate(batches(cases, args.batch), 1):
@@ -410,7 +455,9 @@ def run(args: argparse.Namespace) -> None:
         step(batch)
         took += time.process_time() - began
         done += batch
-        if number % args.every == 0 or len(done) == len(cases):
+        if len(done) in known:  # measured before the run was cut off
+            took = known[len(done)]
+        elif number % args.every == 0 or len(done) == len(cases):
             reports.append({**measured.report(done, len(batch)), "cpu_seconds": round(took, 1)})
             write_json(file, {**header, "reports": reports})
             print(json.dumps(reports[-1]), flush=True)
@@ -445,10 +492,11 @@ def tables(args: argparse.Namespace) -> None:
     if args.committed:
         curves = json.loads(kept.read_text(encoding="utf-8"))
     else:
-        curves = {
-            Path(out).name: json.loads((Path(out) / "curve.json").read_text(encoding="utf-8"))
-            for out in args.out
-        }
+        runs = [Path(out) for out in args.out]
+        missing = [str(folder) for folder in runs if not (folder / "curve.json").is_file()]
+        if missing:
+            raise SystemExit(f"{', '.join(missing)}: no curve.json there; name the folders of runs")
+        curves = {f.name: json.loads((f / "curve.json").read_text(encoding="utf-8")) for f in runs}
         write_json(kept, curves)
     readme = HERE / "README.md"
     text = readme.read_text(encoding="utf-8")
@@ -515,7 +563,9 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("run", "tables"))
     parser.add_argument("--data-dir")
-    parser.add_argument("--alg", default="MEMIT_MDM", help="one of our methods, or one of EasyEdit's")
+    parser.add_argument(
+        "--alg", default="MEMIT_MDM", help="one of our methods, or one of EasyEdit's; none edits nothing"
+    )
     parser.add_argument("--hparams", default=str(HERE / "smollm2-memit.yaml"))
     parser.add_argument("--mode", choices=("rebase", "sequential"), default="rebase")
     parser.add_argument("--facts", type=int, default=1000)

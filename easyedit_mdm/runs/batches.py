@@ -87,9 +87,11 @@ def run_batches(
         DataError: if `NAME.batches.jsonl` does not belong to the run file.
     """
     groups, finished = plan.groups(cases), -(-done // plan.size)
+    _cut(batches_file(path), finished)
+    if finished == len(groups):
+        return  # nothing is left to edit: the finished batches need not be put back into the model
     pre = {case.case_id: before(case) for case in tqdm(cases, desc="before the edits", unit="case")}
     then = _written(method.adapter, plan.untouched, judge)
-    _cut(batches_file(path), finished)
     undos: list[Undo] = []
     try:
         if finished and plan.keep:

@@ -31,6 +31,7 @@ from easyedit_mdm.report.summaries import summary
 from easyedit_mdm.runs.run import BenchConfig, bench
 from easyedit_mdm.runs.sweep import SCORED, score
 from easyedit_mdm.session import RUN_MODES
+from easyedit_mdm.twins import TWINS
 
 SUITES = Path(__file__).parent / "suites"
 PAUSE = 2.0  # seconds between two looks at runs that other processes are at
@@ -62,8 +63,10 @@ class Suite:
         datasets: of the table.
         modes: by name.
         methods: the settings tried for each, as changes to the file that ships for the method and the model.
-        search: where a setting is chosen.
+        search: where a setting is chosen; of one setting, nowhere.
         seed: of the cases.
+        text: a text below `--data-dir` that second moments are made of, instead of what the files name. The
+            twins keep their own.
     """
 
     models: list[str]
@@ -72,6 +75,7 @@ class Suite:
     methods: dict[str, Any]
     search: dict[str, Any]
     seed: int = 0
+    text: str = ""
     name: str = field(default="", compare=False)
 
     @classmethod
@@ -125,6 +129,17 @@ class Place:
         """A run file."""
         return self.folder / "runs" / f"{'--'.join(names)}.jsonl"
 
+    def text(self, suite: Suite) -> Path:
+        """The suite's text.
+
+        Raises:
+            DataError: without `--data-dir`, or if it is not there.
+        """
+        file = Path(self.data_dir or "", suite.text)
+        if self.data_dir is None or not file.is_file():
+            raise DataError(f"suite {suite.name} needs {suite.text} below --data-dir ({self.data_dir})")
+        return file.absolute()
+
 
 def leaderboard(
     named: str,
@@ -140,7 +155,7 @@ def leaderboard(
 
     Raises:
         HyperParameterError: for a suite that cannot be run.
-        DataError: if `out` holds another suite's runs.
+        DataError: if `out` holds another suite's runs, or the suite's text is not there.
     """
     suite, place = Suite.read(named), Place(Path(out), data_dir, device)
     _note(suite, place.folder)
@@ -148,6 +163,8 @@ def leaderboard(
     about = {"suite": suite.name, "seed": suite.seed}
     if so_far:
         return write_board(list(_entries(suite, place, left)), left, about, place.folder)
+    if suite.text:
+        place.text(suite)
     work = [(model, method) for model in suite.models for method in suite.methods]
     while work:
         waiting = [pair for pair in work if not _done(suite, place, *pair, left)]
@@ -165,7 +182,7 @@ def _note(suite: Suite, folder: Path) -> None:
         DataError: if the folder holds another one.
     """
     kept = folder / "suite.yaml"
-    settings = {key: value for key, value in vars(suite).items() if key != "name"}
+    settings = {key: value for key, value in vars(suite).items() if key != "name" and value != ""}
     text = yaml.safe_dump(settings, sort_keys=False)
     if kept.exists() and kept.read_text(encoding="utf-8") != text:
         raise DataError(f"{kept} is another suite: give another --out, or the suite that it was begun with")
@@ -210,11 +227,15 @@ def _bench(config: BenchConfig, path: Path) -> None:
 def _chosen(suite: Suite, place: Place, model: str, method: str, base: Mapping[str, Any]) -> Path:
     """The hyperparameter file of the setting that did best on the search cases; ties go to the earlier."""
     search, best = Search(**suite.search), (-1.0, Path())
+    if suite.text and base.get("mom2_dataset") and model not in TWINS:
+        base = {**base, "mom2_dataset": str(place.text(suite))}
     for number, change in enumerate(suite.methods[method]):
         file = place.folder / "hparams" / f"{model}--{method}--{number}.yaml"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, yaml.safe_dump({**base, **(change or {})}, sort_keys=False))
+        if len(suite.methods[method]) == 1:
+            return file
         path = place.file("search", model, method, str(number))
         config = BenchConfig(
             method, str(file), search.dataset, place.data_dir, limit=search.facts, seed=suite.seed,

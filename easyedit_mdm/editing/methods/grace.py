@@ -40,7 +40,7 @@ class GRACEMDMHyperParams(StateHyperParams):
 
     Attributes:
         edit_lr: Adam's learning rate.
-        n_iter: steps for a value.
+        n_iter: the most steps for a value.
         eps: radius of a new key.
         val_init: what a value starts from: `warm`, the layer's own output, or `cold`, numbers between 0 and 1
             drawn from the seed.
@@ -49,6 +49,8 @@ class GRACEMDMHyperParams(StateHyperParams):
             subject's.
         key_states: `full_mask`: one key a fact, with nothing revealed; `per_state`: one for each state of the
             target (masked models).
+        early_stop_loss: a value is done when its mean loss over a cycle of states is below this; 0, as in
+            EasyEdit: never.
         rewrite_module_tmp: the linear map, by default the MLP's down-projection.
     """
 
@@ -59,6 +61,7 @@ class GRACEMDMHyperParams(StateHyperParams):
     batch_size: int = 1
     fact_token: str = "last"
     key_states: str = "full_mask"
+    early_stop_loss: float = 0.0
     rewrite_module_tmp: str | None = None
     context_templates: list[str] | None = field(default_factory=lambda: ["{}"])
 
@@ -68,7 +71,7 @@ class GRACEMDMHyperParams(StateHyperParams):
         """As `MethodHyperParams.validate`."""
         super().validate()
         self.check_numbers(n_iter=1, batch_size=1, whole=True)
-        self.check_numbers(edit_lr=0, eps=0)
+        self.check_numbers(edit_lr=0, eps=0, early_stop_loss=0)
         self.check_choices(
             val_init=("warm", "cold"), fact_token=FACT_TOKENS, key_states=("full_mask", "per_state")
         )
@@ -98,7 +101,7 @@ def grace(adapter: Adapter, requests: Sequence[EditRequest], hparams: GRACEMDMHy
         generator = torch.Generator().manual_seed(hparams.seed)
         initial = torch.rand(initial.shape, generator=generator).to(initial)
     values, outcomes = replacing_values(
-        adapter, site, facts, initial, hparams, hparams.n_iter, hparams.edit_lr
+        adapter, site, facts, initial, hparams, hparams.n_iter, hparams.edit_lr, hparams.early_stop_loss
     )
     parts = [
         Codebook(

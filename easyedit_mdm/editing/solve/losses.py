@@ -79,6 +79,10 @@ class StateLosses:
             self._count(rows.fact, self.adapter.layers - self.first, 1)
         return total
 
+    def forget(self) -> None:
+        """Drop the rows that are kept from step to step."""
+        self._kept.clear()
+
     def _passes(self, step: int, some: tuple[int, ...]) -> Iterator[tuple[Rows, Tensor | None]]:
         """The rows of one step, pass by pass, each with the input of the lowest trained layer."""
         passes = self._kept.get(some)

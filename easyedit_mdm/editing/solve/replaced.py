@@ -8,6 +8,7 @@ mean next-token loss of the target.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -34,7 +35,7 @@ class _Replaced(StateLosses):
         adapter: Adapter,
         site: Site,
         facts: Sequence[Fact],
-        values: Float[Tensor, "facts width"],
+        values: Sequence[Float[Tensor, " width"]],
         hparams: StateHyperParams,
     ):
         super().__init__(adapter, facts, hparams, site.layer)
@@ -51,7 +52,7 @@ class _Replaced(StateLosses):
 
     def _replaced(self, facts: list[int], at: Tensor, out: Tensor) -> Tensor:
         index = torch.arange(len(facts), device=out.device)
-        return out.index_put((index, at.to(out.device)), self.values[facts].to(out))
+        return out.index_put((index, at.to(out.device)), torch.stack([self.values[i] for i in facts]).to(out))
 
 
 def replacing_values(
@@ -62,25 +63,43 @@ def replacing_values(
     hparams: StateHyperParams,
     steps: int,
     lr: float,
+    enough: float = 0.0,
 ) -> tuple[Float[Tensor, "facts width"], list[Outcome]]:
     """Optimise one value a fact, which stands in place of the site's output at the fact's token.
 
     Args:
         initial: what to start from.
-        steps, lr: of Adam; all facts are optimised at once, and none ends sooner.
+        steps, lr: of Adam; all facts are optimised at once.
+        enough: a fact is done when its mean loss over a cycle of states is below this; 0: never.
 
     Raises:
         OptimisationError: if a loss is not a number.
     """
-    values = initial.detach().clone().requires_grad_()
-    optimizer = torch.optim.Adam([values], lr=lr)
+    values = [value.clone().requires_grad_() for value in initial.detach()]
+    optimizer = torch.optim.Adam(values, lr=lr)
     losses = _Replaced(adapter, site, facts, values, hparams)
+    recent: list[deque[float]] = [deque(maxlen=plan.cycle) for plan in losses.plans]
+    active = list(range(len(facts)))
     with frozen(adapter):
         for step in range(steps):
             optimizer.zero_grad()
-            step_losses = losses.backward(step, range(len(facts)), torch.ones(len(facts)))
-            note_losses(losses.outcomes, step_losses, step, f"edit_lr={lr}")
-            for outcome in losses.outcomes:
-                outcome.steps += 1
+            step_losses = losses.backward(step, active, torch.ones(len(active)))
+            note_losses([losses.outcomes[i] for i in active], step_losses, step, f"edit_lr={lr}")
+            for i, loss in zip(active, step_losses.tolist()):
+                recent[i].append(loss)
+            done = {i for i in active if len(recent[i]) == recent[i].maxlen and _mean(recent[i]) < enough}
+            for i in done:
+                values[i].grad = None  # Adam leaves it alone
+            if done:
+                losses.forget()  # rows of facts that are done
+                active = [i for i in active if i not in done]
+            if not active:
+                break
+            for i in active:
+                losses.outcomes[i].steps += 1
             optimizer.step()
-    return values.detach(), losses.outcomes
+    return torch.stack(values).detach(), losses.outcomes
+
+
+def _mean(losses: Sequence[float]) -> float:
+    return sum(losses) / len(losses)
