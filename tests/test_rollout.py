@@ -63,7 +63,7 @@ def test_memories_are_in_the_model_while_it_decodes(tiny, memory):
     module, generator = model.module(site.name), torch.Generator().manual_seed(3)
     if memory == "GRACE_MDM":
         values = 3 * torch.randn(2, 32, generator=generator)
-        losses = _Replaced(model, site, facts, values, settings)
+        losses = _Replaced(model, site, facts, list(values), settings)
     else:
         delta = 3 * torch.randn(module.weight.shape, generator=generator)
         losses = _SideLosses(model, site, facts, delta, settings)

@@ -51,7 +51,8 @@ def thousand(tiny, tokenizer, data_dir, tmp_path, monkeypatch):
         return called(
             "run.py", "run", "--data-dir", data_dir, "--hparams", tmp_path / "tiny.yaml", "--facts", 4,
             "--batch", 2, "--untouched", 8, "--out", tmp_path / out,
-            *(part for key, value in options.items() for part in (f"--{key}", value)),
+            *(part for key, value in options.items()
+              for part in (f"--{key}", *(value if isinstance(value, tuple) else (value,)))),
         )  # fmt: skip
 
     return run
@@ -67,6 +68,9 @@ def curve(folder: Path) -> dict:
 def test_a_few_facts_in_batches(thousand, tmp_path):
     """Reports after every batch. Another lambda takes the values that are there; other settings do not."""
     kept = tmp_path / "values"
+    assert thousand("one", weight="10", values=kept, share=(1, 2)) == ""
+    assert [file.name for file in kept.iterdir()] == ["values-001.pt"], "the second batch's, and no edit"
+    assert not (tmp_path / "one" / "curve.json").exists()
     assert thousand("one", weight="10", values=kept) == ""
     reports = curve(tmp_path / "one")["reports"]
     assert [report["facts"] for report in reports] == [2, 4]
@@ -81,6 +85,8 @@ def test_a_few_facts_in_batches(thousand, tmp_path):
     assert "values of other facts or settings" in other
     other = thousand("one", weight="20", values=kept)
     assert "is of other settings" in other
+    assert "0 <= K < M" in thousand("four", share=(2, 2))
+    assert "--share are for --mode rebase" in thousand("four", share=(0, 2), mode="sequential")
 
 
 TWIN = {

@@ -1,7 +1,8 @@
-"""README's table from the published board.
+"""README's tables from the published boards.
 
-python benchmarks/leaderboard/page.py --board board    # copies the board here, and remakes the table
-python benchmarks/leaderboard/page.py                  # remakes the table from what is here
+python benchmarks/leaderboard/page.py --board board       # copies the board here, and remakes its table
+python benchmarks/leaderboard/page.py --smollm2 smollm2   # the same for that of suite smollm2
+python benchmarks/leaderboard/page.py                     # remakes the tables from what is here
 """
 
 from __future__ import annotations
@@ -75,20 +76,39 @@ def page(board: dict[str, Any]) -> str:
     return "\n".join(out)
 
 
+def smollm2(board: dict[str, Any]) -> str:
+    """One table: success / locality of every method on each model, and after a paraphrase."""
+    entries = board["entries"]
+    models = list(dict.fromkeys(entry["model"] for entry in entries))
+    heads = ["method", *(f"`{model}`" for model in models)]
+    out = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for method in dict.fromkeys(entry["method"] for entry in entries):
+        runs = [[e for e in entries if (e["model"], e["method"]) == (model, method)] for model in models]
+        cells = [method, *(f"{cell(run)} / {mean(run, 'rephrase_exact')}" if run else "–" for run in runs)]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out) + "\n"
+
+
 def main() -> None:
     """Copy and remake."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--board", type=Path, help="the folder that leaderboard wrote")
+    parser.add_argument("--smollm2", type=Path, help="the folder of suite smollm2")
     args = parser.parse_args()
     for name in FILES if args.board else ():
         shutil.copy(args.board / name, HERE / name)
+    for kind in ("json", "md") if args.smollm2 else ():
+        shutil.copy(args.smollm2 / f"leaderboard.{kind}", HERE / f"smollm2.{kind}")
     readme = HERE / "README.md"
-    begin, end = "<!-- board -->\n", "<!-- /board -->"
-    head, rest = readme.read_text(encoding="utf-8").split(begin)
-    board = json.loads((HERE / "leaderboard.json").read_text(encoding="utf-8"))
-    write_text(readme, head + begin + page(board) + end + rest.split(end)[1])
+    text = readme.read_text(encoding="utf-8")
+    for name, file, made in (("board", "leaderboard", page), ("smollm2", "smollm2", smollm2)):
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        head, rest = text.split(begin)
+        board = json.loads((HERE / f"{file}.json").read_text(encoding="utf-8"))
+        text = head + begin + made(board) + end + rest.split(end)[1]
+    write_text(readme, text)
 
 
 if __name__ == "__main__":

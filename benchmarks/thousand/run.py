@@ -199,6 +199,13 @@ class Rebase:
         del self.known[number]
         self._solve()
 
+    def share(self, parts: Sequence[list[BenchCase]], which: int, of: int) -> None:
+        """Make the values of every so-manieth batch, and nothing else."""
+        for number, batch in enumerate(parts):
+            if number % of == which:
+                self.number = itertools.count(number)
+                self._values([EditRequest.of(case.request()) for case in batch])
+
     def _values(self, requests: list[EditRequest]) -> list[Optimised]:
         belongs = {"settings": self.settings, "facts": [[r.prompt, r.target_new] for r in requests]}
         file = self.folder / f"values-{next(self.number):03}.pt"
@@ -326,10 +333,10 @@ def prepared(args: argparse.Namespace, values: Path) -> tuple[Adapter, dict[str,
             raise SystemExit(
                 "--mode rebase: values optimised through the weights belong to one lambda and batch"
             )
-        if args.mode != "rebase" and (args.values or args.rounds):
+        if args.mode != "rebase" and (args.values or args.rounds or args.share):
             raise SystemExit(
-                "--values and --rounds are for --mode rebase: in a sequence values belong to the model as it"
-                " is"
+                "--values, --rounds and --share are for --mode rebase: in a sequence values belong to the"
+                " model as it is"
             )
         if args.undo is not None and args.mode != "rebase" and args.alg not in ATTACHED:
             raise SystemExit(f"--undo: {args.alg} in a sequence writes all facts of a batch by one update")
@@ -377,7 +384,7 @@ def theirs(args: argparse.Namespace) -> str:
 
 def unused(args: argparse.Namespace) -> bool:
     """Whether options are given that only our methods can follow."""
-    numbers = (args.weight, args.values, args.protect or None, args.rounds or None, args.undo)
+    numbers = (args.weight, args.values, args.share, args.protect or None, args.rounds or None, args.undo)
     return any(value is not None for value in numbers)
 
 
@@ -431,7 +438,12 @@ def run(args: argparse.Namespace) -> None:
     cases = cases[: args.first]
     if args.undo is not None and not 0 <= args.undo < len(cases):
         raise SystemExit(f"--undo {args.undo}: there are facts 0 to {len(cases) - 1}")
+    if args.share and not 0 <= args.share[0] < args.share[1]:
+        raise SystemExit(f"--share {args.share[0]} {args.share[1]}: give 0 <= K < M")
     model, settings, step = prepared(args, values)
+    if args.share:
+        step.share(list(batches(cases, args.batch)), *args.share)
+        return
     header = {
         "alg": args.alg, "mode": args.mode, "batch": args.batch, "seed": args.seed, "facts": args.facts,
         "first": args.first, "untouched": args.untouched, "protect": args.protect, "rounds": args.rounds,
@@ -583,6 +595,10 @@ def main() -> None:
     )
     parser.add_argument("--undo", type=int, help="at the end take this fact back, counted from 0")
     parser.add_argument("--values", help="rebase: the folder with the values, if not the run's own")
+    parser.add_argument(
+        "--share", nargs=2, type=int, metavar=("K", "M"),
+        help="rebase: only make the values of every M-th batch from the K-th on, beside other processes",
+    )  # fmt: skip
     parser.add_argument("--device")
     parser.add_argument(
         "--out", nargs="+", default=["runs/thousand"], help="the run's folder; tables: folders"
