@@ -190,9 +190,15 @@ class Rebase:
         requests = [EditRequest.of(case.request()) for case in batch]
         self._put(None)
         self.known.extend(zip(requests, self._values(requests), strict=True))
-        self._solve()
+        if self.rounds:
+            self._solve()
         for _ in range(self.rounds):
             self._again()
+
+    def settle(self) -> None:
+        """Solve, if that was not done since the last batch: the model is about to be measured."""
+        if self.edit is None:
+            self._solve()
 
     def without(self, number: int) -> None:
         """Take one fact back: the others are solved again."""
@@ -446,7 +452,8 @@ def run(args: argparse.Namespace) -> None:
         return
     header = {
         "alg": args.alg, "mode": args.mode, "batch": args.batch, "seed": args.seed, "facts": args.facts,
-        "first": args.first, "untouched": args.untouched, "protect": args.protect, "rounds": args.rounds,
+        "first": args.first, "untouched": args.untouched, "texts": args.texts,
+        "protect": args.protect, "rounds": args.rounds,
         "hyperparameters": shown(settings),
     }  # fmt: skip
     header = json.loads(json.dumps(header))
@@ -459,7 +466,7 @@ def run(args: argparse.Namespace) -> None:
     write_json(file, {**header, "reports": reports})
     names = settings.get("inner_params") or [model.site(layer).weight for layer in settings["layers"]]
     names = [name if name.endswith(".weight") else f"{name}.weight" for name in names]
-    measured = Measured(model, alone, held_out(Path(args.data_dir)), names)
+    measured = Measured(model, alone, held_out(Path(args.data_dir))[: args.texts], names)
     done: list[BenchCase] = []
     took = 0.0
     for number, batch in enumerate(batches(cases, args.batch), 1):
@@ -470,10 +477,16 @@ def run(args: argparse.Namespace) -> None:
         if len(done) in known:  # measured before the run was cut off
             took = known[len(done)]
         elif number % args.every == 0 or len(done) == len(cases):
+            if isinstance(step, Rebase):
+                began = time.process_time()
+                step.settle()
+                took += time.process_time() - began
             reports.append({**measured.report(done, len(batch)), "cpu_seconds": round(took, 1)})
             write_json(file, {**header, "reports": reports})
             print(json.dumps(reports[-1]), flush=True)
     if args.undo is not None:
+        if isinstance(step, Rebase):
+            step.settle()
         undone = taken_back(measured, done, step, args.undo)
         write_json(file, {**header, "reports": reports, "undone": undone})
         print(json.dumps(undone), flush=True)
@@ -508,7 +521,9 @@ def tables(args: argparse.Namespace) -> None:
         missing = [str(folder) for folder in runs if not (folder / "curve.json").is_file()]
         if missing:
             raise SystemExit(f"{', '.join(missing)}: no curve.json there; name the folders of runs")
-        curves = {f.name: json.loads((f / "curve.json").read_text(encoding="utf-8")) for f in runs}
+        curves = json.loads(kept.read_text(encoding="utf-8")) if args.keep else {}
+        curves |= {f.name: json.loads((f / "curve.json").read_text(encoding="utf-8")) for f in runs}
+        curves = dict(sorted(curves.items(), key=lambda one: "seed1" in one[0]))  # the search comes last
         write_json(kept, curves)
     readme = HERE / "README.md"
     text = readme.read_text(encoding="utf-8")
@@ -583,6 +598,9 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--untouched", type=int, default=UNTOUCHED, help="facts that are left alone")
+    parser.add_argument(
+        "--texts", type=int, default=TEXTS, help="held-out passages; masked models read each token apart"
+    )
     parser.add_argument("--every", type=int, default=1, help="batches between two reports")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weight", type=float, help="mom2_update_weight (lambda), if not the file's")
@@ -603,6 +621,7 @@ def main() -> None:
     parser.add_argument(
         "--out", nargs="+", default=["runs/thousand"], help="the run's folder; tables: folders"
     )
+    parser.add_argument("--keep", action="store_true", help="tables: beside what curves.json holds already")
     parser.add_argument("--committed", action="store_true", help="tables from curves.json, not from runs")
     args = parser.parse_args()
     {"run": run, "tables": tables}[args.what](args)
