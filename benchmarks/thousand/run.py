@@ -521,9 +521,9 @@ def tables(args: argparse.Namespace) -> None:
         missing = [str(folder) for folder in runs if not (folder / "curve.json").is_file()]
         if missing:
             raise SystemExit(f"{', '.join(missing)}: no curve.json there; name the folders of runs")
-        curves = json.loads(kept.read_text(encoding="utf-8")) if args.keep else {}
-        curves |= {f.name: json.loads((f / "curve.json").read_text(encoding="utf-8")) for f in runs}
-        curves = dict(sorted(curves.items(), key=lambda one: "seed1" in one[0]))  # the search comes last
+        curves = {f.name: json.loads((f / "curve.json").read_text(encoding="utf-8")) for f in runs}
+        before = json.loads(kept.read_text(encoding="utf-8")) if args.keep else {}
+        curves |= {name: curve for name, curve in before.items() if name not in curves}
         write_json(kept, curves)
     readme = HERE / "README.md"
     text = readme.read_text(encoding="utf-8")
