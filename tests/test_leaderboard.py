@@ -12,6 +12,7 @@ import pytest
 from children import needs_processes, start
 
 from easyedit_mdm.cli import main
+from easyedit_mdm.common.yaml_files import find_hparams, read_yaml
 from easyedit_mdm.editing import METHODS
 from easyedit_mdm.errors import DataError, HyperParameterError
 from easyedit_mdm.evaluation.records import read_run
@@ -111,6 +112,27 @@ def test_the_better_setting_is_taken(board):
             scores.append(harmonic_mean(found))
         chosen = {json.dumps(e["setting"], sort_keys=True) for e in told["entries"] if e["method"] == method}
         assert chosen == {json.dumps(tries[scores.index(max(scores))], sort_keys=True)}
+
+
+def test_one_setting_is_not_searched_and_the_suite_names_the_text(tmp_path, monkeypatch):
+    """The file that ships, with the suite's text in place of its own; a twin keeps its own."""
+    (tmp_path / "words.txt").write_text("One line.\n")
+    one = {"MEMIT_MDM": [{}]}
+    changes = {"methods": one, "search": {}, "models": ["smollm2"], "text": "words.txt"}
+    suite = Suite.read(written(tmp_path, **changes))
+    place = module.Place(tmp_path / "out", str(tmp_path))
+    monkeypatch.setattr(module, "bench", None)  # a run would fail
+    for model, text in (("smollm2", str(tmp_path / "words.txt")), ("twin-llada", "twins")):
+        base = read_yaml(find_hparams(f"MEMIT_MDM/{model}"))
+        file = module._chosen(suite, place, model, "MEMIT_MDM", base)
+        assert read_yaml(file) == {**base, "mom2_dataset": text}
+    for data_dir in (None, str(tmp_path / "empty")):
+        with pytest.raises(DataError, match="needs words.txt below --data-dir"):
+            leaderboard(written(tmp_path, **changes), tmp_path / "new", data_dir)
+    with pytest.raises(HyperParameterError, match="leave it out"):
+        Suite.read(written(tmp_path, methods=one))
+    with pytest.raises(HyperParameterError, match="search"):
+        Suite.read(written(tmp_path, search={}))
 
 
 @pytest.mark.end_to_end

@@ -86,6 +86,9 @@ def smollm2(board: dict[str, Any]) -> str:
         runs = [[e for e in entries if (e["model"], e["method"]) == (model, method)] for model in models]
         cells = [method, *(f"{cell(run)} / {mean(run, 'rephrase_exact')}" if run else "–" for run in runs)]
         out.append("| " + " | ".join(cells) + " |")
+    before = (mean([e for e in entries if e["model"] == model][:1], "success_before") for model in models)
+    kept = "1.00"  # by definition
+    out.append("| no edit | " + " | ".join(f"{value} / {kept} / –" for value in before) + " |")
     return "\n".join(out) + "\n"
 
 

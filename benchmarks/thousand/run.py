@@ -36,14 +36,12 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from easyedit_mdm import score_prompts
-from easyedit_mdm.common.files import new_folder, write_json, write_tensors, write_text
+from easyedit_mdm.common.files import write_json, write_text
 from easyedit_mdm.common.fingerprints import model_fingerprint
 from easyedit_mdm.data.cases import BenchCase, load_cases
-from easyedit_mdm.editing import METHODS, EditRequest, History, StateHyperParams
-from easyedit_mdm.editing.context import prefixes_of
+from easyedit_mdm.editing import METHODS, EditRequest
 from easyedit_mdm.editing.edit import Edit
 from easyedit_mdm.editing.facts import tokenise
 from easyedit_mdm.editing.solve.batch import outputs
@@ -53,9 +51,10 @@ from easyedit_mdm.evaluation.multi_step import teacher_forced
 from easyedit_mdm.host.methods import easyedits_method
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.prompts import encode, target_ids
-from easyedit_mdm.runs.methods import load_ours
+from easyedit_mdm.runs.batches import edit_and_keep, note_unedited, put_back
+from easyedit_mdm.runs.methods import BenchMethod, load_ours, ours
+from easyedit_mdm.session import Session
 from easyedit_mdm.smollm2 import smollm2_folder
-from easyedit_mdm.statistics import note_base
 
 HERE = Path(__file__).parent
 UNTOUCHED, TEXTS, PARAPHRASED = 400, 40, 200
@@ -206,7 +205,7 @@ class Rebase:
         self._solve()
 
     def share(self, parts: Sequence[list[BenchCase]], which: int, of: int) -> None:
-        """Make the values of every so-manieth batch, and nothing else."""
+        """Make the values of one batch in `of`, from the one numbered `which` on, and nothing else."""
         for number, batch in enumerate(parts):
             if number % of == which:
                 self.number = itertools.count(number)
@@ -262,55 +261,30 @@ class Rebase:
 class InSequence:
     """Each batch in the model that the earlier ones left; the edits are kept in the folder."""
 
-    def __init__(self, model: Adapter, method: Any, hparams: Any, folder: Path):
-        self.model, self.method, self.hparams, self.folder = model, method, hparams, folder
-        self.history = History()
-        self.edits: list[tuple[list[EditRequest], Edit]] = []
+    def __init__(self, method: BenchMethod, session: Session, folder: Path):
+        self.method, self.session, self.folder = method, session, folder
+        self.batches: list[tuple[list[BenchCase], list[Edit]]] = []
 
     def __call__(self, batch: list[BenchCase]) -> None:
-        """Edit one batch more."""
-        requests = [EditRequest.of(case.request()) for case in batch]
-        part = self.folder / f"{len(self.edits):05d}"
+        """Edit one batch more, or put back what was kept of it."""
+        before, part = len(self.session.edits), self.folder / f"{len(self.batches):05d}"
         if part.is_dir():
-            self._again(requests, part)
-            return
-        made = self._make(requests)
-        with new_folder(part) as new:
-            made.save(new / "edit", self.model)
-            write_tensors(new / "keys.safetensors", self.history.latest())
-
-    def _make(self, requests: list[EditRequest]) -> Edit:
-        made = self.method.edit(self.model, requests, self.hparams, self.history)
-        made.apply(self.model)
-        self.history.claim(made)
-        self.edits.append((requests, made))
-        return made
-
-    def _again(self, requests: list[EditRequest], part: Path) -> None:
-        made, keys = Edit.load(part / "edit"), load_file(part / "keys.safetensors")
-        if not self.edits and isinstance(self.hparams, StateHyperParams):
-            prefixes_of(self.model, self.hparams)  # the unedited model's, as its second moments
-            note_base(self.model)
-        names = self.hparams.layers if keys else []
-        names = [name for layer in names for name in self.model.site(layer).weights]
-        self.history.carried(self.model, names)  # what the weights were, before the first
-        made.apply(self.model)
-        if keys:
-            self.history.add(self.model, names, keys)
-            self.history.claim(made)
-        self.edits.append((requests, made))
+            if not self.batches:
+                note_unedited(self.method)
+            put_back(self.method, batch, part)
+        else:
+            edit_and_keep(self.method, batch, part)
+        self.batches.append((batch, list(self.session.edits[before:])))
 
     def without(self, number: int) -> None:
         """Take one fact back, of a method that adds something of its own for each fact: the edit of its batch
         goes, and one without it comes.
         """
-        for place, (requests, edit) in enumerate(self.edits):
-            if number < len(requests):
-                edit.undo(self.model)
-                del self.edits[place]
-                self._make(requests[:number] + requests[number + 1 :])
-                return
-            number -= len(requests)
+        size = len(self.batches[0][0])
+        batch, edits = self.batches[number // size]
+        for edit in reversed(edits):
+            self.session.undo(edit)
+        self.method.edit([case for i, case in enumerate(batch) if i != number % size])
 
 
 def prepared(args: argparse.Namespace, values: Path) -> tuple[Adapter, dict[str, Any], Any]:
@@ -346,12 +320,14 @@ def prepared(args: argparse.Namespace, values: Path) -> tuple[Adapter, dict[str,
             )
         if args.undo is not None and args.mode != "rebase" and args.alg not in ATTACHED:
             raise SystemExit(f"--undo: {args.alg} in a sequence writes all facts of a batch by one update")
-        rebase = args.mode == "rebase"
-        step = Rebase(model, method, hparams, values, args.rounds) if rebase else None
-        return model, hparams.to_dict(), step or InSequence(model, method, hparams, values / "edits")
+        if args.mode == "rebase":
+            return model, hparams.to_dict(), Rebase(model, method, hparams, values, args.rounds)
+        made = ours(model, hparams)
+        assert made.session is not None
+        return model, hparams.to_dict(), InSequence(made, made.session, values / "edits")
     if args.mode == "rebase" or unused(args):
         raise SystemExit(
-            "--mode rebase, --weight, --values, --protect, --rounds and --undo are for our methods,"
+            "--mode rebase, --weight, --values, --share, --protect, --rounds and --undo are for our methods,"
             f" {args.alg} is EasyEdit's"
         )
     model, settings, apply = easyedits_method(args.alg, theirs(args))

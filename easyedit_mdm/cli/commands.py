@@ -515,7 +515,7 @@ def sweep(
 @app.command()
 def leaderboard(
     out: Annotated[str, Option(help="folder for leaderboard.html and the runs; what is there is kept")],
-    suite: Annotated[str, Option(help="quick, small, full, or a YAML file")] = "small",
+    suite: Annotated[str, Option(help="quick, small, smollm2, full, or a YAML file")] = "small",
     data_dir: DataDir = None,
     device: Device = None,
     so_far: Annotated[bool, Option("--so-far", help="run nothing; write what is finished")] = False,

@@ -95,9 +95,9 @@ def run_batches(
     undos: list[Undo] = []
     try:
         if finished and plan.keep:
-            _note_base(method)
+            note_unedited(method)
         for number in range(finished if plan.keep else 0):
-            undos.append(_again(method, groups[number], edits_folder(path) / f"{number:05d}"))
+            undos.append(put_back(method, groups[number], edits_folder(path) / f"{number:05d}"))
         bar = tqdm(groups[finished:], initial=finished, total=len(groups), desc="batches", unit="batch")
         with explained(path), path.open("a", encoding="utf-8") as lines:
             for number, group in enumerate(bar, start=finished):
@@ -141,7 +141,7 @@ def _run_batch(
     began = time.perf_counter()
     try:
         with peak_memory(method.adapter.device) as peak:
-            figures, undo = _edit(method, group, folder)
+            figures, undo = edit_and_keep(method, group, folder)
     except EditError:
         raise
     except (EasyEditMDMError, torch.cuda.OutOfMemoryError, ValueError, RuntimeError) as error:
@@ -168,10 +168,10 @@ def _nothing() -> None:
     """Takes nothing back."""
 
 
-def _edit(
+def edit_and_keep(
     method: BenchMethod, group: Sequence[BenchCase], folder: Path | None
 ) -> tuple[list[EditFigures], Undo]:
-    """Make and apply; the edits of our own methods are kept in `folder`."""
+    """Make and apply; the edits of our own methods are kept in `folder`, for `put_back`."""
     session = method.session
     before = 0 if session is None else len(session.edits)
     if folder is not None:
@@ -191,7 +191,7 @@ def _edit(
     return figures, undo
 
 
-def _note_base(method: BenchMethod) -> None:
+def note_unedited(method: BenchMethod) -> None:
     """What edits take from the unedited model, taken before finished edits are put back into it: the context
     prefixes that it writes, and whose second moments count.
     """
@@ -201,7 +201,7 @@ def _note_base(method: BenchMethod) -> None:
         note_base(method.session.model)
 
 
-def _again(method: BenchMethod, group: Sequence[BenchCase], folder: Path) -> Undo:
+def put_back(method: BenchMethod, group: Sequence[BenchCase], folder: Path) -> Undo:
     """Put the edits of a finished batch back into the model; made anew where they were not kept."""
     session = method.session
     if session is None or not folder.is_dir():

@@ -63,7 +63,7 @@ class Suite:
         datasets: of the table.
         modes: by name.
         methods: the settings tried for each, as changes to the file that ships for the method and the model.
-        search: where a setting is chosen; of one setting, nowhere.
+        search: where a setting is chosen; left out where there is one setting a method.
         seed: of the cases.
         text: a text below `--data-dir` that second moments are made of, instead of what the files name. The
             twins keep their own.
@@ -73,7 +73,7 @@ class Suite:
     datasets: list[str]
     modes: dict[str, Any]
     methods: dict[str, Any]
-    search: dict[str, Any]
+    search: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     text: str = ""
     name: str = field(default="", compare=False)
@@ -114,7 +114,13 @@ class Suite:
         for name, mode in self.modes.items():
             if Mode(**checked(Mode, mode, f"entry of mode {name}")).mode not in RUN_MODES:
                 raise HyperParameterError(f"{path}: mode {name!r} is none of {', '.join(RUN_MODES)}: {mode}")
-        Search(**checked(Search, self.search, "entry of search"))
+        if max(numbers.values()) > 1:
+            Search(**checked(Search, self.search, "entry of search"))
+        elif self.search:
+            raise HyperParameterError(
+                f"{path}: search: {self.search} is for choosing, and no method has several settings: leave it"
+                " out"
+            )
 
 
 @dataclass(frozen=True)
@@ -226,7 +232,7 @@ def _bench(config: BenchConfig, path: Path) -> None:
 
 def _chosen(suite: Suite, place: Place, model: str, method: str, base: Mapping[str, Any]) -> Path:
     """The hyperparameter file of the setting that did best on the search cases; ties go to the earlier."""
-    search, best = Search(**suite.search), (-1.0, Path())
+    best = (-1.0, Path())
     if suite.text and base.get("mom2_dataset") and model not in TWINS:
         base = {**base, "mom2_dataset": str(place.text(suite))}
     for number, change in enumerate(suite.methods[method]):
@@ -236,6 +242,7 @@ def _chosen(suite: Suite, place: Place, model: str, method: str, base: Mapping[s
             write_text(file, yaml.safe_dump({**base, **(change or {})}, sort_keys=False))
         if len(suite.methods[method]) == 1:
             return file
+        search = Search(**suite.search)
         path = place.file("search", model, method, str(number))
         config = BenchConfig(
             method, str(file), search.dataset, place.data_dir, limit=search.facts, seed=suite.seed,

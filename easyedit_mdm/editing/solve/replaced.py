@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from statistics import fmean
 
 import torch
 from jaxtyping import Float, Int
@@ -87,7 +88,7 @@ def replacing_values(
             note_losses([losses.outcomes[i] for i in active], step_losses, step, f"edit_lr={lr}")
             for i, loss in zip(active, step_losses.tolist()):
                 recent[i].append(loss)
-            done = {i for i in active if len(recent[i]) == recent[i].maxlen and _mean(recent[i]) < enough}
+            done = {i for i in active if len(recent[i]) == recent[i].maxlen and fmean(recent[i]) < enough}
             for i in done:
                 values[i].grad = None  # Adam leaves it alone
             if done:
@@ -99,7 +100,3 @@ def replacing_values(
                 losses.outcomes[i].steps += 1
             optimizer.step()
     return torch.stack(values).detach(), losses.outcomes
-
-
-def _mean(losses: Sequence[float]) -> float:
-    return sum(losses) / len(losses)
