@@ -39,13 +39,15 @@ class States:
         revealed: which slots show their token.
         scored: which slots the loss is read at: hidden ones of the open block.
         weights: weight of each state; they sum to 1.
-        shown: the tokens in revealed slots, where they are not the target's own.
+        shown: the tokens in revealed slots, where they are not the right ones.
+        tokens: the right tokens, where the slots are not just the target's.
     """
 
     revealed: Bool[Tensor, "states slots"]
     scored: Bool[Tensor, "states slots"]
     weights: Float[Tensor, " states"]
     shown: Int[Tensor, "states slots"] | None = None
+    tokens: Int[Tensor, " slots"] | None = None
 
 
 @dataclass(frozen=True)

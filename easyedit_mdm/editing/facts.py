@@ -49,11 +49,13 @@ def tokenise(adapter: Adapter, request: EditRequest, hparams: StateHyperParams) 
             f"target {request.target_new!r} has {len(target)} tokens, more than the canvas of {canvas} "
             "masks (decode.canvas)"
         )
-    longest = max(len(p.ids) for p in contexts) + len(target)
+    slots = max(hparams.open_canvas, len(target) + 1) if hparams.open_canvas else len(target)
+    longest = max(len(p.ids) for p in contexts) + slots
     if longest > adapter.max_positions:
+        more = f" and an open canvas of {slots} slots" if hparams.open_canvas else ""
         raise RequestError(
             f"prompt and target {request.target_new!r} take {longest} tokens with the longest context "
-            f"prefix; {adapter.name} has {adapter.max_positions} positions"
+            f"prefix{more}; {adapter.name} has {adapter.max_positions} positions"
         )
     where = "subject_last" if where == "last" else where
     return Fact(contexts, target, locate(adapter, anchor(request), "{}", where))

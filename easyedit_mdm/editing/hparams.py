@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 from easyedit_mdm.common.kinds import checked
 from easyedit_mdm.common.registry import did_you_mean
 from easyedit_mdm.common.yaml_files import YamlFile, find_hparams, packaged_hparams, read_yaml, read_yaml_file
-from easyedit_mdm.denoising import SCHEDULES, DecodeConfig
+from easyedit_mdm.denoising import SCHEDULES, DecodeConfig, schedule
 from easyedit_mdm.editing.guard import GuardConfig
 from easyedit_mdm.errors import HyperParameterError, UnknownNameError
 
@@ -322,6 +322,9 @@ class StateHyperParams(MethodHyperParams):
         state_schedule: states the loss is read in (`easyedit_mdm.denoising.SCHEDULES`); `full_mask` is the
             plain edit.
         max_states: the most states a step may hold.
+        open_canvas: slots of a longer canvas that half of the loss is read on: the target, and behind it the
+            end of the text. The rest of the canvas is not read. An autoregressive model is asked for the
+            token that ends the text. 0: the target's own slots alone.
         max_rows: rows of one forward pass; more are split, with the same result.
         context_template_length_params: [tokens, prefixes] of each kind of context prefix, which the model
             writes.
@@ -330,6 +333,7 @@ class StateHyperParams(MethodHyperParams):
 
     state_schedule: str = "enumerate"
     max_states: int = 31
+    open_canvas: int = 0
     max_rows: int = 256
     context_template_length_params: list[list[int]] = field(default_factory=lambda: [[5, 10], [10, 10]])
     context_templates: list[str] | None = None
@@ -340,7 +344,12 @@ class StateHyperParams(MethodHyperParams):
         if self.state_schedule not in SCHEDULES:
             known = f"{', '.join(SCHEDULES)}{did_you_mean(self.state_schedule, SCHEDULES)}"
             raise UnknownNameError(f"state_schedule={self.state_schedule!r} is not one of {known}")
-        self.check_numbers(max_states=1, max_rows=1, whole=True)
+        self.check_numbers(max_states=1, max_rows=1, open_canvas=0, whole=True)
+        if self.open_canvas and schedule(self.state_schedule, 2).rolled:
+            raise HyperParameterError(
+                f"open_canvas={self.open_canvas} with state_schedule: {self.state_schedule}: the states that"
+                " a model decodes through are those of the target's own slots; name another schedule"
+            )
         for template in self.context_templates or []:
             if template.count("{}") != 1:
                 raise HyperParameterError(

@@ -59,6 +59,11 @@ class FTMDMHyperParams(TrainingHyperParams):
             raise HyperParameterError("norm_constraint=True: give the distance, or false for none")
         if self.norm_constraint not in (None, False):
             self.check_numbers(norm_constraint=0)
+        if self.open_canvas and self.objective_optimization == "prompt_last":
+            raise HyperParameterError(
+                f"open_canvas={self.open_canvas} with objective_optimization: prompt_last, which reads all"
+                " tokens at one place: use target_new"
+            )
 
 
 def ft(adapter: Adapter, requests: Sequence[EditRequest], hparams: FTMDMHyperParams) -> Edit:

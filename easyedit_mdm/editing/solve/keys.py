@@ -66,12 +66,13 @@ class KeyStates:
 
     Attributes:
         contexts: the prefixes, by number.
-        tails: the target's slots, as tokens, in every state; nothing is revealed in the first.
+        tails: the slots of every state, as tokens; nothing is revealed in the first. On an open canvas there
+            are more than the target has.
         weights: weight of each state.
     """
 
     contexts: tuple[int, ...]
-    tails: list[Int[Tensor, " slots"]]
+    tails: list[Int[Tensor, " _"]]
     weights: Float[Tensor, " states"]
 
 
@@ -79,16 +80,18 @@ def key_states(adapter: Adapter, fact: Fact, hparams: StateHyperParams, which: s
     """The states under which the key is read, `which` being the hyperparameter `key_states`; the first holds
     those of the bare prompt.
     """
-    name = "full_mask" if which == "full_mask" else "enumerate"
-    plan = Plan.of(adapter, fact, name, hparams.max_states)
-    return [
-        KeyStates(
-            contexts,
-            [adapter.behind(fact.target, shown, draw) for draw, shown in enumerate(states.revealed)],
-            states.weights,
-        )
-        for contexts, states in plan.draw(0, fact_generator(fact, hparams.seed))
-    ]
+    if which == "full_mask":
+        plan = Plan.of(adapter, fact, "full_mask")
+    else:
+        plan = Plan.of(adapter, fact, "enumerate", hparams.max_states, hparams.open_canvas)
+    found: dict[tuple[int, ...], KeyStates] = {}
+    for contexts, states in plan.draw(0, fact_generator(fact, hparams.seed)):
+        right = fact.target if states.tokens is None else states.tokens
+        known = found.get(contexts, KeyStates(contexts, [], states.weights[:0]))
+        first = len(known.tails)
+        tails = [adapter.behind(right, shown, first + draw) for draw, shown in enumerate(states.revealed)]
+        found[contexts] = KeyStates(contexts, known.tails + tails, torch.cat([known.weights, states.weights]))
+    return list(found.values())
 
 
 @dataclass

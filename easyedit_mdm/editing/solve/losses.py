@@ -51,8 +51,7 @@ class StateLosses:
     ):
         self.adapter, self.facts, self.hparams = adapter, facts, hparams
         self.first, self.at_prompt = first, at_prompt
-        name, most = hparams.state_schedule, hparams.max_states
-        self.plans = [Plan.of(adapter, fact, name, most) for fact in facts]
+        self.plans = [Plan.asked(adapter, fact, hparams) for fact in facts]
         self.outcomes = [Outcome(schedule=plan.used) for plan in self.plans]
         self._generators = [fact_generator(fact, hparams.seed) for fact in facts]
         self._kept: dict[tuple[int, ...], list[tuple[Rows, Tensor | None]]] = {}

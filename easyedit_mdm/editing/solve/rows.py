@@ -17,6 +17,8 @@ from easyedit_mdm.editing.request import Prompt
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.geometry import right_padded, similar
 
+_OPEN = 5_000  # the first draw of noise of a step's rows with an open canvas
+
 
 @dataclass
 class Rows:
@@ -170,7 +172,8 @@ def build_rows(
             the states of a step weigh together.
         draw: number of the first draw of noise; each row of a fact has one of its own.
     """
-    columns = _Columns(max(len(f.target) for f in facts.values()))
+    read = [_read(group) for i in facts for _, group in states[i]]
+    columns = _Columns(max(read, default=1))
     for i, fact in facts.items():
         for contexts, group in states[i]:
             _add_states(columns, adapter, i, fact, contexts, group, dealt, draw)
@@ -194,12 +197,21 @@ def _add_states(
     draw: int,
 ) -> None:
     """A fact's rows: each of a group's states after each of some contexts; the rest is as in `build_rows`."""
-    period = len(group.weights)
+    period, read = len(group.weights), _read(group)
+    right = fact.target if group.tokens is None else group.tokens
+    if group.tokens is not None:  # noise of its own
+        draw += _OPEN
     for s, (revealed, scored, weight) in enumerate(zip(group.revealed, group.scored, group.weights)):
-        shown = fact.target if group.shown is None else group.shown[s]
+        shown = right if group.shown is None else group.shown[s]
         tails = [adapter.behind(shown, revealed, draw + s * len(fact.contexts) + c) for c in contexts]
-        share = scored.float() * ((1.0 if dealt else weight) / scored.sum() / len(fact.contexts))
+        heavy = group.weights.sum() if dealt else weight
+        share = scored[:read].float() * (heavy / scored.sum() / len(fact.contexts))
         for c, tail in zip(contexts, tails):
             prompt, turn = fact.contexts[c], (s - c) % period if dealt else -1
-            read = list(range(len(prompt.ids), len(prompt.ids) + len(fact.target)))
-            columns.add(number, prompt, tail, read, fact.target, share, turn=turn, period=period)
+            at = list(range(len(prompt.ids), len(prompt.ids) + read))
+            columns.add(number, prompt, tail, at, right[:read], share, turn=turn, period=period)
+
+
+def _read(states: States) -> int:
+    """How many slots are read: those up to the last that is scored in any state."""
+    return int(states.scored.any(0).nonzero().max()) + 1

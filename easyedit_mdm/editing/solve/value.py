@@ -138,7 +138,7 @@ def _optimise(
     together: bool = False,
     price: Float[Tensor, "facts facts"] | None = None,
 ) -> list[Optimised]:
-    plans = [Plan.of(adapter, fact, hparams.state_schedule, hparams.max_states) for fact in facts]
+    plans = [Plan.asked(adapter, fact, hparams) for fact in facts]
     deltas = [torch.zeros_like(v, requires_grad=True) for v in initial]
     done = [Optimised(delta=d, schedule=p.used) for d, p in zip(deltas, plans)]
     recent: list[deque[float]] = [
