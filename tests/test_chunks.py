@@ -158,6 +158,18 @@ def test_values_of_other_settings_are_refused(tiny, tmp_path, given, changed, na
         method.edit_in_chunks(model, FACTS[:4], hparams("MEMIT_MDM", **changed), tmp_path, 2)
 
 
+def test_values_of_an_earlier_version_stay(tiny, tmp_path, given):
+    """A field that came since is meant to have been at its default."""
+    model, method = tiny("llama"), METHODS["MEMIT_MDM"]
+    method.edit_in_chunks(model, FACTS[:4], hparams("MEMIT_MDM"), tmp_path, 2)
+    card = json.loads((tmp_path / "values.json").read_text())
+    del card["hyperparameters"]["open_canvas"]
+    (tmp_path / "values.json").write_text(json.dumps(card))
+    method.edit_in_chunks(model, FACTS[:4], hparams("MEMIT_MDM"), tmp_path, 2)
+    with pytest.raises(EditError, match="hyperparameters differ"):
+        method.edit_in_chunks(model, FACTS[:4], hparams("MEMIT_MDM", open_canvas=8), tmp_path, 2)
+
+
 def test_values_of_other_facts_are_refused(tiny, tmp_path, given):
     """Other facts, another size of the chunks, another model."""
     method, settings = METHODS["MEMIT_MDM"], hparams("MEMIT_MDM")

@@ -181,7 +181,7 @@ class Rebase:
         self.edit: Edit | None = None
         own = {k: v for k, v in shown(hparams.to_dict()).items() if k not in NO_PART}
         own["layers"] = hparams.layers[-1:]  # values are made at the last
-        self.settings = json.dumps({**own, "model": model_fingerprint(model.native)}, default=str)
+        self.settings = json.loads(json.dumps({**own, "model": model_fingerprint(model.native)}, default=str))
         self.number = itertools.count()
 
     def __call__(self, batch: list[BenchCase]) -> None:
@@ -212,14 +212,19 @@ class Rebase:
                 self._values([EditRequest.of(case.request()) for case in batch])
 
     def _values(self, requests: list[EditRequest]) -> list[Optimised]:
-        belongs = {"settings": self.settings, "facts": [[r.prompt, r.target_new] for r in requests]}
+        belongs = {
+            "settings": json.dumps(self.settings),
+            "facts": [[r.prompt, r.target_new] for r in requests],
+        }
         file = self.folder / f"values-{next(self.number):03}.pt"
         if not file.exists():
             values = self.method.values(self.model, requests, self.hparams)
             torch.save({**belongs, "values": [vars(value) for value in values]}, file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
         kept = torch.load(file, weights_only=True)
-        if any(kept[key] != belongs[key] for key in belongs):
+        then = type(self.hparams).as_now(json.loads(kept["settings"]))  # by an earlier version, perhaps
+        then = {key: value for key, value in then.items() if key not in NO_PART}
+        if kept["facts"] != facts or then != self.settings:
             raise SystemExit(f"{file} holds the values of other facts or settings: give another folder")
         return [Optimised(**value) for value in kept["values"]]
 

@@ -9,8 +9,9 @@ that has what it uses and nothing else.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -308,6 +309,15 @@ class MethodHyperParams(LoadingHyperParams, MainHyperParams):
         except (HyperParameterError, UnknownNameError) as error:
             where = values.where(str(error)) if isinstance(values, YamlFile) else source
             raise type(error)(f"{where}: {error}" if where else str(error)) from error
+
+    @classmethod
+    def as_now(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that an earlier version wrote down, with the fields that have come since at their
+        defaults: what they meant.
+        """
+        fields = [f for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING]
+        since = json.loads(json.dumps({f.name: f.default for f in fields}, default=str))
+        return {**since, **settings}
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as EasyEdit's hyperparameters give them."""

@@ -14,7 +14,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -354,12 +354,9 @@ def _as_now(header_then: Mapping[str, Any], header: Header) -> Mapping[str, Any]
     name, settings = str(header_then.get("alg_name")), header_then.get("hparams")
     if name not in METHODS or not isinstance(settings, dict):
         return header_then
-    since = {
-        f.name: f.default
-        for f in fields(METHODS[name].hparams)
-        if f.default is not MISSING and f.name in header["hparams"]
-    }
-    return {**header_then, "hparams": {**json.loads(json.dumps(since, default=str)), **settings}}
+    now = METHODS[name].hparams.as_now(settings)
+    asked = {k: v for k, v in now.items() if k in settings or k in header["hparams"]}
+    return {**header_then, "hparams": asked}
 
 
 def _prepare(path: Path, header: Header, resume: bool) -> int:

@@ -20,7 +20,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,8 @@ class KeptValues:
         file = self.folder / CARD
         if file.exists():
             known = read_json(file, EditError, "what these values belong to")
+            if isinstance(settings := known.get("hyperparameters"), dict):
+                known["hyperparameters"] = _settings(type(self.hparams).as_now(settings))
             other = [name for name in identity if known.get(name) != identity[name]]
             if other:
                 raise EditError(
@@ -307,14 +309,19 @@ def _identity(
 ) -> dict[str, Any]:
     """What values belong to."""
     asked = json.dumps([[r.prompt, r.subject, r.target_new] for r in requests])
-    settings = {k: v for k, v in hparams.to_dict().items() if k not in _NO_PART}
+    settings = json.loads(json.dumps(hparams.to_dict(), default=str))
     return {
         "model": model_fingerprint(adapter.native),
         "facts": hashlib.sha256(asked.encode()).hexdigest(),
         "number": len(requests),
         "chunk": size,
-        "hyperparameters": json.loads(json.dumps(settings, default=str)),
+        "hyperparameters": _settings(settings),
     }
+
+
+def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that values depend on."""
+    return {k: v for k, v in settings.items() if k not in _NO_PART}
 
 
 # hyperparameters that have no part in the values
