@@ -212,13 +212,11 @@ class Rebase:
                 self._values([EditRequest.of(case.request()) for case in batch])
 
     def _values(self, requests: list[EditRequest]) -> list[Optimised]:
-        belongs = {
-            "settings": json.dumps(self.settings),
-            "facts": [[r.prompt, r.target_new] for r in requests],
-        }
+        facts = [[r.prompt, r.target_new] for r in requests]
         file = self.folder / f"values-{next(self.number):03}.pt"
         if not file.exists():
             values = self.method.values(self.model, requests, self.hparams)
+            belongs = {"settings": json.dumps(self.settings), "facts": facts}
             torch.save({**belongs, "values": [vars(value) for value in values]}, file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
         kept = torch.load(file, weights_only=True)
