@@ -323,3 +323,11 @@ def test_files_for_real_text_are_the_best_that_were_tried(monkeypatch):
         base = read_yaml(root / "hparams" / method / f"{model}.yaml")
         changes = {k: v for k, v in best["changes"].items() if k != "file"}
         assert read_yaml(root / "hparams" / method / f"{model}-text.yaml") == {**base, **changes}
+
+
+def test_settings_of_an_earlier_version():
+    """What they leave out is at its default, lists and mappings as well."""
+    kind = METHODS["ROME_MDM"].hparams
+    now = kind.as_now({"alg_name": "ROME_MDM", "v_lr": 0.3})
+    assert now["v_lr"] == 0.3 and now["open_canvas"] == 0 and now["decode"] == {}
+    assert now["context_template_length_params"] == [[5, 10], [10, 10]] and "layers" not in now

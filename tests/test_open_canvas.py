@@ -68,6 +68,28 @@ def test_fixed_states_stay(tiny):
         assert plan.fixed == fixed == all(each == first for each in later)
 
 
+@pytest.mark.parametrize("name", DRAWN)
+def test_where_a_sampler_begins(tiny, name):
+    """The canvas with nothing shown is among the states, every other time where they are drawn anew."""
+    plan, _ = plan_of(tiny("llada"), name, 16)
+    generator, hidden = torch.Generator().manual_seed(0), []
+    for step in range(24):
+        states = plan.draw(step, generator)[1][1]
+        hidden.append(bool((~states.revealed.any(1)).any()))
+    assert all(hidden) if plan.fixed else sum(hidden) >= 3
+
+
+def test_early_stopping_looks_at_one_round(tiny):
+    """The states of both canvases have been seen after as many steps as the longer one has: an easy fact
+    stops there.
+    """
+    model = tiny("llada")
+    plan, _ = plan_of(model, "spread", 16)
+    assert plan.cycle == N + 1
+    settings = hparams(state_schedule="spread", open_canvas=16, early_stop_loss=1e9, v_num_grad_steps=25)
+    assert len(make_edit(model, REQUEST, settings).card["facts"][0]["losses"]) == N + 1
+
+
 def test_blocks_end_where_the_end_is(tiny):
     """In a block-causal model nothing stands behind the block of the end; earlier blocks are finished."""
     model = tiny("sdar")
@@ -161,6 +183,34 @@ def test_keys_of_its_states(tiny):
     assert counts == {0: 2**N - 1, 9: 2**N - 1 + 2 ** (N + 1) - 1}
 
 
+def test_a_codebook_needs_the_keys_of_both(tiny):
+    """GRACE_MDM on a masked model is asked for a key a state; on an autoregressive one they are all one."""
+    named = {"alg_name": "GRACE_MDM", "model_name": "tiny", "layers": [1], "n_iter": 2, "open_canvas": 8}
+    with pytest.raises(HyperParameterError, match="open_canvas=8 with key_states: full_mask"):
+        make_edit(tiny("llada"), REQUEST, METHODS["GRACE_MDM"].hparams(**named))
+    (part,) = make_edit(
+        tiny("llada"), REQUEST, METHODS["GRACE_MDM"].hparams(**named, key_states="per_state")
+    ).attached
+    assert len(part.tensors["keys"]) == 2**N - 1 + 2 ** (N + 1) - 1
+    make_edit(tiny("llama"), REQUEST, METHODS["GRACE_MDM"].hparams(**named))
+
+
+@pytest.mark.parametrize("method", ["LORA_MDM", "WISE_MDM"])
+def test_other_methods_have_it_in_their_loss(tiny, method):
+    """Their first loss is another with it."""
+    named = {"alg_name": method, "model_name": "tiny", "layers": [1]}
+    if method == "LORA_MDM":
+        pytest.importorskip("peft", exc_type=ImportError)
+        named |= {"num_steps": 2, "target_modules": ["q_proj"], "lora_dropout": 0.0}
+    else:
+        named |= {"n_iter": 2, "edit_lr": 0.1}
+    first = [
+        make_edit(tiny("llada"), REQUEST, METHODS[method].hparams(**named, open_canvas=canvas)).card["facts"]
+        for canvas in (0, 8)
+    ]
+    assert first[0][0]["losses"][0] != pytest.approx(first[1][0]["losses"][0], rel=1e-3)
+
+
 def test_what_cannot_be_done(tiny, monkeypatch):
     """States that a model decodes through, a model without an end, a row that is too long."""
     with pytest.raises(HyperParameterError, match="open_canvas=8 with state_schedule: on_policy"):
@@ -178,6 +228,11 @@ def test_what_cannot_be_done(tiny, monkeypatch):
 def test_without_it_nothing_changes(tiny):
     """The same draws and rows as ever, where there is none."""
     model = tiny("llada")
+    fact = tokenise(model, EditRequest.of({**REQUEST, "target_new": "a " * 10}), hparams())
+    dealt = Plan.of(model, fact, "spread")
+    rows = build_rows(model, {0: fact}, {0: dealt.draw(0, torch.Generator())}, None, True)
+    read = rows.weights > 0
+    assert len({float(w) for w in (rows.weights * read.sum(1, keepdim=True))[read]}) <= 2
     plan, _ = plan_of(model, "stratified", 0)
     own = schedule("stratified", N).draw(3, torch.Generator().manual_seed(5))
     (states,) = [each for _, each in plan.draw(3, torch.Generator().manual_seed(5))]

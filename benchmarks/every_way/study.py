@@ -150,6 +150,8 @@ class Judge:
         ended = [float(s["text_to_end"] == case.target) for s in longer]
         reads = [1 + i for i in self.reads[case.fact.prompt()]]
         found: dict[str, Any] = {"n_steps": float(scores[0]["exact"]), "canvas": ended[0]}
+        found["canvas_begins"] = float(longer[0]["exact"])
+        found["wordings"] = {str(i): [float(scores[i]["exact"]), ended[i]] for i in reads}
         found["paraphrase"] = average([float(scores[i]["exact"]) for i in reads])
         found["paraphrase_canvas"] = average([ended[i] for i in reads])
         same = [
@@ -226,7 +228,7 @@ def run(args: argparse.Namespace) -> None:
     asked = chosen_facts(world, split, number)
     path = Path(args.out) / f"{args.command}-{args.model}.jsonl"
     header = {"command": args.command, "model": args.model, "fingerprint": model_fingerprint(model.native)}
-    done = {(x["method"], x["arm"], x["subject"]) for x in lines_of(path, header)}
+    known = {(x["method"], x["arm"], x["subject"]): x.get("changed") for x in lines_of(path, header)}
     judge = Judge(model, world, asked)
     series = []
     for method in args.methods:
@@ -236,16 +238,20 @@ def run(args: argparse.Namespace) -> None:
         for arm, changes in makes.items():
             if args.arms and arm not in args.arms:
                 continue
-            left = [case for case in asked if (method, arm, case.fact.subject) not in done]
+            done = [known.get((method, arm, case.fact.subject), changes) for case in asked]
+            if any(then not in (None, changes) for then in done):
+                raise SystemExit(f"{path} has {method}, {arm}, with other settings: move it away")
+            left = [case for case in asked if (method, arm, case.fact.subject) not in known]
             file = METHODS[method].hparams.from_hparams(f"{method}/{args.model}")
-            series.append((method, arm, replace(file, **changes), left))
+            series.append((method, arm, changes, replace(file, **changes), left))
     with (
         path.open("a", encoding="utf-8") as stream,
         tqdm(total=sum(len(left) for *_, left in series), desc=args.model, unit="edit") as bar,
     ):
-        for method, arm, hparams, left in series:
+        for method, arm, changes, hparams, left in series:
             for line in edited(model, judge, left, hparams):
-                stream.write(json.dumps({"method": method, "arm": arm, **line}) + "\n")
+                line = {"method": method, "arm": arm, **line, "changed": changes}
+                stream.write(json.dumps(line) + "\n")
                 stream.flush()
                 bar.update()
 
@@ -287,15 +293,18 @@ def series_of(lines: Lines) -> dict[tuple[str, str], Lines]:
 
 def table(command: str) -> str:
     """A row a series."""
-    names = ("every_way", *WAYS, *PARAPHRASED, *LOCAL, "layer_passes", "cpu_seconds")
-    heads = ("every way", "one step", "N/2", "N", "random", "left to right", "canvas of 16", "paraphrase",
-             "one step", "canvas", "neighbours", "same subject", "passes", "CPU s")  # fmt: skip
+    names = ("every_way", *WAYS, "canvas_begins", *PARAPHRASED, *LOCAL, "layer_passes", "cpu_seconds")
+    heads = ("every way", "one step", "N/2", "N", "random", "left to right", "canvas of 16", "begins",
+             "paraphrase, N", "paraphrase, one step", "paraphrase, canvas", "neighbours", "same subject",
+             "passes", "CPU s")  # fmt: skip
     rows = [
         f"| model, method | arm | edits | {' | '.join(heads)} |",
         "| --- " * (len(heads) + 3) + "|",
     ]
     for model, lines in read(command).items():
         for (method, arm), some in series_of(lines).items():
+            if command == "tries" and len(some) < SUBJECTS[command][1]:  # not finished
+                continue
             cells = [figure(some, name) for name in names]
             cells[-2] = f"{sum(x['layer_passes'] for x in some) / len(some):,.0f}"
             rows.append(f"| `{model}` {method} | {arm} | {len(some)} | {' | '.join(cells)} |")
@@ -316,36 +325,64 @@ def verdicts() -> str:
     """The primary outcomes of the protocol, and what the states bring beside the end alone."""
     runs = {model: series_of(lines) for model, lines in read("run").items()}
     rows = [
-        "| model, method | least of five ways | canvas | paraphrase, N steps | paraphrase, canvas |"
-        " every way, open - shipped | the same, open - plain, open | neighbours, open - plain |",
-        "| --- " * 8 + "|",
+        "| model, method | arm | least of five ways | canvas | paraphrase, N steps | paraphrase, canvas |"
+        " every way, less shipped | the same, less plain, open | neighbours, less plain |",
+        "| --- " * 9 + "|",
     ]
     for model, partner in PARTNER.items():
         for method in ("ROME_MDM", "MEMIT_MDM"):
-            own, reference = runs[model], runs[partner][method, "open"]
-            ours = own[method, "open"]
-            five = min(ratio(ours, reference, way, "n_steps") for way in WAYS if way != "canvas")
-            same = [ratio(ours, reference, n, n) for n in ("canvas", "paraphrase", "paraphrase_canvas")]
-            differences = [
-                interval(paired(ours, own[method, arm], name))
-                for arm, name in (
-                    ("shipped", "every_way"), ("plain, open", "every_way"), ("plain", "neighbours")
-                )
-            ]  # fmt: skip
-            cells = [*(f"{share:.2f}" for share in (five, *same)), *differences]
-            rows.append(f"| `{model}` {method} | {' | '.join(cells)} |")
+            for arm in ("open, first", "open"):
+                own, reference = runs[model], runs[partner][method, "open"]
+                if (method, arm) not in own:
+                    continue
+                ours = own[method, arm]
+                five = [ratio(pairs(ours, reference, w, "n_steps")) for w in WAYS if w != "canvas"]
+                cells = [min(five), ratio(pairs(ours, reference, "canvas", "canvas"))]
+                cells += [ratio(worded(ours, reference, which)) for which in (0, 1)]
+                cells += [
+                    interval(paired(ours, own[method, other], name))
+                    for other, name in (
+                        ("shipped", "every_way"), ("plain, open", "every_way"), ("plain", "neighbours")
+                    )
+                ]  # fmt: skip
+                rows.append(f"| `{model}` {method} | {arm} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 
-def ratio(ours: Lines, theirs: Lines, name: str, other: str) -> float:
-    """Mean of a column over the mean of another's, on the facts that both have."""
-    there = {line["subject"]: line[other] for line in theirs if line.get(other) is not None}
-    pairs = [
-        (line[name], there[line["subject"]])
-        for line in ours
-        if line["subject"] in there and line.get(name) is not None
-    ]
-    return sum(a for a, _ in pairs) / max(1e-9, sum(b for _, b in pairs))
+Pairs = list[tuple[float, float]]
+
+
+def pairs(ours: Lines, theirs: Lines, name: str, other: str) -> Pairs:
+    """A column and another's column, by subject."""
+    there = {line["subject"]: line[other] for line in theirs}
+    return [(line[name], there[line["subject"]]) for line in ours if line["subject"] in there]
+
+
+def worded(ours: Lines, theirs: Lines, which: int) -> Pairs:
+    """Paraphrases by subject, over the wordings that both unedited models read; `which`: 0 in N steps, 1 on
+    the canvas.
+    """
+    there = {line["subject"]: line["wordings"] for line in theirs}
+    found = []
+    for line in ours:
+        both = [i for i in line.get("wordings", ()) if i in there.get(line["subject"], ())]
+        if both:
+            sums = [sum(w[i][which] for i in both) for w in (line["wordings"], there[line["subject"]])]
+            found.append((sums[0], sums[1]))
+    return found
+
+
+def ratio(some: Pairs) -> str:
+    """The sum of the first over that of the second, with a 95 % interval: percentile bootstrap over subjects,
+    seed 0.
+    """
+    if not some:
+        return "-"
+    values = np.array(some)
+    drawn = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+    sums = values[drawn].sum(1)
+    low, high = np.percentile(sums[:, 0] / sums[:, 1], (2.5, 97.5))
+    return f"{values[:, 0].sum() / values[:, 1].sum():.2f} [{low:.2f}, {high:.2f}]"
 
 
 def by_length() -> str:

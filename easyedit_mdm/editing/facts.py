@@ -49,7 +49,9 @@ def tokenise(adapter: Adapter, request: EditRequest, hparams: StateHyperParams) 
             f"target {request.target_new!r} has {len(target)} tokens, more than the canvas of {canvas} "
             "masks (decode.canvas)"
         )
-    slots = max(hparams.open_canvas, len(target) + 1) if hparams.open_canvas else len(target)
+    slots = len(target)
+    if hparams.open_canvas:  # of an autoregressive model's row nothing behind the end is needed
+        slots = max(hparams.open_canvas if adapter.denoises else 0, slots + 1)
     longest = max(len(p.ids) for p in contexts) + slots
     if longest > adapter.max_positions:
         more = f" and an open canvas of {slots} slots" if hparams.open_canvas else ""

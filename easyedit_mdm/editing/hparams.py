@@ -315,8 +315,13 @@ class MethodHyperParams(LoadingHyperParams, MainHyperParams):
         """Settings that an earlier version wrote down, with the fields that have come since at their
         defaults: what they meant.
         """
-        fields = [f for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING]
-        since = json.loads(json.dumps({f.name: f.default for f in fields}, default=str))
+        since: dict[str, Any] = {}
+        for f in dataclasses.fields(cls):
+            if f.default is not dataclasses.MISSING:
+                since[f.name] = f.default
+            elif f.default_factory is not dataclasses.MISSING:
+                since[f.name] = f.default_factory()
+        since = json.loads(json.dumps(since, default=str))
         return {**since, **settings}
 
     def to_dict(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from easyedit_mdm.editing.solve.card import card
 from easyedit_mdm.editing.solve.keys import SiteRows, key_states, read_site
 from easyedit_mdm.editing.solve.replaced import replacing_values
 from easyedit_mdm.editing.solve.sites import one_map
+from easyedit_mdm.errors import HyperParameterError
 from easyedit_mdm.models import Adapter
 from easyedit_mdm.models.adapter import Site
 
@@ -89,7 +90,7 @@ def grace(adapter: Adapter, requests: Sequence[EditRequest], hparams: GRACEMDMHy
 
     Raises:
         RequestError: for a request that cannot be carried out.
-        HyperParameterError: at the experts of a mixture.
+        HyperParameterError: at the experts of a mixture; for an open canvas with one key a fact.
         OptimisationError: if the optimisation breaks down.
     """
     check_requests(requests)
@@ -122,11 +123,17 @@ def _keys(
     adapter: Adapter, site: Site, fact: Fact, hparams: GRACEMDMHyperParams
 ) -> tuple[Float[Tensor, "keys inner"], Float[Tensor, " width"]]:
     """A fact's keys for the bare prompt, and the site's output for the first, with nothing revealed."""
+    sees = adapter.denoises and not adapter.attention.causal  # what the slots show
+    if sees and hparams.open_canvas and hparams.key_states != "per_state":
+        raise HyperParameterError(
+            f"open_canvas={hparams.open_canvas} with key_states: {hparams.key_states}: the codebook would not"
+            " know the keys of the longer canvas; use key_states: per_state"
+        )
     group = key_states(adapter, fact, hparams, hparams.key_states)[0]
     rows = SiteRows.of((fact.contexts[0], tail) for tail in group.tails)
     keys, outputs = read_site(adapter, site, rows, hparams.max_rows)
     # a causal model's key does not see the slots: the states would give one key again and again
-    return (keys if adapter.denoises and not adapter.attention.causal else keys[:1]), outputs[0]
+    return (keys if sees else keys[:1]), outputs[0]
 
 
 METHODS.register("GRACE_MDM")(

@@ -9,7 +9,8 @@ With `open_canvas` a group has a second schedule: of the target's slots and the 
 hold the end-of-text token, on a canvas longer than that. The slots that follow are not read, since a text is
 cut off at its end. But a sampler may have ended it there before the target is written. So a random number of
 them, from none to all, show the end-of-text token, unless the schedule is of states in which a sampler has
-not come so far: `full_mask` and `left_to_right`.
+not come so far: `full_mask` and `left_to_right`. The canvas with nothing shown, where a sampler begins, is
+among the states of every schedule.
 """
 
 from __future__ import annotations
@@ -94,10 +95,16 @@ def ended(adapter: Adapter, fact: Fact, group: Group, name: str, max_states: int
         states = source.draw(step, generator)
         n = len(states.revealed)
         behind = torch.zeros(n, slots - read, dtype=torch.bool)
-        if name not in _NOTHING_BEHIND:
-            for shown, reached in zip(behind, states.scored[:, last:].any(1).tolist()):
-                many = int(torch.randint(slots - read + 1, (1,), generator=generator)) if reached else 0
-                shown[torch.randperm(slots - read, generator=generator)[:many]] = True
+        reached = states.scored[:, last:].any(1)  # the last block is open
+        if name in _NOTHING_BEHIND:
+            reached[:] = False
+        # a sampler begins with nothing shown: always among fixed states, every other time among drawn ones
+        begins = (reached & ~states.revealed[:, last:].any(1)).nonzero()[:1, 0]
+        if source.fixed or step % 2 == 0:
+            reached[begins] = False
+        for shown in (behind[i] for i in reached.nonzero()[:, 0].tolist()):
+            many = int(torch.randint(slots - read + 1, (1,), generator=generator))
+            shown[torch.randperm(slots - read, generator=generator)[:many]] = True
         revealed = torch.cat([states.revealed, behind], dim=1)
         scored = torch.cat([states.scored, torch.zeros_like(behind)], dim=1)
         drawn = replace(states, revealed=revealed, scored=scored, tokens=tokens)
@@ -163,7 +170,7 @@ class Plan:
     @property
     def cycle(self) -> int:
         """Steps after which every kind of state has been seen."""
-        return math.lcm(*(s.cycle for s in self._all))
+        return max(math.lcm(*(s.cycle for s in some)) for some in (self.schedules, self.longer) if some)
 
     @property
     def dealt(self) -> bool:

@@ -167,7 +167,7 @@ def build_rows(
 
     Args:
         states: of each fact, beside the numbers of the contexts that they stand after; each context comes
-            once.
+            once, with an open canvas once for each canvas.
         dealt: state s stands in context c only at the steps t with (c + t) mod states = s, and weighs what
             the states of a step weigh together.
         draw: number of the first draw of noise; each row of a fact has one of its own.
@@ -204,7 +204,7 @@ def _add_states(
     for s, (revealed, scored, weight) in enumerate(zip(group.revealed, group.scored, group.weights)):
         shown = right if group.shown is None else group.shown[s]
         tails = [adapter.behind(shown, revealed, draw + s * len(fact.contexts) + c) for c in contexts]
-        heavy = group.weights.sum() if dealt else weight
+        heavy = round(float(group.weights.sum()), 3) if dealt else weight  # 1, or with an open canvas 1/2
         share = scored[:read].float() * (heavy / scored.sum() / len(fact.contexts))
         for c, tail in zip(contexts, tails):
             prompt, turn = fact.contexts[c], (s - c) % period if dealt else -1
