@@ -115,7 +115,7 @@ def test_protected_prompts(thousand, tmp_path):
 @pytest.mark.end_to_end
 def test_facts_optimised_again_and_one_taken_back(thousand, tmp_path):
     """With a large lambda hardly a fact is written: rounds write more. One taken back is gone."""
-    kept = {"weight": "3000", "values": tmp_path / "values"}
+    kept = {"weight": "1000", "values": tmp_path / "values"}
     for out, changes in (("once", {}), ("again", {"rounds": "3", "undo": "1"})):
         assert thousand(out, settings=TWIN, **kept, **changes) == ""
     once, again = (curve(tmp_path / out)["reports"][-1]["exact"] for out in ("once", "again"))
